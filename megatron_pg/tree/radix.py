@@ -1,0 +1,113 @@
+"""Detection of shared runs: a compressed radix tree over token sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class _Node:
+    """One run of tokens under construction, the samples that end with it and its children."""
+
+    tokens: IntArray
+    samples: list[int] = field(default_factory=list)
+    children: list[_Node] = field(default_factory=list)
+    multiplicity: int = 0
+
+
+def build_radix_segments(
+    sequences: list[IntArray], min_shared: int
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Segments in pre-order of the compressed tree of ``sequences``, shared runs >= min_shared.
+
+    Returns:
+        ``(segment_lens, segment_parents, sample_segments, token_ids)`` as ``PrefixTree`` takes
+        them. Children keep the order in which their first sample came.
+    """
+    root = _insert_all(sequences)
+    if min_shared > 1:
+        _write_out_short_runs(root, min_shared)
+    return _flatten(root, len(sequences))
+
+
+def _insert_all(sequences: list[IntArray]) -> _Node:
+    root = _Node(np.empty(0, dtype=np.int64))
+    # Child by first token, kept beside the nodes because only insertion needs it.
+    by_token: dict[_Node, dict[int, int]] = {root: {}}
+
+    def add_child(parent: _Node, child: _Node) -> None:
+        by_token[parent][int(child.tokens[0])] = len(parent.children)
+        parent.children.append(child)
+        by_token.setdefault(child, {})
+
+    for sample, tokens in enumerate(sequences):
+        node, rest = root, tokens
+        node.multiplicity += 1
+        while len(rest):
+            slot = by_token[node].get(int(rest[0]))
+            if slot is None:
+                leaf = _Node(rest, multiplicity=1)
+                add_child(node, leaf)
+                node = leaf
+                break
+            child = node.children[slot]
+            shared = _common_len(child.tokens, rest)
+            if shared < len(child.tokens):
+                head = _Node(child.tokens[:shared], multiplicity=child.multiplicity)
+                child.tokens = child.tokens[shared:]
+                by_token[head] = {}
+                add_child(head, child)
+                node.children[slot] = head
+                child = head
+            child.multiplicity += 1
+            node, rest = child, rest[shared:]
+        node.samples.append(sample)
+    return root
+
+
+def _common_len(a: IntArray, b: IntArray) -> int:
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    first = int(np.argmax(differs))
+    return first if differs[first] else n
+
+
+def _write_out_short_runs(root: _Node, min_shared: int) -> None:
+    """Push every shared run shorter than ``min_shared`` down into its children and samples."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        kept: list[_Node] = []
+        pending = node.children[::-1]
+        while pending:
+            child = pending.pop()
+            if child.multiplicity == 1 or len(child.tokens) >= min_shared:
+                kept.append(child)
+                continue
+            kept += [_Node(child.tokens, samples=[s], multiplicity=1) for s in child.samples]
+            for grandchild in child.children:
+                grandchild.tokens = np.concatenate([child.tokens, grandchild.tokens])
+            pending += child.children[::-1]
+        node.children = kept
+        stack += kept
+
+
+def _flatten(root: _Node, num_samples: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    runs: list[IntArray] = []
+    parents: list[int] = []
+    sample_segments = np.empty(num_samples, dtype=np.int64)
+    stack = [(child, -1) for child in root.children[::-1]]
+    while stack:
+        node, parent = stack.pop()
+        index = len(runs)
+        runs.append(node.tokens)
+        parents.append(parent)
+        sample_segments[node.samples] = index
+        stack += [(child, index) for child in node.children[::-1]]
+    lens = np.array([len(run) for run in runs], dtype=np.int64)
+    return lens, np.array(parents, dtype=np.int64), sample_segments, np.concatenate(runs)

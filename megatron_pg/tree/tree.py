@@ -1,0 +1,242 @@
+"""What a group of samples shares: a compressed prefix tree over their tokens."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .radix import build_radix_segments
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree:
+    """Token runs (segments) of one group in depth-first pre-order, and where each sample ends.
+
+    Sample ``i`` equals the concatenation of the segments on the path from a root to
+    ``sample_segments[i]``. A sample may end at any segment, several samples may end at the same
+    one, and a tree may have several roots (samples of one group whose first tokens differ).
+
+    Attributes:
+        segment_lens: ``[num_segments]`` tokens per segment, all positive.
+        segment_parents: ``[num_segments]`` index of the parent, -1 for a root.
+        sample_segments: ``[num_samples]`` segment at whose end the sample ends, caller's order.
+        token_ids: ``[unique_tokens]`` tokens in packed order, or None when only lengths are known.
+
+    Raises:
+        ValueError: if the arrays do not describe a tree in pre-order whose every segment belongs
+            to a sample.
+    """
+
+    segment_lens: IntArray
+    segment_parents: IntArray
+    sample_segments: IntArray
+    token_ids: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("segment_lens", "segment_parents", "sample_segments"):
+            array = np.asarray(getattr(self, name), dtype=np.int64)
+            if array.ndim != 1:
+                raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        self._check()
+
+    @classmethod
+    def from_group(cls, prefix_len: int, suffix_lens: Sequence[int]) -> PrefixTree:
+        """Tree of one prompt and its responses; responses share nothing among themselves.
+
+        Args:
+            prefix_len: tokens of the shared prompt, at least 1.
+            suffix_lens: tokens of every response, each at least 1, in sample order.
+
+        Raises:
+            ValueError: on an empty group or a length below 1.
+        """
+        lens = [as_length("prefix_len", prefix_len)]
+        lens += [as_length(f"suffix_lens[{i}]", n) for i, n in enumerate(suffix_lens)]
+        if len(lens) == 1:
+            raise ValueError("suffix_lens is empty: a group needs at least one response")
+        parents = np.zeros(len(lens), dtype=np.int64)
+        parents[0] = -1
+        return cls(np.array(lens), parents, np.arange(1, len(lens)))
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Any], min_shared: int = 1) -> PrefixTree:
+        """Tree of every run of tokens that at least two sequences share, at any depth.
+
+        Equal sequences end at the same segment, and a sequence may be a prefix of another. Takes
+        time linear in the number of tokens.
+
+        Args:
+            sequences: one-dimensional integer sequences (lists, arrays or CPU tensors), one per
+                sample, prompt included.
+            min_shared: shortest run of tokens that may be shared; shorter ones are written out.
+
+        Raises:
+            ValueError: on no sequences, an empty one, tokens that are no integers, or
+                ``min_shared < 1``.
+        """
+        as_length("min_shared", min_shared)
+        if len(sequences) == 0:
+            raise ValueError("sequences is empty: a tree needs at least one sample")
+        runs = [_as_tokens(i, tokens) for i, tokens in enumerate(sequences)]
+        return cls(*build_radix_segments(runs, min_shared))
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.segment_lens)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_segments)
+
+    @cached_property
+    def segment_depths(self) -> IntArray:
+        """``[num_segments]`` number of ancestors."""
+        return ancestor_sums(self.segment_parents, np.ones(self.num_segments, dtype=np.int64))
+
+    @cached_property
+    def segment_positions(self) -> IntArray:
+        """``[num_segments]`` logical position of the segment's first token."""
+        return ancestor_sums(self.segment_parents, self.segment_lens)
+
+    @cached_property
+    def segment_starts(self) -> IntArray:
+        """``[num_segments]`` index of the segment's first token in packed order."""
+        return np.cumsum(self.segment_lens) - self.segment_lens
+
+    @cached_property
+    def segment_ends(self) -> IntArray:
+        """``[num_segments]`` index past the segment's last token in packed order."""
+        return np.cumsum(self.segment_lens)
+
+    @cached_property
+    def segment_subtree_ends(self) -> IntArray:
+        """``[num_segments]`` index past the last token of the segment's descendants."""
+        return self.segment_starts + self._subtree_sums(self.segment_lens)
+
+    @cached_property
+    def segment_multiplicity(self) -> IntArray:
+        """``[num_segments]`` number of samples whose path holds the segment."""
+        return self._subtree_sums(np.bincount(self.sample_segments, minlength=self.num_segments))
+
+    @cached_property
+    def sample_lens(self) -> IntArray:
+        """``[num_samples]`` tokens of every written-out sample."""
+        ends = self.segment_positions + self.segment_lens
+        return ends[self.sample_segments]
+
+    @property
+    def depth(self) -> int:
+        """Largest number of ancestors of any segment."""
+        return int(self.segment_depths.max())
+
+    @property
+    def unique_tokens(self) -> int:
+        return int(self.segment_lens.sum())
+
+    @property
+    def logical_tokens(self) -> int:
+        return int(self.sample_lens.sum())
+
+    @property
+    def attention_pairs(self) -> int:
+        """Visible (q, kv) pairs after sharing, each token with itself included."""
+        lens = self.segment_lens
+        return int((lens * self.segment_positions + lens * (lens + 1) // 2).sum())
+
+    @property
+    def logical_attention_pairs(self) -> int:
+        """Visible (q, kv) pairs of the written-out samples."""
+        lens = self.sample_lens
+        return int((lens * (lens + 1) // 2).sum())
+
+    def segment_path(self, segment: int) -> IntArray:
+        """Segments from the root to ``segment``, both included."""
+        path = [segment]
+        while (parent := int(self.segment_parents[path[-1]])) >= 0:
+            path.append(parent)
+        return np.array(path[::-1], dtype=np.int64)
+
+    def _subtree_sums(self, values: npt.NDArray[Any]) -> IntArray:
+        return subtree_sums(self.segment_parents, self.segment_depths, values)
+
+    def _check(self) -> None:
+        lens, parents, ends = self.segment_lens, self.segment_parents, self.sample_segments
+        index = np.arange(len(lens))
+        if len(lens) == 0 or len(ends) == 0:
+            raise ValueError("a tree needs at least one segment and one sample")
+        if len(parents) != len(lens):
+            raise ValueError(f"{len(parents)} segment_parents for {len(lens)} segment_lens")
+        if lens.min() < 1:
+            bad = int(np.argmin(lens))
+            raise ValueError(f"segment_lens[{bad}]={lens[bad]} must be at least 1")
+        if parents.min() < -1 or (parents >= index).any():
+            raise ValueError("segment_parents must be -1 or the index of an earlier segment")
+        if ends.min() < 0 or ends.max() >= len(lens):
+            raise ValueError(f"sample_segments must lie in [0, {len(lens)}), got {ends.tolist()}")
+        # Pre-order holds iff every subtree's index interval lies inside its parent's.
+        last = index + self._subtree_sums(np.ones(len(lens), dtype=np.int64))
+        child = parents >= 0
+        if (last[child] > last[parents[child]]).any():
+            raise ValueError("segments must be in depth-first pre-order")
+        if self.segment_multiplicity.min() < 1:
+            bad = int(np.argmin(self.segment_multiplicity))
+            raise ValueError(f"segment {bad} lies on the path of no sample; leave it out")
+        if self.token_ids is not None and len(self.token_ids) != self.unique_tokens:
+            raise ValueError(f"{len(self.token_ids)} token_ids for {self.unique_tokens} tokens")
+
+
+def ancestor_sums(parents: IntArray, values: npt.NDArray[Any]) -> IntArray:
+    """Sum of ``values`` over each segment's ancestors, itself excluded.
+
+    Pointer doubling: as many rounds as the logarithm of the depth.
+    """
+    # A virtual segment with value 0 and itself as parent stands above the roots.
+    jump = np.append(np.where(parents < 0, len(parents), parents), len(parents))
+    sums = np.append(values, 0)[jump].astype(np.int64)
+    while (jump != len(parents)).any():
+        sums += sums[jump]
+        jump = jump[jump]
+    return sums[:-1]
+
+
+def subtree_sums(parents: IntArray, depths: IntArray, values: npt.NDArray[Any]) -> IntArray:
+    """Sum of ``values`` over each segment and its descendants."""
+    sums = np.asarray(values, dtype=np.int64).copy()
+    order = np.argsort(depths, kind="stable")
+    bounds = np.searchsorted(depths[order], np.arange(int(depths.max()) + 2))
+    for level in range(len(bounds) - 2, 0, -1):
+        members = order[bounds[level] : bounds[level + 1]]
+        np.add.at(sums, parents[members], sums[members])
+    return sums
+
+
+def as_length(name: str, value: Any) -> int:
+    """``value`` as a positive int. Raises: ValueError naming ``name`` otherwise."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral | np.integer):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return int(value)
+
+
+def _as_tokens(sample: int, tokens: Any) -> IntArray:
+    array = np.asarray(tokens)
+    if array.size == 0:
+        raise ValueError(f"sequences[{sample}] is empty: drop the sample")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"sequences[{sample}] must be a one-dimensional run of integers, "
+            f"got shape {array.shape} and dtype {array.dtype}"
+        )
+    tokens_int64: IntArray = array.astype(np.int64, copy=False)
+    return tokens_int64
