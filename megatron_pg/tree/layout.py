@@ -167,9 +167,7 @@ class PackedLayout:
         if segment < 0:
             return torch.empty(0, dtype=torch.int64)
         # Pre-order: the descendants of a segment are the segments that start inside its subtree.
-        end = np.searchsorted(
-            self.forest.segment_starts, self.forest.segment_subtree_ends[segment]
-        )
+        end = np.searchsorted(self.forest.segment_starts, self.forest.segment_subtree_ends[segment])
         ends = self.forest.sample_segments
         return torch.from_numpy(np.nonzero((ends >= segment) & (ends < end))[0])
 

@@ -202,7 +202,7 @@ def ancestor_sums(parents: IntArray, values: npt.NDArray[Any]) -> IntArray:
     """
     # A virtual segment with value 0 and itself as parent stands above the roots.
     jump = np.append(np.where(parents < 0, len(parents), parents), len(parents))
-    sums = np.append(values, 0)[jump].astype(np.int64)
+    sums: IntArray = np.append(values, 0)[jump].astype(np.int64)
     while (jump != len(parents)).any():
         sums += sums[jump]
         jump = jump[jump]
