@@ -1,5 +1,6 @@
 """megatron_pg: encode every token that samples share once, exactly."""
 
+from .attention import available_backends, prefix_grouped_attention
 from .tree import PackedLayout, PrefixTree, pack_trees
 
 __version__ = "0.1.0"
@@ -7,5 +8,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PackedLayout",
     "PrefixTree",
+    "available_backends",
     "pack_trees",
+    "prefix_grouped_attention",
 ]

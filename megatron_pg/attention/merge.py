@@ -1,0 +1,154 @@
+"""Tree attention out of any varlen kernel: merge of the passes and their exact backward."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .plan import AttentionPass, AttentionPlan
+
+
+class VarlenKernel(Protocol):
+    """Attention of each query span over its key span, with log-sum-exp in and out.
+
+    q is ``[Tq, Hq, D]``, k and v are ``[Tkv, Hkv, D]``: the slices named by the pass. Rows outside
+    the spans are neither read nor meaningful in what is returned.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_pass: AttentionPass, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """``(out [Tq, Hq, D], lse [Hq, Tq])``, lse natural, in fp32 (fp64 for fp64)."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        attention_pass: AttentionPass,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dq, dk, dv)`` with probabilities ``exp(scores - lse)`` and ``rowsum(dout * out)``.
+
+        out and lse are the merged ones, so each pass returns its exact share of the gradient.
+        """
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for 16-bit types, else the type itself."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def merge_out_lse(
+    out: Tensor, lse: Tensor, pass_out: Tensor, pass_lse: Tensor, rows: Tensor | None
+) -> None:
+    """Add one pass to a running result, in place.
+
+    Equals attention over the union of both key sets: ``lse <- logaddexp(lse, pass_lse)`` and
+    ``out <- out + sigmoid(pass_lse - lse) * (pass_out - out)``.
+
+    Args:
+        out: ``[Tq, H, D]`` running output in the accumulation dtype.
+        lse: ``[H, Tq]`` its log-sum-exp.
+        pass_out: ``[Tq, H, D]`` the pass's output.
+        pass_lse: ``[H, Tq]`` its log-sum-exp.
+        rows: queries that took part, or None for all.
+    """
+    if rows is not None:
+        merged_out, merged_lse = out.index_select(0, rows), lse.index_select(1, rows)
+        pass_out, pass_lse = pass_out.index_select(0, rows), pass_lse.index_select(1, rows)
+        merge_out_lse(merged_out, merged_lse, pass_out, pass_lse, None)
+        out.index_copy_(0, rows, merged_out)
+        lse.index_copy_(1, rows, merged_lse)
+        return
+    weight = torch.sigmoid(pass_lse - lse).t().unsqueeze(-1)
+    out.lerp_(pass_out.to(out.dtype), weight.to(out.dtype))
+    torch.logaddexp(lse, pass_lse, out=lse)
+
+
+class LseMergeAttention(torch.autograd.Function):
+    """``out = attention of every sample over its own path``, by the passes of a plan."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        kernel: VarlenKernel,
+        softmax_scale: float,
+    ) -> Tensor:
+        tokens = plan.unique_tokens
+        first, *others = plan.passes
+        out, lse = kernel.forward(q[:tokens], k[:tokens], v[:tokens], first, softmax_scale)
+        if others:
+            out = out.to(accumulation_dtype(q.dtype))
+        for p in others:
+            queries, keys = slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end)
+            pass_out, pass_lse = kernel.forward(q[queries], k[keys], v[keys], p, softmax_scale)
+            merge_out_lse(out[queries], lse[:, queries], pass_out, pass_lse, p.q_rows)
+        out = out.to(q.dtype)
+        if tokens < len(q):
+            # A padding token sees itself alone, so its output is its own value.
+            out = torch.cat([out, v[tokens:].repeat_interleave(q.shape[1] // v.shape[1], dim=1)])
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.kernel, ctx.softmax_scale = plan, kernel, softmax_scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, kernel, softmax_scale = ctx.plan, ctx.kernel, ctx.softmax_scale
+        tokens, dtype = plan.unique_tokens, accumulation_dtype(q.dtype)
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        dq, dk, dv = (
+            grad.to(dtype)
+            for grad in kernel.backward(
+                dout[:tokens],
+                q[:tokens],
+                k[:tokens],
+                v[:tokens],
+                out[:tokens],
+                lse,
+                plan.passes[0],
+                softmax_scale,
+            )
+        )
+        for p in plan.passes[1:]:
+            queries, keys = slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end)
+            pass_dq, pass_dk, pass_dv = kernel.backward(
+                dout[queries],
+                q[queries],
+                k[keys],
+                v[keys],
+                out[queries],
+                lse[:, queries],
+                p,
+                softmax_scale,
+            )
+            _add_rows(dq[queries], pass_dq, p.q_rows)
+            _add_rows(dk[keys], pass_dk, p.kv_rows)
+            _add_rows(dv[keys], pass_dv, p.kv_rows)
+        grads = [grad.to(q.dtype) for grad in (dq, dk, dv)]
+        if tokens < len(q):
+            padding = v[tokens:]
+            dvalue = dout[tokens:].unflatten(1, (v.shape[1], -1)).sum(2)
+            tails = [torch.zeros_like(q[tokens:]), torch.zeros_like(padding), dvalue]
+            grads = [torch.cat([grad, tail]) for grad, tail in zip(grads, tails)]
+        return (*grads, None, None, None)
+
+
+def _add_rows(total: Tensor, share: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
+        total.add_(share)
+    else:
+        total.index_add_(0, rows, share.index_select(0, rows).to(total.dtype))
