@@ -1,0 +1,28 @@
+"""How Megatron-Core runs prefix-grouped attention."""
+
+from . import cpu
+from .core_attention import AttentionCalls, count_attention_calls
+from .model import PrefixGroupedGPTModel
+from .norm import (
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
+    with_sequence_parallel_norms,
+)
+from .params import PrefixGroupedSeqParams
+from .predictions import Predictions
+from .spec import with_prefix_grouped_attention
+from .validate import validate_config
+
+__all__ = [
+    "AttentionCalls",
+    "Predictions",
+    "PrefixGroupedGPTModel",
+    "PrefixGroupedSeqParams",
+    "SequenceParallelLayerNorm",
+    "SequenceParallelRMSNorm",
+    "count_attention_calls",
+    "cpu",
+    "validate_config",
+    "with_prefix_grouped_attention",
+    "with_sequence_parallel_norms",
+]

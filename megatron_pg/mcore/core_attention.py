@@ -1,0 +1,107 @@
+"""Core attention of a layer: prefix-grouped for packed groups, the given one for all else."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import prefix_grouped_attention
+from .params import PrefixGroupedSeqParams
+
+
+class AttentionCalls(NamedTuple):
+    """How many core-attention calls ran prefix-grouped and how many ran the given module.
+
+    A layer that is recomputed counts its forward again.
+    """
+
+    prefix_grouped: int
+    ordinary: int
+
+
+class PrefixGroupedCoreAttention(torch.nn.Module):
+    """Mixin over a core attention class with ``DotProductAttention``'s constructor and call."""
+
+    attention_backend: str
+
+    def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
+        super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
+        self.prefix_grouped_softmax_scale = softmax_scale
+        self.num_prefix_grouped_calls = 0
+        self.num_ordinary_calls = 0
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``[T, 1, num_heads * head_dim]`` for packed groups, else what the given module gives.
+
+        Args:
+            query: ``[T, 1, num_heads, head_dim]`` of this tensor-parallel rank.
+            key: ``[T, 1, num_query_groups, head_dim]`` of this rank.
+            value: as key.
+            attention_mask: for ordinary batches; a packed row's visibility is its layout's.
+            attn_mask_type: for ordinary batches.
+            attention_bias: must be None for packed groups.
+            packed_seq_params: ``PrefixGroupedSeqParams`` for packed groups.
+            kwargs: what the given module's call takes beyond these.
+        """
+        if not isinstance(packed_seq_params, PrefixGroupedSeqParams):
+            self.num_ordinary_calls += 1
+            return super().forward(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        if attention_bias is not None:
+            raise NotImplementedError(
+                "attention_bias (alibi, relative positions) is not supported for packed groups; "
+                "pass attention_bias=None"
+            )
+        self.num_prefix_grouped_calls += 1
+        out = prefix_grouped_attention(
+            query.squeeze(1),
+            key.squeeze(1),
+            value.squeeze(1),
+            packed_seq_params.plan,
+            softmax_scale=self.prefix_grouped_softmax_scale,
+            backend=self.attention_backend,
+        )
+        return out.reshape(out.shape[0], 1, -1)
+
+
+@cache
+def prefix_grouped_core_attention(cls: type, attention_backend: str) -> type:
+    """Subclass of a core attention class that runs packed groups on ``attention_backend``."""
+    return type(
+        f"PrefixGrouped{cls.__name__}",
+        (PrefixGroupedCoreAttention, cls),
+        {"attention_backend": attention_backend},
+    )
+
+
+def count_attention_calls(model: torch.nn.Module) -> AttentionCalls:
+    """Calls so far over all layers of a model (or of a list's modules, summed by the caller).
+
+    Trust in the fast path: after a step on packed groups ``ordinary`` has not grown.
+    """
+    cores = [m for m in model.modules() if isinstance(m, PrefixGroupedCoreAttention)]
+    return AttentionCalls(
+        prefix_grouped=sum(core.num_prefix_grouped_calls for core in cores),
+        ordinary=sum(core.num_ordinary_calls for core in cores),
+    )

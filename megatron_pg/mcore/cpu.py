@@ -1,0 +1,96 @@
+"""Stand-ins with which Megatron-Core runs on gloo without a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils
+from torch.overrides import TorchFunctionMode
+
+
+class _Stream:
+    """A CUDA stream or event of a machine that has none: all work is done when called."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Stream:
+        return self
+
+
+class _CpuInsteadOfCuda(TorchFunctionMode):
+    """Sends ``device="cuda"`` to the CPU; ``Tensor.type()`` names CUDA types for optimizers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+@contextmanager
+def emulate_cuda() -> Iterator[None]:
+    """Run Megatron-Core's CUDA-naming code on the CPU inside the ``with`` block.
+
+    Everything is put back at the end; importing this module changes nothing. Use it with
+    ``**transformer_config_defaults()`` in the ``TransformerConfig`` and
+    ``model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)``; processes that save
+    checkpoints guard their entry by ``if __name__ == "__main__"``.
+
+    Raises:
+        RuntimeError: where a CUDA device exists: nothing is emulated there.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("emulate_cuda() is for machines without CUDA; this one has a device")
+    cpu = torch.device("cpu")
+    with ExitStack() as stack:
+        for target, name, stand_in in (
+            (torch.cuda, "current_device", lambda: cpu),
+            (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+            (torch.cuda, "current_stream", lambda *args, **kwargs: _Stream()),
+            (torch.cuda, "default_stream", lambda *args, **kwargs: _Stream()),
+            (torch.cuda, "Stream", _Stream),
+            (torch.cuda, "stream", lambda stream: nullcontext()),
+            (torch.Tensor, "record_stream", lambda tensor, stream: None),
+            (torch.cuda, "Event", _Stream),
+            # Recompute saves and restores this state; there is no CUDA generator to restore.
+            (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0)),
+            (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
+            (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
+        ):
+            stack.enter_context(mock.patch.object(target, name, stand_in))
+        if not hasattr(moe_utils, "te_general_gemm"):
+            # Without Transformer Engine, 0.16 reads the name although it never defined it.
+            stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
+        stack.enter_context(_CpuInsteadOfCuda())
+        yield
+
+
+def transformer_config_defaults() -> dict[str, Any]:
+    """``TransformerConfig`` settings without which Megatron-Core does not run on the CPU."""
+    return {
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }

@@ -1,0 +1,58 @@
+"""A GPT model whose last stage projects only what the loss reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from ..loss import gather_predictors, vocab_parallel_logprobs
+from .params import PrefixGroupedSeqParams, check_row_length
+
+
+class PrefixGroupedGPTModel(GPTModel):
+    """``GPTModel`` that returns logprobs of ``packed_seq_params.predictions`` on the last stage.
+
+    Equals the logprobs of the stock model's logits at ``predictor_ids`` for ``target_tokens``, but
+    hidden states are gathered before the vocabulary projection: its cost follows the predicted
+    tokens, and logits exist for ``chunk_tokens`` of them at a time. Without predictions (or
+    without ``PrefixGroupedSeqParams``) it is the stock model. State-dict keys are the stock ones.
+    """
+
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As ``GPTModel.forward``; ``(logprobs [E], entropy [E] or None)`` with predictions."""
+        params = kwargs.get("packed_seq_params")
+        if isinstance(params, PrefixGroupedSeqParams):
+            check_row_length(params.layout.total_tokens, self.config)
+        return super().forward(input_ids, *args, **kwargs)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> Any:
+        predictions = getattr(packed_seq_params, "predictions", None)
+        if predictions is None or not self.post_process:
+            return super()._postprocess(
+                hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        rows = gather_predictors(
+            hidden_states,
+            predictions.predictor_ids,
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return vocab_parallel_logprobs(
+            rows,
+            weight,
+            predictions.target_tokens,
+            tp_group=self.pg_collection.tp,
+            temperature=predictions.temperature,
+            vocab_size=predictions.vocab_size,
+            chunk_tokens=predictions.chunk_tokens,
+            with_entropy=predictions.with_entropy,
+        )

@@ -1,0 +1,89 @@
+"""Norms that know sequence parallelism, for machines without Apex and Transformer Engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` whose gradient Megatron sums over the sequence-parallel ranks.
+
+    Takes the arguments with which Megatron-Core builds norms; raises ValueError on
+    ``layernorm_zero_centered_gamma``, which PyTorch's norm does not have.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        _refuse_zero_centered_gamma(config)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        mark_sequence_parallel(self, config)
+
+
+class SequenceParallelLayerNorm(torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose gradients Megatron sums over the sequence-parallel ranks."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        _refuse_zero_centered_gamma(config)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        mark_sequence_parallel(self, config)
+
+
+def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
+    """Mark parameters that see a slice of the sequence on each tensor-parallel rank."""
+    for parameter in module.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def with_sequence_parallel_norms(
+    layer_spec: ModuleSpec, config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Block submodules of a local layer spec with norms that allow sequence parallelism.
+
+    Without Apex or Transformer Engine, Megatron-Core's own norm refuses sequence parallelism.
+    State-dict keys stay the same.
+
+    Args:
+        layer_spec: a layer's spec, as ``get_gpt_layer_local_spec`` returns it.
+        config: decides RMSNorm or LayerNorm and the number of layers of this stage.
+        vp_stage: the virtual pipeline stage of an interleaved schedule.
+    """
+    norm = {"RMSNorm": SequenceParallelRMSNorm, "LayerNorm": SequenceParallelLayerNorm}.get(
+        config.normalization
+    )
+    if norm is None:
+        raise ValueError(f"normalization={config.normalization!r}: use 'RMSNorm' or 'LayerNorm'")
+    layer = layer_spec.submodules
+    attention = layer.self_attention
+    names = ("q_layernorm", "k_layernorm")
+    qk_norms = {
+        name: norm
+        for name in names
+        if config.qk_layernorm and getattr(attention.submodules, name) not in (None, IdentityOp)
+    }
+    attention = replace(attention, submodules=replace(attention.submodules, **qk_norms))
+    layer = replace(layer, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[replace(layer_spec, submodules=layer)] * num_layers, layer_norm=norm
+    )
+
+
+def _refuse_zero_centered_gamma(config: TransformerConfig) -> None:
+    if config.layernorm_zero_centered_gamma:
+        raise ValueError(
+            "layernorm_zero_centered_gamma=True is not supported by PyTorch's norms; set it to "
+            "False or use the Transformer Engine spec"
+        )

@@ -1,0 +1,111 @@
+"""The carrier: one microbatch's layout on its way to every layer and every pipeline stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..attention import AttentionPlan, make_attention_plan
+from ..tree import PackedLayout
+from .predictions import Predictions
+
+
+@dataclass(kw_only=True)
+class PrefixGroupedSeqParams(PackedSeqParams):
+    """Layout, plan and positions of one packed row, for ``GPTModel(..., packed_seq_params=)``.
+
+    A call argument, never a global: under recompute and interleaved schedules each microbatch
+    keeps its own. ``qkv_format`` is a name of our own, so that attention which does not know this
+    class refuses it instead of attending across samples.
+
+    Attributes:
+        layout: where every token stands.
+        plan: the passes of attention, made once and used by every layer.
+        position_ids: ``[total_tokens]`` int64 logical positions on the device.
+        predictions: what ``PrefixGroupedGPTModel`` returns on the last stage instead of logits.
+    """
+
+    layout: PackedLayout
+    plan: AttentionPlan
+    position_ids: Tensor
+    predictions: Predictions | None = None
+    _rotary_source: Tensor | None = field(default=None, init=False, repr=False)
+    _rotary_gathered: Tensor | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def from_layout(
+        cls,
+        layout: PackedLayout,
+        device: torch.device | str = "cpu",
+        *,
+        predictions: Predictions | None = None,
+        config: TransformerConfig | None = None,
+    ) -> PrefixGroupedSeqParams:
+        """Prepare one microbatch for the device its tokens live on.
+
+        Args:
+            layout: the packed row.
+            device: where the model runs.
+            predictions: tokens to predict (see ``PrefixGroupedGPTModel``).
+            config: when given, the row's length is checked against its parallel layout.
+
+        Raises:
+            ValueError: if sequence parallelism cannot split the row evenly.
+        """
+        if config is not None:
+            check_row_length(layout.total_tokens, config)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        max_seqlen = layout.max_position + 1
+        return cls(
+            qkv_format="prefix_grouped",
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+            layout=layout,
+            plan=make_attention_plan(layout, device),
+            position_ids=layout.position_ids.to(device, non_blocking=True),
+            predictions=predictions,
+        )
+
+    def gather_rotary(self, table: Any) -> Any:
+        """Rows of a rotary table ``[max position + 1, 1, 1, D]`` by logical position.
+
+        Megatron's ``rope`` and ``yarn`` make one row per position and ignore ``position_ids``.
+        The result is kept for the next layer, which is handed the same table.
+
+        Raises:
+            ValueError: if the table is not indexed by position (``mrope``).
+        """
+        if table is None:
+            return None
+        if isinstance(table, tuple):
+            gathered = tuple(self.gather_rotary(part) for part in dict.fromkeys(table))
+            return gathered * 2 if len(gathered) == 1 else gathered
+        if table.shape[0] != self.max_seqlen_q or table.shape[1] != 1:
+            raise ValueError(
+                f"the rotary table has shape {tuple(table.shape)}, expected one row for each of "
+                f"{self.max_seqlen_q} positions; use position_embedding_type 'rope', 'yarn', "
+                "'learned_absolute' or 'none' ('mrope' is not supported)"
+            )
+        # Recompute hands in detached copies, so storage decides what is the same table.
+        source = self._rotary_source
+        if source is None or source.data_ptr() != table.data_ptr() or source.dtype != table.dtype:
+            self._rotary_source = table.detach()
+            self._rotary_gathered = self._rotary_source.index_select(0, self.position_ids)
+        return self._rotary_gathered
+
+
+def check_row_length(total_tokens: int, config: TransformerConfig) -> None:
+    """Raise ValueError if sequence parallelism cannot split a row of this length evenly."""
+    tp_size = config.tensor_model_parallel_size
+    if config.sequence_parallel and total_tokens % tp_size:
+        raise ValueError(
+            f"total_tokens={total_tokens} must be a multiple of tensor_model_parallel_size="
+            f"{tp_size} under sequence_parallel; call pack_trees(trees, pad_to_multiple={tp_size})"
+        )

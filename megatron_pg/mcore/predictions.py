@@ -1,0 +1,42 @@
+"""The loss edge: which tokens of a row the last stage is asked to predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Predictions:
+    """Tokens whose logprobs the last pipeline stage returns.
+
+    Attributes:
+        predictor_ids: ``[E]`` int64 on the CPU, packed index whose hidden state predicts.
+        target_tokens: ``[E]`` int64 on the model's device, token to be predicted.
+        temperature: logits are divided by it.
+        vocab_size: entries of the vocabulary that take part in the softmax; all, padding
+            included, when None.
+        with_entropy: also return the entropy of every prediction.
+        chunk_tokens: predictions whose logits exist at once.
+    """
+
+    predictor_ids: Tensor
+    target_tokens: Tensor
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    with_entropy: bool = False
+    chunk_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.predictor_ids.shape != self.target_tokens.shape or self.predictor_ids.dim() != 1:
+            raise ValueError(
+                f"predictor_ids {tuple(self.predictor_ids.shape)} and target_tokens "
+                f"{tuple(self.target_tokens.shape)} must be one-dimensional and equally long"
+            )
+        if self.predictor_ids.device != torch.device("cpu"):
+            raise ValueError(
+                f"predictor_ids must stay on the CPU, got {self.predictor_ids.device}: the row's "
+                "owners are found from them without a device synchronisation"
+            )

@@ -1,0 +1,71 @@
+"""The parallel layouts and models that must be exact."""
+
+from tests.mcore.harness import Case
+
+FULL_RECOMPUTE = dict(
+    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+)
+BLOCK_RECOMPUTE = dict(
+    recompute_granularity="full", recompute_method="block", recompute_num_layers=1
+)
+SELECTIVE_RECOMPUTE = dict(recompute_granularity="selective")
+
+EQUIVALENCE = {
+    # One rank: models.
+    "plain": Case(),
+    "logits": Case(predictions=False),
+    "tied": Case(tied=True),
+    "mqa": Case(num_query_groups=1),
+    "mha": Case(num_query_groups=4),
+    "qk_layernorm": Case(config=dict(qk_layernorm=True), spec=dict(qk_layernorm=True)),
+    "layernorm_bias": Case(
+        config=dict(normalization="LayerNorm", add_bias_linear=True, gated_linear_unit=False)
+    ),
+    "softmax_scale": Case(config=dict(softmax_scale=0.7)),
+    "learned_absolute": Case(position_embedding_type="learned_absolute"),
+    "no_positions": Case(position_embedding_type="none"),
+    "rotary_percent": Case(model=dict(rotary_percent=0.5)),
+    "rotary_interleaved": Case(config=dict(rotary_interleaved=True)),
+    "rope_scaling": Case(model=dict(rope_scaling=True, rope_scaling_factor=4.0)),
+    "rope_interpolation": Case(model=dict(seq_len_interpolation_factor=2.0)),
+    "moe": Case(
+        config=dict(
+            num_moe_experts=4,
+            moe_router_topk=2,
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp64",
+        ),
+        spec=dict(num_experts=4, moe_grouped_gemm=False),
+        # Megatron's router takes its softmax in fp32 whatever the model's dtype.
+        bound=1e-6,
+    ),
+    "selective": Case(config=SELECTIVE_RECOMPUTE),
+    "full": Case(config=FULL_RECOMPUTE),
+    "block": Case(config=BLOCK_RECOMPUTE, num_layers=3),
+    # Two ranks.
+    "tp2": Case(tp=2),
+    "tp2_sp": Case(tp=2, sp=True),
+    "tp2_sp_logits": Case(tp=2, sp=True, predictions=False),
+    "tp2_sp_tied": Case(tp=2, sp=True, tied=True),
+    "tp2_sp_qk": Case(tp=2, sp=True, config=dict(qk_layernorm=True), spec=dict(qk_layernorm=True)),
+    "tp2_sp_full": Case(tp=2, sp=True, config=FULL_RECOMPUTE),
+    "tp2_sp_selective": Case(tp=2, sp=True, config=SELECTIVE_RECOMPUTE),
+    "tp2_mqa": Case(tp=2, num_query_groups=1),
+    "pp2": Case(pp=2),
+    "pp2_tied": Case(pp=2, tied=True),
+    "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),
+    "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),
+    "pp2_vpp2_full": Case(pp=2, vpp=2, num_layers=4, config=FULL_RECOMPUTE),
+    "dp2": Case(dp=2),
+    # Four ranks.
+    "tp4": Case(tp=4, num_query_groups=4),
+    "tp4_sp": Case(tp=4, sp=True, num_query_groups=2),
+    "pp4": Case(pp=4, num_layers=4),
+    "pp4_vpp2": Case(pp=4, vpp=2, num_layers=8),
+    "tp2_sp_pp2": Case(tp=2, sp=True, pp=2),
+    "tp2_sp_pp2_tied_full": Case(tp=2, sp=True, pp=2, tied=True, config=FULL_RECOMPUTE),
+    "tp2_sp_pp2_vpp2": Case(tp=2, sp=True, pp=2, vpp=2, num_layers=4),
+    "tp2_sp_dp2": Case(tp=2, sp=True, dp=2),
+    "pp2_dp2": Case(pp=2, dp=2),
+    "pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, num_layers=4),
+}

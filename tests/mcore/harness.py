@@ -1,0 +1,284 @@
+"""One step on packed groups and the same step on written-out samples with the stock spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_pg import PackedLayout, PrefixTree, pack_trees
+from megatron_pg.mcore import (
+    Predictions,
+    PrefixGroupedGPTModel,
+    PrefixGroupedSeqParams,
+    cpu,
+    with_prefix_grouped_attention,
+    with_sequence_parallel_norms,
+)
+
+VOCAB = 64
+MAX_LEN = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A parallel layout and a model; everything else is fixed."""
+
+    tp: int = 1
+    sp: bool = False
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    dtype: torch.dtype = torch.float64
+    num_layers: int = 2
+    num_query_groups: int = 2
+    tied: bool = False
+    predictions: bool = True
+    distributed_optimizer: bool = False
+    position_embedding_type: str = "rope"
+    bound: float = 1e-9
+    config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def initialize(case: Case) -> None:
+    """Lay model-parallel groups over the running process group."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        case.tp, case.pp, virtual_pipeline_model_parallel_size=case.vpp
+    )
+    torch.manual_seed(1234)
+    model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def make_config(case: Case) -> TransformerConfig:
+    settings: dict[str, Any] = dict(
+        num_layers=case.num_layers,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=case.num_query_groups,
+        params_dtype=case.dtype,
+        pipeline_dtype=case.dtype,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        sequence_parallel=case.sp,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # Large enough that attention is far from uniform.
+        init_method_std=0.3,
+        calculate_per_token_loss=True,
+        # Two stages exchange in both directions at once under the interleaved schedule.
+        overlap_p2p_comm=case.vpp is not None,
+        batch_p2p_comm=case.vpp is None,
+    )
+    return TransformerConfig(**{**settings, **cpu.transformer_config_defaults(), **case.config})
+
+
+def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.Module]:
+    """The chunks of this rank: ours on the wrapped spec, or the stock model on the stock spec."""
+    chunks = []
+    for stage in range(case.vpp or 1):
+        vp_stage = stage if case.vpp else None
+        layer = get_gpt_layer_local_spec(normalization=config.normalization, **case.spec)
+        block = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
+        if packed:
+            block = with_prefix_grouped_attention(block)
+        chunks.append(
+            (PrefixGroupedGPTModel if packed else GPTModel)(
+                config,
+                block,
+                vocab_size=VOCAB,
+                max_sequence_length=MAX_LEN,
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                position_embedding_type=case.position_embedding_type,
+                share_embeddings_and_output_weights=case.tied,
+                vp_stage=vp_stage,
+                **case.model,
+            ).to(case.dtype)  # Megatron makes position embeddings in fp32
+        )
+    return chunks
+
+
+def wrap_ddp(case: Case, config: TransformerConfig, chunks: list[Any]) -> list[Any]:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=False,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=case.distributed_optimizer,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One microbatch of groups: packed, and written out with a random weight per target."""
+
+    layout: PackedLayout
+    sequences: list[Tensor]
+    weights: list[Tensor]  # per sample, [L - 1]: weight of predicting tokens 1..L-1
+
+
+def make_rows(seed: int, pad_to_multiple: int, shared_length: int = 0) -> Rows:
+    """Ragged star, a deeper tree with an equal pair and a prefix sample, and a lone sample."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, VOCAB, (n,), generator=g).tolist()
+
+    extra = int(torch.randint(0, 5, (1,), generator=g)) + shared_length
+    prompt = tokens(9 + extra)
+    star = [prompt + tokens(n) for n in (4, 7, 1)]
+    stem, fork = tokens(5), tokens(3)
+    deep = [stem + fork + tokens(4), stem + fork + tokens(2), stem + tokens(3), stem + fork]
+    deep += [deep[0]]
+    lone = [tokens(6)]
+    star_tree = PrefixTree.from_group(len(prompt), [len(s) - len(prompt) for s in star])
+    trees = [star_tree, PrefixTree.from_sequences(deep), PrefixTree.from_sequences(lone)]
+    sequences = [torch.tensor(s) for s in star + deep + lone]
+    weights = [torch.randn(len(s) - 1, generator=g, dtype=torch.float64) for s in sequences]
+    return Rows(pack_trees(trees, pad_to_multiple), sequences, weights)
+
+
+def packed_microbatches(case: Case, rows: list[Rows]) -> list[dict[str, Any]]:
+    batches = []
+    for row in rows:
+        layout = row.layout
+        tokens = layout.pack_tokens(row.sequences)
+        # Every target's weight is summed over the samples that predict it.
+        per_token = torch.cat(
+            [torch.cat([torch.zeros(1, dtype=torch.float64), w]) for w in row.weights]
+        )
+        weights = layout.reduce(per_token)[layout.target_ids]
+        predictions = None
+        if case.predictions:
+            predictions = Predictions(
+                predictor_ids=layout.predictor_ids,
+                target_tokens=tokens[layout.target_ids],
+                chunk_tokens=7,
+            )
+        params = PrefixGroupedSeqParams.from_layout(layout, "cpu", predictions=predictions)
+        batches.append(dict(tokens=tokens, params=params, weights=weights.to(case.dtype)))
+    return batches
+
+
+def packed_step(batch_iterator: Any, model: Any) -> Any:
+    """A ``forward_step_func`` on packed groups."""
+    batch = next(batch_iterator)
+    params = batch["params"]
+    output = model(batch["tokens"][None], params.position_ids[None], None, packed_seq_params=params)
+
+    def loss_func(output: Any) -> Any:
+        layout = params.layout
+        if params.predictions is not None:
+            logprobs, _ = output
+        else:
+            logits = gather_from_tensor_model_parallel_region(output)[0]
+            rows = logits[layout.predictor_ids]
+            logprobs = rows.log_softmax(-1).gather(1, batch["tokens"][layout.target_ids][:, None])[
+                :, 0
+            ]
+        loss = -(logprobs * batch["weights"]).sum()
+        num_tokens = int(layout.sample_lens.sum()) - layout.num_samples
+        return loss, torch.tensor(num_tokens, dtype=torch.int), {"loss": loss.detach().clone()}
+
+    return output, loss_func
+
+
+def written_out_microbatches(case: Case, rows: list[Rows]) -> list[dict[str, Any]]:
+    batches = []
+    for row in rows:
+        for sequence, weights in zip(row.sequences, row.weights):
+            tail = -len(sequence) % (case.tp if case.sp else 1)
+            tokens = torch.cat([sequence, sequence.new_zeros(tail)])
+            batches.append(dict(tokens=tokens, length=len(sequence), weights=weights))
+    return batches
+
+
+def written_out_step(batch_iterator: Any, model: Any) -> Any:
+    """A ``forward_step_func`` on one written-out sample."""
+    batch = next(batch_iterator)
+    tokens = batch["tokens"]
+    n = len(tokens)
+    mask = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)[None, None]
+    output = model(tokens[None], torch.arange(n)[None], mask)
+
+    def loss_func(output: Tensor) -> Any:
+        length = batch["length"]
+        logits = gather_from_tensor_model_parallel_region(output)[0, : length - 1]
+        logprobs = logits.log_softmax(-1).gather(1, tokens[1:length, None])[:, 0]
+        loss = -(logprobs * batch["weights"].to(logprobs.dtype)).sum()
+        return loss, torch.tensor(length - 1, dtype=torch.int), {"loss": loss.detach().clone()}
+
+    return output, loss_func
+
+
+def run_step(case: Case, chunks: list[Any], step: Any, batches: list[Any]) -> float | None:
+    """Forward and backward over all microbatches; the summed loss on the last stage."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    iterators = [iter(batches) for _ in chunks]
+    results = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if case.vpp else iterators[0],
+        model=chunks if case.vpp else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=MAX_LEN,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    if not results:
+        return None
+    return float(sum(float(r["loss"]) if "loss" in r else 0.0 for r in results))
+
+
+def named_gradients(chunks: list[Any]) -> dict[str, Tensor]:
+    return {
+        f"chunk{i}.{name}": parameter.main_grad.detach().clone()
+        for i, chunk in enumerate(chunks)
+        for name, parameter in chunk.module.named_parameters()
+    }
+
+
+def make_dp_rows(case: Case, num_rows: int, seed: int = 0) -> list[Rows]:
+    """Rows of this data-parallel rank; microbatches differ in length."""
+    rank = parallel_state.get_data_parallel_rank()
+    pad = case.tp if case.sp else 1
+    return [make_rows(seed + 100 * rank + i, pad, shared_length=6 * i) for i in range(num_rows)]
+
+
+def all_ranks_close(errors: dict[str, float], bound: float) -> None:
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= bound, f"rank {dist.get_rank()}: {worst} {errors[worst]:.3e} > {bound}"
