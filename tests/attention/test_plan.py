@@ -1,0 +1,90 @@
+"""Plans: every visible pair in exactly one pass, in the form that kernels take."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+
+from megatron_pg import PackedLayout, PrefixTree, pack_trees
+from megatron_pg.attention import AttentionPlan, make_attention_plan
+from megatron_pg.tree import dense_mask
+from tests.strategies import forests
+
+
+def covered(plan: AttentionPlan, from_batches: bool) -> torch.Tensor:
+    """How often each (q, kv) pair is computed."""
+    count = torch.zeros(plan.layout.total_tokens, plan.layout.total_tokens, dtype=torch.int64)
+    for p in plan.passes:
+        spans = list(zip(p.q_spans.tolist(), p.kv_spans.tolist()))
+        if from_batches:
+            spans = [
+                (
+                    (b.q_start + i * b.q_step, b.q_start + i * b.q_step + b.q_len),
+                    (b.kv_start + i * b.kv_step, b.kv_start + i * b.kv_step + b.kv_len),
+                )
+                for b in p.span_batches
+                for i in range(b.num_spans)
+            ]
+        for (qs, qe), (ks, ke) in spans:
+            block = torch.ones(qe - qs, ke - ks, dtype=torch.int64)
+            rows = slice(p.q_begin + qs, p.q_begin + qe)
+            columns = slice(p.kv_begin + ks, p.kv_begin + ke)
+            count[rows, columns] += block.tril() if p.causal else block
+    return count
+
+
+@settings(max_examples=200)
+@given(forests())
+def test_passes_cover_the_mask_once(forest: tuple[PackedLayout, list[list[int]]]) -> None:
+    layout, _ = forest
+    plan = make_attention_plan(layout)
+    visible = dense_mask(layout).to(torch.int64)
+    visible[layout.unique_tokens :] = 0
+    assert torch.equal(covered(plan, from_batches=False), visible)
+    assert torch.equal(covered(plan, from_batches=True), visible)
+    assert len(plan.passes) == 1 + layout.forest.depth
+    assert sum(p.attention_pairs for p in plan.passes) == layout.forest.attention_pairs
+
+
+@settings(max_examples=200)
+@given(forests())
+def test_cu_seqlens_say_the_same(forest: tuple[PackedLayout, list[list[int]]]) -> None:
+    layout, _ = forest
+    for p in make_attention_plan(layout).passes:
+        args = p.varlen
+        cu_q, cu_kv = args.cu_seqlens_q.tolist(), args.cu_seqlens_kv.tolist()
+        assert cu_q[0] == cu_kv[0] == 0
+        assert (cu_q[-1], cu_kv[-1]) == (p.q_end - p.q_begin, p.kv_end - p.kv_begin)
+        assert args.cu_seqlens_q.dtype == torch.int32
+        meeting = [
+            ((qs, qe), (ks, ke))
+            for qs, qe, ks, ke in zip(cu_q, cu_q[1:], cu_kv, cu_kv[1:])
+            if qe > qs and ke > ks
+        ]
+        spans = list(zip(map(tuple, p.q_spans.tolist()), map(tuple, p.kv_spans.tolist())))
+        assert meeting == spans
+        assert args.max_seqlen_q == max(np.diff(cu_q)) and args.max_seqlen_kv == max(np.diff(cu_kv))
+        for rows, spans_of, n in (
+            (p.q_rows, p.q_spans, cu_q[-1]),
+            (p.kv_rows, p.kv_spans, cu_kv[-1]),
+        ):
+            inside = [i for s, e in spans_of.tolist() for i in range(s, e)]
+            assert inside == (list(range(n)) if rows is None else rows.tolist())
+
+
+def test_a_star_takes_two_dense_passes() -> None:
+    plan = make_attention_plan(pack_trees([PrefixTree.from_group(10, [4] * 8)]))
+    causal, cross = plan.passes
+    assert [b.num_spans for b in causal.span_batches] == [1, 8]
+    assert (cross.q_begin, cross.q_end, cross.kv_begin, cross.kv_end) == (10, 42, 0, 10)
+    assert cross.q_rows is None and cross.kv_rows is None
+    assert cross.varlen.cu_seqlens_q.tolist() == [0, 32]
+    assert cross.varlen.cu_seqlens_kv.tolist() == [0, 10]
+
+
+def test_gaps_between_trees_become_empty_sequences() -> None:
+    plan = make_attention_plan(pack_trees([PrefixTree.from_group(2, [3])] * 2))
+    args = plan.passes[1].varlen
+    assert args.cu_seqlens_q.tolist() == [0, 3, 5, 5, 8]
+    assert args.cu_seqlens_kv.tolist() == [0, 2, 2, 5, 7]

@@ -1,0 +1,80 @@
+"""The import arrows between packages, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+from tests.utils import ROOT
+
+PACKAGE = ROOT / "megatron_pg"
+BOTTOM = {"tree", "attention", "parallel", "data", "loss"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "tree": set(),
+    "attention": {"tree"},
+    "parallel": {"tree", "attention"},
+    "data": {"tree"},
+    "loss": {"tree"},
+    "rollout": {"data"},
+    "mcore": BOTTOM,
+    "checkpoint": {"mcore"},
+    "train": BOTTOM | {"mcore", "rollout", "checkpoint"},
+}
+MEGATRON = {"mcore", "checkpoint", "train"}
+
+
+def imports(path) -> list[tuple[str, list[str]]]:
+    """Absolute names of what a module imports, with the names taken."""
+    found = []
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = module[: len(module) - node.level + 1] if node.level else ()
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((name, [alias.name for alias in node.names]))
+    return found
+
+
+def test_arrows() -> None:
+    crossings = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).parts
+        if len(parts) == 1:
+            continue
+        package = parts[0]
+        assert package in MAY_IMPORT, f"{package} has no place in the architecture"
+        for name, taken in imports(path):
+            if name.split(".")[0] == "megatron":
+                assert package in MEGATRON, f"{path} imports {name}"
+            if not name.startswith("megatron_pg"):
+                continue
+            target = name.split(".")[1:] or [taken[0]]
+            if target[0] == package:
+                continue
+            crossings += 1
+            assert target[0] in MAY_IMPORT[package], f"{path}: {package} may not import {target[0]}"
+            assert len(target) == 1, f"{path} imports {name}; take it from {target[0]}'s __init__"
+            assert not any(t.startswith("_") for t in taken), (
+                f"{path} takes a private name: {taken}"
+            )
+    assert crossings > 5
+
+
+def test_imports_without_megatron() -> None:
+    """The Megatron-free half works where neither Megatron nor a GPU package is importable."""
+    code = (
+        "import sys\n"
+        "for name in ('megatron', 'transformer_engine', 'flash_attn', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "import megatron_pg, megatron_pg.data, megatron_pg.loss, megatron_pg.rollout\n"
+        "tree = megatron_pg.PrefixTree.from_group(2, [1])\n"
+        "print(megatron_pg.pack_trees([tree]).total_tokens)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "3", done.stderr
