@@ -1,6 +1,30 @@
 """What is optimised: logprobs, advantages, policy losses and their aggregation."""
 
+from .advantage import (
+    ADVANTAGE_ESTIMATORS,
+    GroupAdvantages,
+    group_advantages,
+    overlong_penalty,
+)
+from .importance import IMPORTANCE_BOUNDS, importance_weights
+from .kl import KL_KINDS, kl_in_reward, kl_penalty
 from .logprobs import vocab_parallel_logprobs
+from .policy import POLICY_LOSSES, PolicyLossConfig, register_policy_loss
 from .predictors import gather_predictors
 
-__all__ = ["gather_predictors", "vocab_parallel_logprobs"]
+__all__ = [
+    "ADVANTAGE_ESTIMATORS",
+    "GroupAdvantages",
+    "IMPORTANCE_BOUNDS",
+    "KL_KINDS",
+    "POLICY_LOSSES",
+    "PolicyLossConfig",
+    "gather_predictors",
+    "group_advantages",
+    "importance_weights",
+    "kl_in_reward",
+    "kl_penalty",
+    "overlong_penalty",
+    "register_policy_loss",
+    "vocab_parallel_logprobs",
+]
