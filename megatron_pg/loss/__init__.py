@@ -1,0 +1,36 @@
+"""What is optimised: logprobs, advantages, policy losses and their aggregation."""
+
+from .advantage import (
+    ADVANTAGE_ESTIMATORS,
+    GroupAdvantages,
+    group_advantages,
+    overlong_penalty,
+)
+from .aggregate import AGGREGATION_MODES, aggregation_weights
+from .grpo import grpo_loss, metric_means
+from .importance import IMPORTANCE_BOUNDS, importance_weights
+from .kl import KL_KINDS, kl_in_reward, kl_penalty
+from .logprobs import vocab_parallel_logprobs
+from .policy import POLICY_LOSSES, PolicyLossConfig, register_policy_loss
+from .predictors import gather_predictors
+
+__all__ = [
+    "ADVANTAGE_ESTIMATORS",
+    "AGGREGATION_MODES",
+    "GroupAdvantages",
+    "IMPORTANCE_BOUNDS",
+    "KL_KINDS",
+    "POLICY_LOSSES",
+    "PolicyLossConfig",
+    "aggregation_weights",
+    "gather_predictors",
+    "group_advantages",
+    "grpo_loss",
+    "importance_weights",
+    "kl_in_reward",
+    "kl_penalty",
+    "metric_means",
+    "overlong_penalty",
+    "register_policy_loss",
+    "vocab_parallel_logprobs",
+]
