@@ -1,6 +1,7 @@
 """How Megatron-Core runs prefix-grouped attention."""
 
 from . import cpu
+from .builder import gpt_builder
 from .core_attention import AttentionCalls, count_attention_calls
 from .model import PrefixGroupedGPTModel
 from .norm import (
@@ -22,6 +23,7 @@ __all__ = [
     "SequenceParallelRMSNorm",
     "count_attention_calls",
     "cpu",
+    "gpt_builder",
     "validate_config",
     "with_prefix_grouped_attention",
     "with_sequence_parallel_norms",

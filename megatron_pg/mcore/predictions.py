@@ -14,8 +14,8 @@ class Predictions:
 
     Attributes:
         predictor_ids: ``[E]`` int64 on the CPU, packed index whose hidden state predicts.
-        target_tokens: ``[E]`` int64 on the model's device, token to be predicted.
-        temperature: logits are divided by it.
+        target_tokens: ``[E]`` int64 on the CPU, token to be predicted.
+        temperature: logits are divided by it; a number, or ``[E]`` on the CPU.
         vocab_size: entries of the vocabulary that take part in the softmax; all, padding
             included, when None.
         with_entropy: also return the entropy of every prediction.
@@ -24,7 +24,7 @@ class Predictions:
 
     predictor_ids: Tensor
     target_tokens: Tensor
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
     vocab_size: int | None = None
     with_entropy: bool = False
     chunk_tokens: int = 1024
@@ -35,8 +35,10 @@ class Predictions:
                 f"predictor_ids {tuple(self.predictor_ids.shape)} and target_tokens "
                 f"{tuple(self.target_tokens.shape)} must be one-dimensional and equally long"
             )
-        if self.predictor_ids.device != torch.device("cpu"):
-            raise ValueError(
-                f"predictor_ids must stay on the CPU, got {self.predictor_ids.device}: the row's "
-                "owners are found from them without a device synchronisation"
-            )
+        for name in ("predictor_ids", "target_tokens"):
+            device = getattr(self, name).device
+            if device != torch.device("cpu"):
+                raise ValueError(
+                    f"{name} must stay on the CPU, got {device}: which rank owns a row or a token "
+                    "is found from it without a device synchronisation"
+                )
