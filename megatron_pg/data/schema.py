@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,19 +114,20 @@ class RowParser:
     def _build(
         self, row: Mapping[str, Any], prompt_ids: list[int], response_ids: list[int]
     ) -> ParsedRow:
-        prompt = torch.tensor(prompt_ids, dtype=torch.int64)
-        key = prompt.numpy().tobytes()
-        prompt = self._prompts.setdefault(key, prompt)
+        prompt = np.array(prompt_ids, dtype=np.int64)
+        key = prompt.tobytes()
+        shared_prompt = self._prompts.setdefault(key, torch.from_numpy(prompt))
         num_tokens = len(response_ids)
         advantage = row.get("advantage")
         if isinstance(advantage, int | float):
             advantage = [advantage] * num_tokens
+        mask = row.get("loss_mask", [True] * num_tokens)
         metadata = row.get("metadata", {})
         sample = Sample(
-            prompt_ids=prompt,
-            response_ids=torch.tensor(response_ids, dtype=torch.int64),
+            prompt_ids=shared_prompt,
+            response_ids=torch.from_numpy(np.array(response_ids, dtype=np.int64)),
             reward=float(row["reward"]),
-            loss_mask=torch.tensor(row.get("loss_mask", [True] * num_tokens), dtype=torch.bool),
+            loss_mask=torch.from_numpy(np.array(mask, dtype=bool)),
             rollout_logprobs=_as_float64(row.get("rollout_logprobs")),
             old_logprobs=_as_float64(row.get("old_logprobs")),
             ref_logprobs=_as_float64(row.get("ref_logprobs")),
@@ -162,7 +164,7 @@ def _unknown_field(name: str) -> str:
 
 
 def _as_float64(values: list[float] | None) -> Tensor | None:
-    return None if values is None else torch.tensor(values, dtype=torch.float64)
+    return None if values is None else torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 def _check_tokens(value: Any) -> str | None:
@@ -182,6 +184,8 @@ def _check_tokens(value: Any) -> str | None:
 def _check_mask(value: Any) -> str | None:
     if not isinstance(value, list):
         return f"must be a list of 0 and 1, got {_show(value)}"
+    if set(map(type, value)) <= {int, bool} and set(value) <= {0, 1}:
+        return None
     for i, flag in enumerate(value):
         if type(flag) not in (int, bool) or flag not in (0, 1):
             return f"value {i} is {_show(flag)}, must be 0 or 1"
@@ -200,6 +204,9 @@ def _check_number(value: Any) -> str | None:
 def _check_numbers(value: Any) -> str | None:
     if not isinstance(value, list):
         return f"must be a list of numbers, got {_show(value)}"
+    # The usual case without a Python call per value.
+    if set(map(type, value)) == {float} and all(map(math.isfinite, value)):
+        return None
     for i, number in enumerate(value):
         if wrong := _check_number(number):
             return f"value {i} {wrong}"
@@ -209,10 +216,10 @@ def _check_numbers(value: Any) -> str | None:
 def _check_logprobs(value: Any) -> str | None:
     if wrong := _check_numbers(value):
         return wrong
-    for i, logprob in enumerate(value):
-        if logprob > LOGPROB_SLACK:
-            return f"value {i} is {logprob}, a logprob is at most 0"
-    return None
+    if max(value, default=0) <= LOGPROB_SLACK:
+        return None
+    where = next(i for i, logprob in enumerate(value) if logprob > LOGPROB_SLACK)
+    return f"value {where} is {value[where]}, a logprob is at most 0"
 
 
 def _check_advantage(value: Any) -> str | None:

@@ -13,6 +13,7 @@ from megatron_pg.data import (
     CostModel,
     GroupShape,
     PackPlan,
+    RowPart,
     balance_groups,
     equalize_num_microbatches,
     make_microbatches,
@@ -112,6 +113,15 @@ def test_groups_are_parted_before_samples():
     assert four.num_fillers == 0
     five = equalize_num_microbatches([short, long], multiple_of=5)[0]
     assert five.num_fillers == 1 and five.rows[-1] == ()
+
+
+def test_cheap_row_of_groups_is_divided_before_a_dear_group():
+    lens = ([9, 9], [1], [1])
+    shapes = tuple(GroupShape("g", PrefixTree.from_group(1, r), np.array(r)) for r in lens)
+    rows = ((RowPart(0, (0, 1)),), (RowPart(1, (0,)), RowPart(2, (0,))))
+    three = plan_rows(shapes_with_lens([19] * 3), 19)
+    equal = equalize_num_microbatches([PackPlan(shapes, rows), three])[0]
+    assert [[part.group for part in row] for row in equal.rows] == [[0], [1], [2]]
 
 
 def test_dearest_row_is_divided_first():

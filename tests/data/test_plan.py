@@ -125,6 +125,23 @@ def test_costs_are_evened_out_where_there_is_room():
     assert max(costs) < sum(n * (n + 1) / 2 for n in (50, 40, 30, 30))
 
 
+def test_tight_budgets_hold_whether_levelled_or_not():
+    # Costs that differ from lengths: the cheapest row is often a full one.
+    attention = CostModel(per_token=0, per_attention_pair=1, per_loss_token=0)
+    levelled = 0
+    for seed in range(300):
+        lens = np.random.default_rng(seed).integers(2, 9, 9).tolist()
+        shapes = [make_shape(1, [n - 1]) for n in lens]
+        plan = plan_rows(shapes, 14, cost_model=attention)
+        filled = [sum(lens[part.group] for part in row) for row in plan.rows]
+        assert max(filled) <= 14 and sum(filled) == sum(lens)
+        same_for_all = CostModel(per_token=0, per_attention_pair=0, per_loss_token=0)
+        unlevelled = plan_rows(shapes, 14, cost_model=same_for_all)
+        assert len(unlevelled.rows) == len(plan.rows)
+        levelled += max(plan.row_costs(attention)) < max(unlevelled.row_costs(attention))
+    assert 20 < levelled < 280
+
+
 def test_no_groups_no_rows():
     assert plan_rows([], 10).rows == ()
     assert plan_rows([make_shape(1, [1])], 10, members=[]).rows == ()
