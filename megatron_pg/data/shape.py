@@ -96,7 +96,7 @@ def group_shape(group: Group, min_shared: int | None = None) -> GroupShape:
 
 
 def select_samples(tree: PrefixTree, samples: Sequence[int]) -> PrefixTree:
-    """The part of ``tree`` that lies on the paths of ``samples``, which keep the order given."""
+    """Lengths of the part of ``tree`` on the paths of ``samples``, which keep the order given."""
     if list(samples) == list(range(tree.num_samples)):
         return tree
     ends = tree.sample_segments[list(samples)]
