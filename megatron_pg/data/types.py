@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..tree import PackedLayout
 
 Status = Literal["completed", "truncated", "aborted"]
+
+OPTIONAL_TOKEN_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,7 +33,11 @@ class Sample:
         ref_logprobs: ``[R]`` reference model's logprobs.
         advantages: ``[R]`` when the caller computed them; else from the group's rewards.
         status: whether the response ended by itself.
+        sample_id: name of the sample in its source, for messages.
         metadata: carried along, never read by training.
+
+    Raises:
+        ValueError: if a tensor has another shape or dtype, or if the reward is not finite.
     """
 
     prompt_ids: Tensor
@@ -42,12 +49,38 @@ class Sample:
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     status: Status = "completed"
+    sample_id: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "response_ids"):
+            tokens = getattr(self, name)
+            if tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens):
+                raise ValueError(
+                    f"{name} must be a one-dimensional int64 tensor of at least one token, got "
+                    f"shape {tuple(tokens.shape)} and dtype {tokens.dtype}"
+                )
+        if self.loss_mask.dtype != torch.bool:
+            raise ValueError(f"loss_mask must be bool, got {self.loss_mask.dtype}; use mask.bool()")
+        for name in ("loss_mask", *OPTIONAL_TOKEN_VALUES):
+            values = getattr(self, name)
+            if values is not None and values.shape != self.response_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(values.shape)}, the response has "
+                    f"{len(self.response_ids)} tokens; give one value per response token"
+                )
+        if not math.isfinite(self.reward):
+            raise ValueError(f"reward={self.reward} must be finite; drop or re-score the sample")
 
     @cached_property
     def tokens(self) -> Tensor:
         """``[P + R]`` int64: the written-out sequence."""
         return torch.cat([self.prompt_ids, self.response_ids])
+
+    @cached_property
+    def num_loss_tokens(self) -> int:
+        """Trained tokens."""
+        return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +105,14 @@ class Microbatch:
 
     M is the number of trained (sample, token) pairs of the row, in the order of the row's samples
     and root to leaf within each; E <= M is the number of distinct packed tokens among them (a
-    trained token that samples share is predicted once and counted once per sample).
+    trained token that samples share is predicted once and counted once per sample). M is 0 when no
+    token of the row is trained, as in a filler.
 
     Attributes:
         tokens: ``[total_tokens]`` int64 row.
         layout: where every token stands.
-        sample_numbers: ``[num_samples]`` int64 place of the row's samples in the global batch.
+        sample_numbers: ``[num_samples]`` int64 place of the row's samples in the global batch; -1
+            for the one sample of a filler, which belongs to no group.
         predictor_ids: ``[E]`` int64 packed index whose hidden state predicts the token.
         target_tokens: ``[E]`` int64 token to be predicted.
         edge_ids: ``[M]`` int64 in [0, E): which prediction a trained token reads.
@@ -99,3 +134,59 @@ class Microbatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """M, trained (sample, token) pairs."""
+        return len(self.edge_ids)
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether the row only keeps data-parallel ranks in step and contributes nothing."""
+        return bool((self.sample_numbers < 0).all())
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """``[M]`` int64: place of every trained token in its written-out sample."""
+        return self.layout.position_ids[self.predictor_ids][self.edge_ids] + 1
+
+    def split_by_sample(self, values: Tensor) -> tuple[Tensor, ...]:
+        """``values`` ``[M, ...]`` as one tensor per sample of the row, in ``sample_numbers`` order.
+
+        Entry j of sample i belongs to token ``split_by_sample(positions)[i][j]`` of the written-out
+        sample. A sample without trained tokens gets an empty tensor.
+
+        Raises:
+            ValueError: if ``values`` has another number of rows than M.
+        """
+        self._check_entries("values", values)
+        counts = torch.bincount(self.sample_ids, minlength=len(self.sample_numbers))
+        return torch.split(values, counts.tolist())
+
+    def with_logprobs(
+        self, *, old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None
+    ) -> Microbatch:
+        """Copy with recomputed logprobs ``[M]``, stored as float64 on the CPU; None keeps a field.
+
+        Raises:
+            ValueError: if a tensor has another number of rows than M.
+        """
+        return replace(
+            self,
+            old_logprobs=self._as_entries("old_logprobs", old_logprobs),
+            ref_logprobs=self._as_entries("ref_logprobs", ref_logprobs),
+        )
+
+    def _as_entries(self, name: str, logprobs: Tensor | None) -> Tensor | None:
+        if logprobs is None:
+            kept: Tensor | None = getattr(self, name)
+            return kept
+        self._check_entries(name, logprobs)
+        return logprobs.detach().to("cpu", torch.float64)
+
+    def _check_entries(self, name: str, values: Tensor) -> None:
+        if values.shape[:1] != (self.num_loss_tokens,):
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, its first dim must be "
+                f"{self.num_loss_tokens}, one entry per trained (sample, token) pair"
+            )

@@ -1,0 +1,92 @@
+"""What a row costs: tokens, attention pairs and loss tokens on one scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tree import PrefixTree
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """Cost that is linear in unique tokens, attention pairs and loss tokens.
+
+    Only ratios of costs matter, so the unit is free: ``from_model_dims`` counts FLOPs of a forward
+    pass (the backward pass scales all three alike). The default has the ratios of a decoder with
+    1.5 billion parameters (hidden 1536, 28 layers, vocabulary 151936), in units of one token.
+
+    Attributes:
+        per_token: linear layers of all decoder layers, per unique token.
+        per_attention_pair: scores and their product with the values, per visible (q, kv) pair.
+        per_loss_token: output layer, per trained token.
+    """
+
+    per_token: float = 1.0
+    per_attention_pair: float = 6.6e-5
+    per_loss_token: float = 0.18
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value} must be finite and not negative")
+
+    @classmethod
+    def from_model_dims(
+        cls,
+        *,
+        hidden_size: int,
+        num_layers: int,
+        ffn_hidden_size: int,
+        vocab_size: int,
+        num_attention_heads: int,
+        num_query_groups: int | None = None,
+        kv_channels: int | None = None,
+        gated_linear_unit: bool = True,
+    ) -> CostModel:
+        """Forward FLOPs of a dense decoder; two per multiply-add.
+
+        Args:
+            hidden_size: width of the residual stream.
+            num_layers: decoder layers.
+            ffn_hidden_size: width inside the MLP.
+            vocab_size: rows of the output layer.
+            num_attention_heads: query heads.
+            num_query_groups: key and value heads; ``num_attention_heads`` when None.
+            kv_channels: width of a head; ``hidden_size // num_attention_heads`` when None.
+            gated_linear_unit: whether the MLP has a gate (three matrices instead of two).
+
+        Raises:
+            ValueError: if a size is below 1.
+        """
+        num_query_groups = num_attention_heads if num_query_groups is None else num_query_groups
+        if kv_channels is None:
+            kv_channels = hidden_size // max(num_attention_heads, 1)
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "ffn_hidden_size": ffn_hidden_size,
+            "vocab_size": vocab_size,
+            "num_attention_heads": num_attention_heads,
+            "num_query_groups": num_query_groups,
+            "kv_channels": kv_channels,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        # Query and output projections, key and value projections, MLP matrices.
+        attention = 2 * (num_attention_heads + num_query_groups) * kv_channels * hidden_size
+        mlp = (3 if gated_linear_unit else 2) * hidden_size * ffn_hidden_size
+        return cls(
+            per_token=2.0 * num_layers * (attention + mlp),
+            per_attention_pair=4.0 * num_layers * num_attention_heads * kv_channels,
+            per_loss_token=2.0 * hidden_size * vocab_size,
+        )
+
+    def estimate(self, tree: PrefixTree, loss_tokens: int = 0) -> float:
+        """Cost of a tree whose samples train ``loss_tokens`` tokens; several trees add up."""
+        return (
+            self.per_token * tree.unique_tokens
+            + self.per_attention_pair * tree.attention_pairs
+            + self.per_loss_token * loss_tokens
+        )

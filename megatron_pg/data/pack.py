@@ -1,0 +1,220 @@
+"""Microbatches: the planned rows with their tokens and training values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..tree import PackedLayout
+from .cost import CostModel
+from .plan import PackPlan, plan_rows
+from .shape import group_shape
+from .types import OPTIONAL_TOKEN_VALUES, Group, Microbatch, Sample
+
+Groups = Sequence[Group] | Mapping[int, Group]
+
+
+def pack_groups(
+    groups: Sequence[Group],
+    max_tokens: int,
+    *,
+    members: Sequence[int] | None = None,
+    sample_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    min_shared: int | None = None,
+    cost_model: CostModel | None = None,
+    pad_to_multiple: int = 1,
+    pad_id: int = 0,
+) -> list[Microbatch]:
+    """Microbatches of at most ``max_tokens`` unique tokens that train ``groups``.
+
+    Equals ``plan_rows`` on the groups' shapes, then ``make_microbatches``. Every sample stands in
+    exactly one row; a group that fits into one row is not divided; groups never share tokens with
+    each other, equal prompts or not.
+
+    Args:
+        groups: the global batch.
+        max_tokens: budget of a row in unique tokens, padding included.
+        members: indices of the groups to be packed (one list of ``balance_groups``); None packs
+            all. Places in the global batch do not depend on it.
+        sample_weights: ``[N]`` share of each trained token of a sample in the global loss, for all
+            N samples of the global batch in group order; None is the token mean, one over the
+            number of trained tokens of the global batch.
+        advantages: ``[N]`` scalar per sample; None takes the samples' own.
+        min_shared: as in ``group_tree``: None shares exactly the prompt, an integer every run of at
+            least that many tokens.
+        cost_model: evens out the rows; the default model when None.
+        pad_to_multiple: every row's length becomes a multiple of this.
+        pad_id: token written on padding.
+
+    Raises:
+        ValueError: if one sample exceeds the budget, on missing advantages, if some samples have a
+            kind of logprobs and others do not, or if a tensor does not have N entries.
+    """
+    shapes = [group_shape(group, min_shared) for group in groups]
+    plan = plan_rows(
+        shapes,
+        max_tokens,
+        members=members,
+        cost_model=cost_model,
+        pad_to_multiple=pad_to_multiple,
+    )
+    return make_microbatches(
+        plan, groups, sample_weights=sample_weights, advantages=advantages, pad_id=pad_id
+    )
+
+
+def make_microbatches(
+    plan: PackPlan,
+    groups: Groups,
+    *,
+    sample_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    pad_id: int = 0,
+) -> list[Microbatch]:
+    """All rows of ``plan``, see ``pack_groups``.
+
+    Args:
+        plan: rows of one rank.
+        groups: by index in the global batch; a mapping may hold only the groups of the plan.
+        sample_weights: ``[N]``, as in ``pack_groups``.
+        advantages: ``[N]``, as in ``pack_groups``.
+        pad_id: token written on padding.
+
+    Raises:
+        ValueError: as ``pack_groups``.
+    """
+    values = _training_values(plan, groups, sample_weights, advantages)
+    return [_build_row(plan, row, groups, values, pad_id) for row in range(len(plan.rows))]
+
+
+def make_microbatch(
+    plan: PackPlan,
+    row: int,
+    groups: Groups,
+    *,
+    sample_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    pad_id: int = 0,
+) -> Microbatch:
+    """Row ``row`` of ``plan``; equals ``make_microbatches(plan, groups, ...)[row]``.
+
+    Raises:
+        ValueError: as ``pack_groups``.
+    """
+    values = _training_values(plan, groups, sample_weights, advantages)
+    return _build_row(plan, row, groups, values, pad_id)
+
+
+@dataclass(frozen=True, eq=False)
+class _TrainingValues:
+    """Values per sample of the global batch, and which per-token values the samples carry."""
+
+    weights: Tensor
+    advantages: Tensor | None
+    own: tuple[str, ...]
+
+
+def _training_values(
+    plan: PackPlan, groups: Groups, sample_weights: Tensor | None, advantages: Tensor | None
+) -> _TrainingValues:
+    num_samples = int(plan.sample_offsets[-1])
+    weights = _per_sample("sample_weights", sample_weights, num_samples)
+    if weights is None:
+        weights = torch.full((num_samples,), 1 / max(plan.loss_tokens, 1), dtype=torch.float64)
+    scalars = _per_sample("advantages", advantages, num_samples)
+    own = _carried_fields(groups.values() if isinstance(groups, Mapping) else groups)
+    if scalars is not None:
+        own = tuple(name for name in own if name != "advantages")
+    elif "advantages" not in own and plan.shapes:
+        raise ValueError(
+            "the samples carry no advantages; pass advantages=, one number per sample of the "
+            "global batch"
+        )
+    return _TrainingValues(weights, scalars, own)
+
+
+def _carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
+    """Optional values that the samples carry. Raises: ValueError when only some carry one."""
+    first: tuple[str, int, dict[str, bool]] | None = None
+    for group in groups:
+        for i, sample in enumerate(group.samples):
+            has = {name: getattr(sample, name) is not None for name in OPTIONAL_TOKEN_VALUES}
+            first = first or (group.group_id, i, has)
+            for name in OPTIONAL_TOKEN_VALUES:
+                if has[name] != first[2][name]:
+                    one, other = ("has", "has not") if has[name] else ("has no", "has")
+                    raise ValueError(
+                        f"sample {i} of group {group.group_id!r} {one} {name}, sample {first[1]} "
+                        f"of group {first[0]!r} {other}; give them for all samples or for none"
+                    )
+    return tuple(name for name in OPTIONAL_TOKEN_VALUES if first and first[2][name])
+
+
+def _per_sample(name: str, values: Tensor | None, num_samples: int) -> Tensor | None:
+    if values is None:
+        return None
+    if values.shape != (num_samples,):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}, the global batch has {num_samples} samples; "
+            "give one number per sample, in group order"
+        )
+    return values.detach().to("cpu", torch.float64)
+
+
+def _build_row(
+    plan: PackPlan, row: int, groups: Groups, values: _TrainingValues, pad_id: int
+) -> Microbatch:
+    layout, parts = plan.row_layout(row), plan.rows[row]
+    samples = [groups[part.group].samples[i] for part in parts for i in part.samples]
+    if not samples:
+        return _build_filler(layout, values, pad_id)
+    places = [int(plan.sample_offsets[p.group]) + i for p in parts for i in p.samples]
+    sample_numbers = torch.tensor(places)
+    tokens = layout.pack_tokens([sample.tokens for sample in samples], pad_id)
+    masks = [_logical_mask(sample) for sample in samples]
+    packed, edge_ids = torch.unique(layout.logical_to_packed[torch.cat(masks)], return_inverse=True)
+    counts = torch.tensor([sample.num_loss_tokens for sample in samples])
+    sample_ids = torch.repeat_interleave(counts)
+    own = {
+        name: torch.cat([getattr(s, name)[s.loss_mask] for s in samples]).double()
+        for name in values.own
+    }
+    if values.advantages is not None:
+        own["advantages"] = values.advantages[sample_numbers[sample_ids]]
+    return Microbatch(
+        tokens=tokens,
+        layout=layout,
+        sample_numbers=sample_numbers,
+        predictor_ids=layout.predictor_of[packed],
+        target_tokens=tokens[packed],
+        edge_ids=edge_ids,
+        sample_ids=sample_ids,
+        weights=values.weights[sample_numbers[sample_ids]],
+        **own,
+    )
+
+
+def _build_filler(layout: PackedLayout, values: _TrainingValues, pad_id: int) -> Microbatch:
+    """A valid row that trains nothing, with the fields that the other rows have."""
+    no_ids = torch.empty(0, dtype=torch.int64)
+    no_values = torch.empty(0, dtype=torch.float64)
+    return Microbatch(
+        tokens=torch.full((layout.total_tokens,), pad_id),
+        layout=layout,
+        sample_numbers=torch.tensor([-1]),
+        predictor_ids=no_ids,
+        target_tokens=no_ids,
+        edge_ids=no_ids,
+        sample_ids=no_ids,
+        weights=no_values,
+        **dict.fromkeys({*values.own, "advantages"}, no_values),
+    )
+
+
+def _logical_mask(sample: Sample) -> Tensor:
+    """``[P + R]`` bool: the loss mask, with the prompt untrained."""
+    return torch.cat([sample.loss_mask.new_zeros(len(sample.prompt_ids)), sample.loss_mask])

@@ -1,0 +1,279 @@
+"""The schema of recorded rollouts, one row per response; JSONL and parquet both follow it.
+
+==================  =========  =====================================================================
+field               required   value
+==================  =========  =====================================================================
+prompt_ids          ids form   token ids, at least one
+response_ids        ids form   token ids, at least one
+prompt              text form  string, or chat messages ``[{"role": ..., "content": ...}, ...]``
+response            text form  string
+reward              yes        finite number
+group_id            no         string or integer, on every row or on none; without it, rows with
+                               equal prompts form a group
+sample_id           no         string or integer, unique
+loss_mask           no         0 or 1 per response token; all 1 when absent
+rollout_logprobs    no         number <= 0 per response token, likewise ``old_logprobs``,
+                               ``ref_logprobs``; on all rows of a group or on none
+advantage           no         number, or one number per response token; as the logprobs
+status              no         completed (default), truncated, aborted
+metadata            no         object, or a JSON string that holds one
+==================  =========  =====================================================================
+
+A null counts as absent. Per-token fields need the ids form: text tokenized anew may have other
+tokens than those that the values belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .text import TextEncoder, check_prompt
+from .types import Sample, Status
+
+# Rounding in the rollout engine may leave a logprob of a sure token slightly above 0.
+LOGPROB_SLACK = 1e-3
+# Ids beyond this fit into no tokenizer and, worse, not into int32 kernels.
+MAX_TOKEN_ID = 2**31 - 1
+
+# (field, what is wrong with it)
+Errors = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """A valid row: its sample, and what puts it into a group."""
+
+    sample: Sample
+    group_id: str | None
+    prompt_key: bytes
+
+
+class RowParser:
+    """Checks rows against the schema and turns them into samples.
+
+    Args:
+        encoder: tokenizes the text form; None refuses it.
+        vocab_size: token ids must lie below; None checks only that they are plausible.
+    """
+
+    def __init__(self, encoder: TextEncoder | None, vocab_size: int | None) -> None:
+        self._encoder = encoder
+        self._vocab_size = vocab_size
+        # Rows of a group share one tensor, which saves memory and makes comparisons cheap.
+        self._prompts: dict[bytes, Tensor] = {}
+
+    def parse(self, row: Mapping[str, Any]) -> ParsedRow | Errors:
+        """The row as a sample, or everything that is wrong with it."""
+        row = {name: value for name, value in row.items() if value is not None}
+        errors = [(name, _unknown_field(name)) for name in row if name not in FIELDS]
+        for name, check in FIELDS.items():
+            if name in row and (wrong := check(row[name])):
+                errors.append((name, wrong))
+        errors += _form_errors(row, has_encoder=self._encoder is not None)
+        if errors:
+            return errors
+        try:
+            prompt_ids, response_ids = self._token_ids(row)
+        except Exception as error:  # whatever a tokenizer or its template raises
+            return [("prompt", f"could not be tokenized: {type(error).__name__}: {error}")]
+        suffix = "_ids" if "prompt_ids" in row else ""
+        errors += self._vocabulary_errors(f"prompt{suffix}", prompt_ids)
+        errors += self._vocabulary_errors(f"response{suffix}", response_ids)
+        for name in PER_TOKEN:
+            values = row.get(name)
+            if isinstance(values, list) and len(values) != len(response_ids):
+                message = f"has {len(values)} values, the response has {len(response_ids)} tokens"
+                errors.append((name, message))
+        return errors or self._build(row, prompt_ids, response_ids)
+
+    def _token_ids(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        if "prompt_ids" in row:
+            return row["prompt_ids"], row["response_ids"]
+        assert self._encoder is not None, "_form_errors refuses text without an encoder"
+        is_completed = row.get("status", "completed") == "completed"
+        prompt_ids = self._encoder.encode_prompt(row["prompt"])
+        return prompt_ids, self._encoder.encode_response(row["response"], is_completed)
+
+    def _vocabulary_errors(self, field: str, ids: list[int]) -> Errors:
+        if not ids:
+            return [(field, "has no tokens")]
+        if self._vocab_size is None or max(ids) < self._vocab_size:
+            return []
+        where = next(i for i, token in enumerate(ids) if token >= self._vocab_size)
+        return [(field, f"token {where} is {ids[where]}, vocab_size is {self._vocab_size}")]
+
+    def _build(
+        self, row: Mapping[str, Any], prompt_ids: list[int], response_ids: list[int]
+    ) -> ParsedRow:
+        prompt = np.array(prompt_ids, dtype=np.int64)
+        key = prompt.tobytes()
+        shared_prompt = self._prompts.setdefault(key, torch.from_numpy(prompt))
+        num_tokens = len(response_ids)
+        advantage = row.get("advantage")
+        if isinstance(advantage, int | float):
+            advantage = [advantage] * num_tokens
+        mask = row.get("loss_mask", [True] * num_tokens)
+        metadata = row.get("metadata", {})
+        sample = Sample(
+            prompt_ids=shared_prompt,
+            response_ids=torch.from_numpy(np.array(response_ids, dtype=np.int64)),
+            reward=float(row["reward"]),
+            loss_mask=torch.from_numpy(np.array(mask, dtype=bool)),
+            rollout_logprobs=_as_float64(row.get("rollout_logprobs")),
+            old_logprobs=_as_float64(row.get("old_logprobs")),
+            ref_logprobs=_as_float64(row.get("ref_logprobs")),
+            advantages=_as_float64(advantage),
+            status=row.get("status", "completed"),
+            sample_id=str(row["sample_id"]) if "sample_id" in row else None,
+            metadata=json.loads(metadata) if isinstance(metadata, str) else metadata,
+        )
+        group_id = str(row["group_id"]) if "group_id" in row else None
+        return ParsedRow(sample, group_id, key)
+
+
+def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
+    """What keeps the row from being in one complete form, ids or text."""
+    errors = [] if "reward" in row else [("reward", "is missing")]
+    has_text = [name for name in TEXT_FORM if name in row]
+    if has_text and any(name in row for name in IDS_FORM):
+        message = "stands beside token ids, which are exact; keep the ids, put text into 'metadata'"
+        return [*errors, (has_text[0], message)]
+    form = TEXT_FORM if has_text else IDS_FORM
+    errors += [(name, "is missing") for name in form if name not in row]
+    if has_text:
+        if not has_encoder:
+            errors.append((has_text[0], "is text; pass tokenizer="))
+        message = "belongs to tokens that text does not determine; give prompt_ids and response_ids"
+        errors += [(name, message) for name in PER_TOKEN if isinstance(row.get(name), list)]
+    return errors
+
+
+def _unknown_field(name: str) -> str:
+    close = get_close_matches(name, FIELDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "put it under 'metadata'"
+    return f"is no field of the schema; {hint}"
+
+
+def _as_float64(values: list[float] | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def _check_tokens(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"must be a list of token ids, got {_show(value)}"
+    if not value:
+        return "has no tokens"
+    if not set(map(type, value)) <= {int}:
+        where = next(i for i, token in enumerate(value) if type(token) is not int)
+        return f"token {where} is {_show(value[where])}, must be an integer"
+    if min(value) < 0 or max(value) > MAX_TOKEN_ID:
+        where = next(i for i, token in enumerate(value) if not 0 <= token <= MAX_TOKEN_ID)
+        return f"token {where} is {value[where]}, must lie in [0, vocab_size)"
+    return None
+
+
+def _check_mask(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"must be a list of 0 and 1, got {_show(value)}"
+    if set(map(type, value)) <= {int, bool} and set(value) <= {0, 1}:
+        return None
+    for i, flag in enumerate(value):
+        if type(flag) not in (int, bool) or flag not in (0, 1):
+            return f"value {i} is {_show(flag)}, must be 0 or 1"
+    return None
+
+
+def _check_number(value: Any) -> str | None:
+    if type(value) not in (int, float):
+        return f"must be a number, got {_show(value)}"
+    try:
+        return None if math.isfinite(value) else f"is {value}, must be finite"
+    except OverflowError:
+        return "is too large for a floating-point number"
+
+
+def _check_numbers(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"must be a list of numbers, got {_show(value)}"
+    # The usual case without a Python call per value.
+    if set(map(type, value)) == {float} and all(map(math.isfinite, value)):
+        return None
+    for i, number in enumerate(value):
+        if wrong := _check_number(number):
+            return f"value {i} {wrong}"
+    return None
+
+
+def _check_logprobs(value: Any) -> str | None:
+    if wrong := _check_numbers(value):
+        return wrong
+    if max(value, default=0) <= LOGPROB_SLACK:
+        return None
+    where = next(i for i, logprob in enumerate(value) if logprob > LOGPROB_SLACK)
+    return f"value {where} is {value[where]}, a logprob is at most 0"
+
+
+def _check_advantage(value: Any) -> str | None:
+    return _check_numbers(value) if isinstance(value, list) else _check_number(value)
+
+
+def _check_id(value: Any) -> str | None:
+    if type(value) is int or (isinstance(value, str) and value):
+        return None
+    return f"must be a non-empty string or an integer, got {_show(value)}"
+
+
+def _check_text(value: Any) -> str | None:
+    if isinstance(value, str) and value:
+        return None
+    return f"must be a non-empty string, got {_show(value)}"
+
+
+def _check_status(value: Any) -> str | None:
+    if value in get_args(Status):
+        return None
+    return f"is {_show(value)}, must be one of {', '.join(get_args(Status))}"
+
+
+def _check_metadata(value: Any) -> str | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return f"is the string {_show(value)}, which is no JSON object"
+    return None if isinstance(value, dict) else f"must be an object, got {_show(value)}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+
+
+FIELDS: dict[str, Callable[[Any], str | None]] = {
+    "prompt_ids": _check_tokens,
+    "response_ids": _check_tokens,
+    "prompt": check_prompt,
+    "response": _check_text,
+    "reward": _check_number,
+    "group_id": _check_id,
+    "sample_id": _check_id,
+    "loss_mask": _check_mask,
+    "rollout_logprobs": _check_logprobs,
+    "old_logprobs": _check_logprobs,
+    "ref_logprobs": _check_logprobs,
+    "advantage": _check_advantage,
+    "status": _check_status,
+    "metadata": _check_metadata,
+}
+IDS_FORM = ("prompt_ids", "response_ids")
+TEXT_FORM = ("prompt", "response")
+PER_TOKEN = ("loss_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs", "advantage")

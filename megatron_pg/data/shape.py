@@ -1,0 +1,115 @@
+"""The shape of a group: the lengths that planning needs, without its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tree import PrefixTree
+from .cost import CostModel
+from .types import Group
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupShape:
+    """Lengths of a group. Small, picklable, and equal on every rank that has the same group.
+
+    Attributes:
+        group_id: names the group in messages.
+        tree: what its samples share; lengths only.
+        loss_lens: ``[num_samples]`` trained tokens of every sample.
+    """
+
+    group_id: str
+    tree: PrefixTree
+    loss_lens: IntArray
+
+    @property
+    def num_samples(self) -> int:
+        return self.tree.num_samples
+
+    @cached_property
+    def loss_tokens(self) -> int:
+        """Trained (sample, token) pairs of the group."""
+        return int(self.loss_lens.sum())
+
+    def cost(self, cost_model: CostModel, samples: Sequence[int] | None = None) -> float:
+        """Cost of the group, or of some of its ``samples`` standing alone."""
+        if samples is None or len(samples) == self.num_samples:
+            return cost_model.estimate(self.tree, self.loss_tokens)
+        loss_tokens = int(self.loss_lens[list(samples)].sum())
+        return cost_model.estimate(select_samples(self.tree, samples), loss_tokens)
+
+
+def group_tree(group: Group, min_shared: int | None = None) -> PrefixTree:
+    """What the samples of ``group`` share.
+
+    Args:
+        group: at least one sample.
+        min_shared: None shares exactly the prompt; samples of the group whose prompts differ get
+            one root per distinct prompt, and equal responses stay separate. An integer shares
+            every run of at least that many tokens, at any depth.
+
+    Raises:
+        ValueError: on an empty group or ``min_shared < 1``.
+    """
+    if not group.samples:
+        raise ValueError(f"group {group.group_id!r} has no samples; leave it out")
+    if min_shared is not None:
+        return PrefixTree.from_sequences([sample.tokens for sample in group.samples], min_shared)
+    by_prompt: dict[bytes, list[int]] = {}
+    first = group.samples[0].prompt_ids
+    first_key = first.numpy().tobytes()
+    for i, sample in enumerate(group.samples):
+        same = sample.prompt_ids is first
+        key = first_key if same else sample.prompt_ids.numpy().tobytes()
+        by_prompt.setdefault(key, []).append(i)
+    lens: list[int] = []
+    parents: list[int] = []
+    sample_segments = np.empty(len(group.samples), dtype=np.int64)
+    for members in by_prompt.values():
+        root = len(lens)
+        sample_segments[members] = np.arange(root + 1, root + 1 + len(members))
+        lens.append(len(group.samples[members[0]].prompt_ids))
+        lens += [len(group.samples[i].response_ids) for i in members]
+        parents += [-1] + [root] * len(members)
+    return PrefixTree(np.array(lens), np.array(parents), sample_segments)
+
+
+def group_shape(group: Group, min_shared: int | None = None) -> GroupShape:
+    """Lengths of ``group``, shared as ``group_tree`` says.
+
+    Raises:
+        ValueError: as ``group_tree`` does.
+    """
+    tree = group_tree(group, min_shared)
+    if tree.token_ids is not None:
+        tree = replace(tree, token_ids=None)
+    loss_lens = np.array([sample.num_loss_tokens for sample in group.samples], dtype=np.int64)
+    return GroupShape(group.group_id, tree, loss_lens)
+
+
+def select_samples(tree: PrefixTree, samples: Sequence[int]) -> PrefixTree:
+    """Lengths of the part of ``tree`` on the paths of ``samples``, which keep the order given."""
+    if list(samples) == list(range(tree.num_samples)):
+        return tree
+    ends = tree.sample_segments[list(samples)]
+    kept = np.zeros(tree.num_segments, dtype=bool)
+    segments = np.unique(ends)
+    while len(segments):
+        kept[segments] = True
+        parents = tree.segment_parents[segments]
+        segments = np.unique(parents[parents >= 0])
+    number = np.cumsum(kept) - 1
+    parents = tree.segment_parents[kept]
+    return PrefixTree(
+        segment_lens=tree.segment_lens[kept],
+        segment_parents=np.where(parents >= 0, number[parents], -1),
+        sample_segments=number[ends],
+    )

@@ -1,0 +1,66 @@
+"""Small random groups, written the obvious way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from megatron_pg.data import Group, GroupShape, Sample, group_shape
+
+
+def make_sample(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    *,
+    mask: Sequence[int] | None = None,
+    reward: float = 0.0,
+    **values: Sequence[float],
+) -> Sample:
+    return Sample(
+        prompt_ids=torch.tensor(prompt, dtype=torch.int64),
+        response_ids=torch.tensor(response, dtype=torch.int64),
+        reward=reward,
+        loss_mask=torch.tensor(mask or [1] * len(response), dtype=torch.bool),
+        **{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()},
+    )
+
+
+def random_groups(
+    seed: int,
+    num_groups: int,
+    *,
+    max_samples: int = 5,
+    max_len: int = 6,
+    vocab_size: int = 3,
+    same_prompt: bool = True,
+) -> list[Group]:
+    """Groups with holes in their masks; a small vocabulary makes shared runs frequent."""
+    rng = random.Random(seed)
+
+    def tokens() -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(rng.randint(1, max_len))]
+
+    groups = []
+    for g in range(num_groups):
+        prompt, samples = tokens(), []
+        for _ in range(rng.randint(1, max_samples)):
+            response = tokens()
+            samples.append(
+                make_sample(
+                    prompt if same_prompt or rng.random() < 0.5 else tokens(),
+                    response,
+                    mask=[rng.random() < 0.7 for _ in response],
+                    reward=rng.random(),
+                    advantages=[rng.random() for _ in response],
+                    old_logprobs=[-rng.random() for _ in response],
+                    rollout_logprobs=[-rng.random() for _ in response],
+                )
+            )
+        groups.append(Group(f"g{g}", tuple(samples)))
+    return groups
+
+
+def shapes_of(groups: Sequence[Group], min_shared: int | None = None) -> list[GroupShape]:
+    return [group_shape(group, min_shared) for group in groups]

@@ -1,0 +1,59 @@
+"""Costs against counts done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_pg.data import CostModel
+from megatron_pg.tree import PrefixTree
+
+DIMS = {
+    "hidden_size": 8,
+    "num_layers": 3,
+    "ffn_hidden_size": 16,
+    "vocab_size": 100,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+}
+
+
+def test_flops_of_a_small_decoder():
+    model = CostModel.from_model_dims(**DIMS)
+    # Per layer: q and o 8x8 each, k and v 8x4 each, three MLP matrices 8x16.
+    assert model.per_token == 3 * 2 * (2 * 64 + 2 * 32 + 3 * 128)
+    assert model.per_attention_pair == 3 * 2 * 2 * 8
+    assert model.per_loss_token == 2 * 8 * 100
+    plain = CostModel.from_model_dims(**DIMS, gated_linear_unit=False)
+    assert model.per_token - plain.per_token == 3 * 2 * 128
+    wide = CostModel.from_model_dims(**DIMS, kv_channels=5)
+    assert wide.per_attention_pair == 3 * 2 * 2 * 20
+
+
+def test_estimate_adds_the_three_terms():
+    model = CostModel(per_token=100, per_attention_pair=1, per_loss_token=10_000)
+    tree = PrefixTree.from_group(2, [1, 3])
+    # Pairs: prompt 1+2, first response 3, second 3+4+5.
+    assert model.estimate(tree, loss_tokens=4) == 600 + 18 + 40_000
+
+
+def test_default_has_the_ratios_of_its_decoder():
+    dims = CostModel.from_model_dims(
+        hidden_size=1536,
+        num_layers=28,
+        ffn_hidden_size=8960,
+        vocab_size=151936,
+        num_attention_heads=12,
+        num_query_groups=2,
+    )
+    default = CostModel()
+    for name in ("per_attention_pair", "per_loss_token"):
+        assert getattr(dims, name) / dims.per_token == pytest.approx(
+            getattr(default, name), rel=0.02
+        )
+
+
+def test_refuses_sizes_below_one_and_negative_costs():
+    with pytest.raises(ValueError, match="num_layers=0 must be at least 1"):
+        CostModel.from_model_dims(**DIMS | {"num_layers": 0})
+    with pytest.raises(ValueError, match="per_token=-1 must be finite and not negative"):
+        CostModel(per_token=-1)
