@@ -43,7 +43,7 @@ _REQUIRED: dict[str, tuple[tuple[object, ...], str, str]] = {
     "multi_latent_attention": (
         (False, None),
         "latent attention has its own core attention",
-        "use a model with ordinary (grouped-query) attention",
+        "set multi_latent_attention=False (ordinary or grouped-query attention)",
     ),
     "experimental_attention_variant": (
         (None,),

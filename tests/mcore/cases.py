@@ -72,11 +72,10 @@ EQUIVALENCE = {
     "pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, num_layers=4),
 }
 
-# Twenty optimizer steps, in fp32 because Megatron's clipping takes nothing else. Adam divides by
-# the root of the second moment, so the rounding of small gradients grows in the weights.
+# Twenty optimizer steps, in fp32 because Megatron's clipping takes nothing else.
 TRAINING = {
-    "tp2_sp": Case(tp=2, sp=True, dtype=torch.float32, bound=1e-3),
-    "pp2": Case(pp=2, dtype=torch.float32, bound=1e-3),
-    "pp2_tied_full": Case(pp=2, tied=True, dtype=torch.float32, config=FULL_RECOMPUTE, bound=1e-3),
-    "dp2_distributed": Case(dp=2, dtype=torch.float32, distributed_optimizer=True, bound=1e-3),
+    "tp2_sp": Case(tp=2, sp=True, dtype=torch.float32, bound=1e-4),
+    "pp2": Case(pp=2, dtype=torch.float32, bound=1e-4),
+    "pp2_tied_full": Case(pp=2, tied=True, dtype=torch.float32, config=FULL_RECOMPUTE, bound=1e-4),
+    "dp2_distributed": Case(dp=2, dtype=torch.float32, distributed_optimizer=True, bound=1e-4),
 }

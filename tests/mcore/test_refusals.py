@@ -1,0 +1,207 @@
+"""Every unsupported setting and every wrong microbatch is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_pg import PrefixTree, pack_trees
+from megatron_pg.mcore import (
+    Predictions,
+    PrefixGroupedSeqParams,
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
+    cpu,
+    validate_config,
+    with_sequence_parallel_norms,
+)
+from megatron_pg.mcore.validate import _REQUIRED
+from tests.mcore import harness
+
+pytestmark = pytest.mark.megatron
+
+UNSUPPORTED = {
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "context_parallel_size": 2,
+    "multi_latent_attention": True,
+    "experimental_attention_variant": "gated_delta_net",
+    "window_size": (128, 0),
+    "softmax_type": "learnable",
+    "attn_logit_softcapping": 30.0,
+    "qk_clip": True,
+    "log_max_attention_logit": True,
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "mtp_num_layers": 1,
+    "flash_decode": True,
+    "fused_single_qkv_rope": True,
+    "enable_cuda_graph": True,
+    "external_cuda_graph": True,
+    "cuda_graph_impl": "local",
+    "fine_grained_activation_offloading": True,
+    "overlap_moe_expert_parallel_comm": True,
+    "defer_embedding_wgrad_compute": True,
+    "use_mup": True,
+    "moe_z_loss_coeff": 1e-3,
+    "moe_router_enable_expert_bias": True,
+    "moe_expert_capacity_factor": 1.0,
+    "moe_input_jitter_eps": 1e-2,
+    "moe_router_force_load_balancing": True,
+}
+
+
+def config_with(**changes):
+    config = harness.make_config(harness.Case())
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_every_required_setting_has_a_case() -> None:
+    assert UNSUPPORTED.keys() == _REQUIRED.keys()
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_setting(name: str) -> None:
+    value = UNSUPPORTED[name]
+    with pytest.raises(ValueError) as error:
+        validate_config(config_with(**{name: value}))
+    message = str(error.value)
+    assert f"{name}={value!r}" in message and f"set {name}=" in message
+    assert message.startswith("1 setting(s)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_moe_experts=4, moe_aux_loss_coeff=0.01), "moe_aux_loss_coeff=0.01"),
+        (
+            dict(num_moe_experts=4, moe_aux_loss_coeff=[0.0, 0.1]),
+            r"moe_aux_loss_coeff=\[0.0, 0.1\]",
+        ),
+        (dict(num_moe_experts=4, moe_router_load_balancing_type="sinkhorn"), "sinkhorn routes"),
+        (dict(tensor_model_parallel_size=3), "num_attention_heads=4 is no multiple"),
+        (
+            dict(num_attention_heads=6, num_query_groups=3, tensor_model_parallel_size=2),
+            "num_query_groups=3 neither divides",
+        ),
+        (
+            dict(pipeline_model_parallel_size=2, variable_seq_lengths=False),
+            "variable_seq_lengths=False with pipeline_model_parallel_size=2",
+        ),
+    ],
+)
+def test_unsupported_combination(changes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate_config(config_with(**changes))
+
+
+def test_all_problems_are_reported_at_once_when_the_model_is_built(one_rank) -> None:
+    case = harness.Case()
+    config = config_with(attention_dropout=0.1, window_size=(4, 0), fp8="hybrid")
+    with pytest.raises(ValueError) as error:
+        harness.build(case, config, packed=True)
+    for name in ("3 setting(s)", "attention_dropout", "window_size", "fp8"):
+        assert name in str(error.value)
+    validate_config(config_with())
+
+
+def row(pad: int = 1):
+    return harness.make_rows(0, pad)
+
+
+def call(model, tokens, params):
+    return model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=params)
+
+
+def test_wrong_microbatches(one_rank) -> None:
+    case = harness.Case()
+    (model,) = harness.build(case, harness.make_config(case), packed=True)
+    rows = row()
+    tokens = rows.layout.pack_tokens(rows.sequences)
+    params = PrefixGroupedSeqParams.from_layout(rows.layout)
+    with pytest.raises(ValueError, match="the layout describes one row of"):
+        call(model, tokens[:-1], params)
+    with pytest.raises(ValueError, match="given 2 row"):
+        both = tokens.expand(2, -1)
+        model(both, both, None, packed_seq_params=params)
+    with pytest.raises(ValueError, match="plan was made for meta, q is on cpu"):
+        elsewhere = PrefixGroupedSeqParams.from_layout(rows.layout)
+        elsewhere.plan = PrefixGroupedSeqParams.from_layout(rows.layout, "meta").plan
+        call(model, tokens, elsewhere)
+    core = model.decoder.layers[0].self_attention.core_attention
+    q = torch.zeros(len(tokens), 1, 4, 8)
+    with pytest.raises(NotImplementedError, match="attention_bias"):
+        core(q, q, q, None, AttnMaskType.causal, attention_bias=q, packed_seq_params=params)
+
+
+def test_tables_that_are_not_indexed_by_position() -> None:
+    params = PrefixGroupedSeqParams.from_layout(row().layout)
+    with pytest.raises(ValueError, match="'mrope' is not supported"):
+        params.gather_rotary(torch.zeros(row().layout.total_tokens, 1, 1, 8))
+    assert params.gather_rotary(None) is None
+
+
+def test_rotary_rows_are_gathered_once_per_table() -> None:
+    layout = row().layout
+    params = PrefixGroupedSeqParams.from_layout(layout)
+    table = torch.randn(layout.max_position + 1, 1, 1, 8)
+    first = params.gather_rotary(table)
+    assert torch.equal(first, table[layout.position_ids])
+    assert params.gather_rotary(table.detach()) is first, "a recomputed layer gets the same rows"
+    pair = params.gather_rotary((table, table))
+    assert pair[0] is first and pair[1] is first
+    other = torch.randn_like(table)
+    assert torch.equal(params.gather_rotary(other), other[layout.position_ids])
+
+
+def test_rows_that_sequence_parallelism_cannot_split() -> None:
+    layout = pack_trees([PrefixTree.from_group(2, [1, 2])])
+    config = config_with(sequence_parallel=True, tensor_model_parallel_size=2)
+    with pytest.raises(ValueError, match=r"total_tokens=5 .* pad_to_multiple=2"):
+        PrefixGroupedSeqParams.from_layout(layout, config=config)
+    padded = pack_trees([PrefixTree.from_group(2, [1, 2])], pad_to_multiple=2)
+    PrefixGroupedSeqParams.from_layout(padded, config=config)
+
+
+def test_predictions() -> None:
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match="equally long"):
+        Predictions(predictor_ids=ids, target_tokens=ids[:2])
+    for name in ("predictor_ids", "target_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must stay on the CPU"):
+            Predictions(**{"predictor_ids": ids, "target_tokens": ids, name: ids.to("meta")})
+
+
+@pytest.mark.parametrize("norm", [SequenceParallelRMSNorm, SequenceParallelLayerNorm])
+def test_norms(norm) -> None:
+    module = norm(config_with(sequence_parallel=True), hidden_size=8, eps=1e-6)
+    assert all(p.sequence_parallel for p in module.parameters())
+    assert not any(p.sequence_parallel for p in norm(config_with(), 8).parameters())
+    x = torch.randn(3, 8, dtype=torch.float64)
+    stock = {
+        SequenceParallelRMSNorm: torch.nn.RMSNorm,
+        SequenceParallelLayerNorm: torch.nn.LayerNorm,
+    }[norm](8, eps=1e-6, dtype=torch.float64)
+    assert torch.equal(module(x), stock(x))
+    with pytest.raises(ValueError, match="layernorm_zero_centered_gamma=True"):
+        norm(config_with(layernorm_zero_centered_gamma=True), hidden_size=8)
+    with pytest.raises(ValueError, match="normalization='L2Norm'"):
+        with_sequence_parallel_norms(None, config_with(normalization="L2Norm"))
+
+
+def test_cpu_stand_ins_are_put_back() -> None:
+    if torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="machines without CUDA"), cpu.emulate_cuda():
+            pass
+        return
+    before = torch.cuda.current_device, torch.Tensor.cuda, torch.cuda.Stream
+    with cpu.emulate_cuda():
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert torch.zeros(1, device="cuda").device.type == "cpu"
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        assert torch.zeros(1).cuda().device.type == "cpu"
+    assert before == (torch.cuda.current_device, torch.Tensor.cuda, torch.cuda.Stream)
+    assert torch.zeros(1).type() == "torch.FloatTensor"
