@@ -1,5 +1,5 @@
 """Which groups go together: samples, groups and microbatches."""
 
-from .types import Group, Microbatch, Sample
+from .types import Group, Microbatch, Sample, Status
 
-__all__ = ["Group", "Microbatch", "Sample"]
+__all__ = ["Group", "Microbatch", "Sample", "Status"]
