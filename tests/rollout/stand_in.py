@@ -72,17 +72,17 @@ def stand_in(handler: Handler) -> Iterator[StandIn]:
 
 
 def completion(
-    token_ids: list[int], finish_reason: str = "stop", index: int = 0, **changes: Any
+    tokens: list[int], finish_reason: str = "stop", index: int = 0, **changes: Any
 ) -> dict[str, Any]:
     """One choice as vLLM sends it."""
     choice = {
         "index": index,
-        "text": " ".join(map(str, token_ids)),
+        "text": " ".join(map(str, tokens)),
         "finish_reason": finish_reason,
-        "token_ids": token_ids,
+        "token_ids": tokens,
         "logprobs": {
-            "tokens": [f"token_id:{token}" for token in token_ids],
-            "token_logprobs": [-0.5 * (i + 1) for i in range(len(token_ids))],
+            "tokens": [f"token_id:{token}" for token in tokens],
+            "token_logprobs": [-0.5 * (i + 1) for i in range(len(tokens))],
         },
     }
     return choice | changes
