@@ -182,7 +182,7 @@ class OpenAIServerSource:
         For distributed runs, where all ranks export together and one of them calls this.
 
         Raises:
-            ValueError: if the source has no ``reload``.
+            ValueError: if the source has no ``reload``, or the folder no weights.
             RolloutServerError: if the server refuses, or does not come back.
         """
         if self.reload is None:
@@ -190,6 +190,9 @@ class OpenAIServerSource:
                 f"this server cannot take new weights; pass reload= one of {list(RELOAD_PLANS)} "
                 "or a ReloadPlan"
             )
+        # A reload that fails half-way leaves vLLM without weights; only a restart mends that.
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} holds no *.safetensors: the export wrote no weights there")
         self.reload.run(self._client, folder, version)
         self._client.wait_until_healthy(self.health_path, self.startup_seconds)
         if self.reload.is_model_path:

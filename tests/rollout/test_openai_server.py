@@ -274,13 +274,28 @@ def test_busy_server_is_survived():
     assert len(responses) == 8
 
 
+def write_weights(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").touch()
+
+
+def reloadable(path, body):
+    if path in ("/collective_rpc", "/reset_prefix_cache"):
+        return 200, {"success": True}
+    return vllm_like(path, body)
+
+
 def test_reload_and_export(tmp_path):
-    with stand_in(lambda path, body: vllm_like(path, body) if body is None or "n" in body else (
-        200, {"success": True})) as server:  # fmt: skip
+    exported = []
+
+    def export(folder):
+        write_weights(folder)
+        exported.append(folder)
+
+    with stand_in(reloadable) as server:
         source = make_source(server.url, reload="vllm", export_dir=tmp_path)
-        exported = []
         for version in (1, 2):
-            source.update_weights(lambda folder: (exported.append(folder), folder.mkdir()), version)
+            source.update_weights(export, version)
         ((one, *_),) = source.generate([make_prompt()], PARAMS)
         reloads = server.bodies("/collective_rpc")
         assert len(server.bodies("/reset_prefix_cache")) == 2
@@ -292,10 +307,11 @@ def test_reload_and_export(tmp_path):
     assert one.metadata["weight_version"] == 2
 
 
-def test_own_reload_plan_and_refusals(tmp_path):
+def test_own_reload_plan(tmp_path):
     plan = ReloadPlan(
         calls=(ReloadCall(path="/load", body={"v": ["{version}", 3], "at": {"p": "{model_path}"}}),)
     )
+    write_weights(tmp_path)
     answers = [(200, {"success": False, "message": "shapes differ"}), (500, {"e": "boom"})]
 
     def handler(path, body):
@@ -307,12 +323,18 @@ def test_own_reload_plan_and_refusals(tmp_path):
             source.reload_weights(tmp_path, 7)
         with pytest.raises(RolloutServerError, match="gave up after 1 attempts.*boom"):
             source.reload_weights(tmp_path, 7)
-        assert server.bodies("/load")[0] == {"v": ["7", 3], "at": {"p": str(tmp_path)}}
-        assert source.weight_version == 0
-        with pytest.raises(ValueError, match="needs export_dir="):
-            source.update_weights(lambda folder: None, 1)
-        with pytest.raises(ValueError, match="pass reload= one of"):
-            make_source(server.url).reload_weights(tmp_path, 1)
+        assert server.bodies("/load") == [{"v": ["7", 3], "at": {"p": str(tmp_path)}}] * 2
+    assert source.weight_version == 0
+
+
+def test_reload_refuses(tmp_path):
+    source = make_source("http://localhost", reload="vllm")
+    with pytest.raises(ValueError, match="needs export_dir="):
+        source.update_weights(write_weights, 1)
+    with pytest.raises(ValueError, match="holds no"):
+        source.reload_weights(tmp_path / "nowhere", 1)
+    with pytest.raises(ValueError, match="pass reload= one of"):
+        make_source("http://localhost").reload_weights(tmp_path, 1)
 
 
 def test_source_refuses():

@@ -135,7 +135,7 @@ def assert_sampled_from(folder: Path, prompts, responses, temperature: float = 1
     for prompt, of_prompt in zip(prompts, responses):
         for one in of_prompt:
             truth = true_logprobs(folder, prompt.prompt_ids, one.response_ids, temperature)
-            torch.testing.assert_close(one.rollout_logprobs, truth, atol=1e-3, rtol=0)
+            torch.testing.assert_close(one.rollout_logprobs, truth, atol=1e-4, rtol=0)
             num_tokens += len(truth)
     assert num_tokens >= 10
 
@@ -194,8 +194,9 @@ def test_vllm_serves_new_weights(vllm_url, models, tokenizer, tmp_path):
         responses = source.generate(prompts, params)
         assert_sampled_from(folder, prompts, responses)
         assert responses[0][0].metadata["weight_version"] == version
-    with pytest.raises(RolloutServerError, match="collective_rpc"):
+    with pytest.raises(ValueError, match="holds no"):
         source.reload_weights(tmp_path / "nowhere", 3)
+    assert_sampled_from(models[0], prompts, source.generate(prompts, params))
 
 
 def test_vllm_feeds_a_task(vllm_url, tokenizer):
