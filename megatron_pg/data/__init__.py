@@ -6,7 +6,7 @@ from .pack import make_microbatch, make_microbatches, pack_groups
 from .plan import GroupSplit, PackPlan, RowPart, plan_rows, split_group
 from .readers import read_rollouts, write_rollouts
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import Group, Microbatch, Sample
+from .types import Group, Microbatch, Sample, Status
 
 __all__ = [
     "CostModel",
@@ -17,6 +17,7 @@ __all__ = [
     "PackPlan",
     "RowPart",
     "Sample",
+    "Status",
     "balance_groups",
     "equalize_num_microbatches",
     "group_shape",

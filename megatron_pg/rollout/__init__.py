@@ -1,0 +1,53 @@
+"""Where groups come from: recorded rollouts, tasks with rewards, inference servers."""
+
+from .base import (
+    GroupStream,
+    Prompt,
+    PromptSource,
+    Response,
+    RolloutSource,
+    SamplingParams,
+    Tokenizer,
+    WeightExporter,
+)
+from .client import RetryPolicy, RolloutServerError
+from .openai_server import OpenAIServerSource, ServerCapabilities
+from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
+from .reward import (
+    CombinedReward,
+    FormatReward,
+    RewardFunction,
+    load_reward,
+    make_groups,
+    math_verify_reward,
+)
+from .streams import RecordedRollouts, SampledRollouts
+from .tasks import ANSWER_EXTRACTORS, ReasoningGymTask
+
+__all__ = [
+    "ANSWER_EXTRACTORS",
+    "RELOAD_PLANS",
+    "CombinedReward",
+    "FormatReward",
+    "GroupStream",
+    "OpenAIServerSource",
+    "Prompt",
+    "PromptSource",
+    "ReasoningGymTask",
+    "RecordedRollouts",
+    "ReloadCall",
+    "ReloadPlan",
+    "Response",
+    "RetryPolicy",
+    "RewardFunction",
+    "RolloutServerError",
+    "RolloutSource",
+    "SampledRollouts",
+    "SamplingParams",
+    "ServerCapabilities",
+    "Tokenizer",
+    "WeightExporter",
+    "load_reward",
+    "make_groups",
+    "math_verify_reward",
+]

@@ -1,0 +1,152 @@
+"""Streams of rewarded groups for a trainer: recorded ones, and ones sampled on the way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..data import Group
+from .base import PromptSource, RolloutSource, SamplingParams, WeightExporter
+from .reward import RewardFunction, make_groups
+
+
+class RecordedRollouts:
+    """Groups that were sampled earlier, epoch after epoch, each epoch in its own order.
+
+    From the second epoch on a group's id gains ``#<epoch>``, so that a step which spans two
+    epochs holds no id twice.
+
+    Args:
+        groups: what was recorded.
+        shuffle: draw a new order every epoch from ``seed``; else the order given.
+        seed: of the orders.
+        num_epochs: passes over the groups; None never ends.
+
+    Raises:
+        ValueError: on no groups, a repeated ``group_id`` or ``num_epochs < 1``.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_epochs: int | None = None,
+    ) -> None:
+        if len(groups) == 0:
+            raise ValueError("groups is empty: there is nothing to train on")
+        if len({group.group_id for group in groups}) != len(groups):
+            raise ValueError("groups repeat a group_id: join the samples of equal ids first")
+        if num_epochs is not None and num_epochs < 1:
+            raise ValueError(f"num_epochs={num_epochs} must be None or at least 1")
+        self.groups = tuple(groups)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_epochs = num_epochs
+        self._num_taken = 0
+
+    def next_groups(self, num_groups: int) -> list[Group]:
+        """The next groups; fewer than asked for when the last epoch ends, then none."""
+        end = self._num_taken + _positive("num_groups", num_groups)
+        if self.num_epochs is not None:
+            end = min(end, self.num_epochs * len(self.groups))
+        taken: list[Group] = []
+        while self._num_taken < end:
+            epoch, first = divmod(self._num_taken, len(self.groups))
+            order = self._epoch_order(epoch)[first : first + end - self._num_taken]
+            taken += [self._group_of_epoch(number, epoch) for number in order]
+            self._num_taken += len(order)
+        return taken
+
+    def update_weights(self, export: WeightExporter, version: int) -> None:
+        """Nothing to do: recorded responses do not depend on the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream and what fixes its order."""
+        return {
+            "num_taken": self._num_taken,
+            "num_groups": len(self.groups),
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken.
+
+        Raises:
+            ValueError: if the state is of other groups or another order.
+        """
+        mine = self.state_dict()
+        for name in ("num_groups", "shuffle", "seed"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"the saved rollout state has {name}={state[name]}, these rollouts have "
+                    f"{mine[name]}; resume with the recording and settings it was saved with"
+                )
+        self._num_taken = int(state["num_taken"])
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.groups)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def _group_of_epoch(self, number: int, epoch: int) -> Group:
+        group = self.groups[number]
+        return replace(group, group_id=f"{group.group_id}#{epoch}") if epoch else group
+
+
+class SampledRollouts:
+    """Groups sampled from a task's prompts and rewarded when they are asked for.
+
+    Args:
+        task: where prompts come from.
+        source: samples the responses.
+        reward: judges them.
+        params: how to sample; a seed is advanced with every call, so that a prompt seen twice is
+            answered afresh.
+    """
+
+    def __init__(
+        self,
+        task: PromptSource,
+        source: RolloutSource,
+        reward: RewardFunction,
+        params: SamplingParams,
+    ) -> None:
+        self.task = task
+        self.source = source
+        self.reward = reward
+        self.params = params
+        self._num_taken = 0
+
+    def next_groups(self, num_groups: int) -> list[Group]:
+        """Sample the next ``num_groups`` prompts and reward the responses."""
+        prompts = self.task.prompts(self._num_taken, _positive("num_groups", num_groups))
+        params = self.params
+        if params.seed is not None:
+            params = replace(params, seed=params.seed + self._num_taken)
+        groups = make_groups(prompts, self.source.generate(prompts, params), self.reward)
+        self._num_taken += num_groups
+        return groups
+
+    def update_weights(self, export: WeightExporter, version: int) -> None:
+        """Pass the current policy on to the source."""
+        self.source.update_weights(export, version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of prompts taken."""
+        return {"num_taken": self._num_taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the prompts that the state had taken."""
+        self._num_taken = int(state["num_taken"])
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return value
