@@ -1,0 +1,100 @@
+"""Writes safetensors shards with an index, tensor by tensor, for one writer or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import copy_side_files, read_json, write_json
+from .hf_config import HfModel
+
+MAX_SHARD_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """Which file holds which tensor; every writer computes the same one.
+
+    Attributes:
+        files: file name -> tensor names, in order; a file has one writer.
+        total_bytes: of all tensors.
+    """
+
+    files: dict[str, tuple[str, ...]]
+    total_bytes: int
+
+
+def make_file_plan(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    writers: Mapping[str, int] | None = None,
+) -> FilePlan:
+    """Fill files up to ``max_shard_bytes`` in the order given; a new writer starts a new file."""
+    shards: list[list[str]] = []
+    room, writer, total = 0, None, 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        owner = (writers or {}).get(name)
+        if not shards or size > room or owner != writer:
+            shards.append([])
+            room, writer = max_shard_bytes, owner
+        shards[-1].append(name)
+        room, total = room - size, total + size
+    if len(shards) == 1:
+        return FilePlan({"model.safetensors": tuple(shards[0])}, total)
+    count = len(shards)
+    names = (f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+    return FilePlan({name: tuple(shard) for name, shard in zip(names, shards)}, total)
+
+
+class HfWriter:
+    """Collects tensors and writes each file of a plan as soon as it is complete."""
+
+    def __init__(self, folder: Path, plan: FilePlan, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.dtype = dtype
+        self._file_of = {name: file for file, names in plan.files.items() for name in names}
+        self._pending: dict[str, dict[str, Tensor]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a whole tensor; a file's tensors may come in any order."""
+        file = self._file_of[name]
+        pending = self._pending.setdefault(file, {})
+        pending[name] = tensor.detach().to("cpu", self.dtype).contiguous()
+        if len(pending) == len(self.plan.files[file]):
+            ordered = {name: pending[name] for name in self.plan.files[file]}
+            save_file(ordered, self.folder / file, metadata={"format": "pt"})
+            del self._pending[file]
+
+    def finish(self) -> None:
+        """Check that no file was left incomplete."""
+        assert not self._pending, f"incomplete: {sorted(self._pending)}"
+
+
+def write_hf_metadata(
+    folder: Path, plan: FilePlan, model: HfModel, dtype: torch.dtype, source: Path | None
+) -> None:
+    """Write index and ``config.json`` and copy tokenizer, template and generation config.
+
+    The configuration is the source's with the weights' dtype; without a source it is made from
+    ``model``.
+    """
+    if len(plan.files) > 1:
+        weight_map = {name: file for file, names in plan.files.items() for name in names}
+        index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    config: dict[str, Any] = model.config_json()
+    if source is not None:
+        config = read_json(source / "config.json")
+        copy_side_files(source, folder)
+    named = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config |= {key: str(dtype).removeprefix("torch.") for key in named}
+    write_json(folder / "config.json", config)

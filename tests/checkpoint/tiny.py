@@ -1,0 +1,195 @@
+"""Tiny random models of every supported family, and how ranks build the GPT model of one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_pg.checkpoint import HfModel
+from megatron_pg.mcore import (
+    PrefixGroupedGPTModel,
+    cpu,
+    with_prefix_grouped_attention,
+    with_sequence_parallel_norms,
+)
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+    rope_theta=500000.0,
+)
+DIVISIBLE_BY = 16
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformers class and its configuration; ``num_layers`` suits 4 stages of 2 chunks."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    max_shard_size: str = "5GB"
+
+
+FAMILIES = {
+    "llama": Family("Llama", dict(num_key_value_heads=4)),
+    "llama_tied": Family("Llama", dict(tie_word_embeddings=True), "40KB"),
+    "llama_bias": Family("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama3_rope": Family("Llama", dict(rope_parameters=LLAMA3, head_dim=16)),
+    "llama_linear": Family(
+        "Llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))
+    ),
+    "mistral": Family("Mistral", dict(sliding_window=None, head_dim=12), "40KB"),
+    "qwen2": Family("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2_tied": Family("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+    "qwen3": Family("Qwen3", dict(head_dim=16), "40KB"),
+    "qwen3_tied": Family("Qwen3", dict(head_dim=8, tie_word_embeddings=True)),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        dict(
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            norm_topk_prob=True,
+        ),
+    ),
+    "qwen3_moe_unnormalised": Family(
+        "Qwen3Moe",
+        dict(
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            norm_topk_prob=False,
+        ),
+    ),
+}
+
+
+def make_hf(family: Family, seed: int = 0, num_layers: int = 8) -> Any:
+    """The transformers model, its norms and biases random too."""
+    settings = dict(
+        # No multiple of the padding, so that padded rows exist.
+        vocab_size=83,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    config = getattr(transformers, f"{family.name}Config")(**settings | family.settings)
+    model = getattr(transformers, f"{family.name}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+    return model.eval()
+
+
+def save_hf(family: Family, path: Path, **kwargs: Any) -> Any:
+    model = make_hf(family, **kwargs)
+    model.save_pretrained(path, max_shard_size=family.max_shard_size)
+    return model
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    sp: bool = False
+    ep: int = 1
+
+
+def initialize(layout: Layout) -> None:
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+    )
+    model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def fresh_groups(layouts: Iterable[Layout]) -> Iterator[Layout]:
+    """Lay every layout's groups anew: Megatron leaves them behind, and each keeps threads."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, size, rank == 0)
+    for number, layout in enumerate(layouts):
+        own = dist.PrefixStore(str(number), store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
+        initialize(layout)
+        yield layout
+        dist.barrier()
+        dist.destroy_process_group()
+    # The store's host leaves last.
+    store.add("left", 1)
+    while rank == 0 and store.add("left", 0) < size:
+        time.sleep(0.01)
+
+
+def make_config(model: HfModel, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    return TransformerConfig(
+        **model.transformer_config(),
+        **cpu.transformer_config_defaults(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        sequence_parallel=layout.sp,
+        variable_seq_lengths=True,
+        calculate_per_token_loss=True,
+        overlap_p2p_comm=layout.vpp is not None,
+        batch_p2p_comm=layout.vpp is None,
+        **({} if model.num_experts else dict(moe_token_dispatcher_type="alltoall")),
+    )
+
+
+def build(
+    model: HfModel, layout: Layout, dtype: torch.dtype = torch.float32, packed: bool = True
+) -> list[Any]:
+    """This rank's chunks: ours, or the stock model on the stock spec."""
+    config = make_config(model, layout, dtype)
+    chunks = []
+    for stage in range(layout.vpp or 1):
+        vp_stage = stage if layout.vpp else None
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **model.spec())
+        block: Any = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
+        if packed:
+            block = with_prefix_grouped_attention(block)
+        ends = dict(ignore_virtual=False, vp_stage=vp_stage)
+        chunks.append(
+            (PrefixGroupedGPTModel if packed else GPTModel)(
+                config,
+                block,
+                pre_process=parallel_state.is_pipeline_first_stage(**ends),
+                post_process=parallel_state.is_pipeline_last_stage(**ends),
+                vp_stage=vp_stage,
+                **model.gpt_model(tp_size=layout.tp, make_vocab_size_divisible_by=DIVISIBLE_BY),
+            )
+        )
+    return chunks
