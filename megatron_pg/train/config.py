@@ -1,0 +1,353 @@
+"""One YAML file for a run: sections, defaults, and errors that name the nearest valid key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..loss import PolicyLossConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model, in Megatron's own argument names.
+
+    Attributes:
+        hf: Hugging Face folder that gives architecture and weights; None trains from scratch.
+        vocab_size: for a model from scratch.
+        max_position_embeddings: for a model from scratch.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
+        untie_embeddings_and_output_weights: for a model from scratch.
+        position_embedding_type: for a model from scratch.
+        rotary_base: for a model from scratch.
+        transformer_impl: "auto" takes Transformer Engine where it runs.
+        attention_backend: of prefix-grouped attention.
+        transformer: any further field of ``TransformerConfig``, e.g. ``recompute_granularity``.
+    """
+
+    hf: str | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int = 4096
+    make_vocab_size_divisible_by: int = 1
+    untie_embeddings_and_output_weights: bool = False
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    attention_backend: str = "auto"
+    transformer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid over ranks, in Megatron's own argument names."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    distributed_timeout_minutes: float = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """Megatron's optimizer and learning-rate schedule, in its own argument names."""
+
+    optimizer: str = "adam"
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_decay_style: str = "constant"
+    lr_warmup_iters: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A reasoning-gym task (see ``rollout.ReasoningGymTask``)."""
+
+    name: str = "chain_sum"
+    config: dict[str, Any] = field(default_factory=lambda: {"max_terms": 2, "max_digits": 1})
+    seed: int = 0
+    size: int = 10_000
+    held_out_share: float = 0.1
+    template: str = "{question}"
+    system_prompt: str | None = None
+    extractor: str = "last_number"
+    partial_credit: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """An OpenAI-compatible server (see ``rollout.OpenAIServerSource``)."""
+
+    base_url: str = "http://127.0.0.1:8000"
+    model: str = ""
+    dialect: str = "vllm"
+    allow_retokenize: bool = False
+    max_concurrency: int = 32
+    timeout_seconds: float = 600
+    export_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Where groups come from.
+
+    Attributes:
+        source: "recorded" reads files, "model" samples from the trained model itself, "server"
+            asks an inference server.
+        files: recorded rollouts.
+        format: of the files.
+        shuffle: draw a new order of recorded groups every epoch.
+        task: prompts and rewards of "model" and "server".
+        reward: ``module:function`` instead of the task's own reward.
+        num_generations: responses per prompt.
+        max_response_tokens: longest response.
+        temperature: of sampling, and of the logprobs that are trained.
+        top_k: 0 for all.
+        top_p: 1 for all.
+        max_batch_samples: samples that "model" generates at once.
+        min_shared: share every common run of at least this many tokens; None shares the prompt.
+        server: see ``ServerConfig``.
+    """
+
+    source: Literal["recorded", "model", "server"] = "recorded"
+    files: list[str] = field(default_factory=list)
+    format: str = "auto"
+    shuffle: bool = True
+    task: TaskConfig = field(default_factory=TaskConfig)
+    reward: str | None = None
+    num_generations: int = 8
+    max_response_tokens: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_batch_samples: int | None = None
+    min_shared: int | None = None
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """What is optimised; names and defaults follow verl where it has them.
+
+    Attributes:
+        adv_estimator: see ``loss.ADVANTAGE_ESTIMATORS``.
+        norm_adv_by_std_in_grpo: divide by the group's standard deviation; False is Dr.GRPO.
+        std_floor: smallest standard deviation divided by.
+        skip_groups_without_spread: leave out groups whose rewards are all equal.
+        loss_agg_mode: see ``loss.AGGREGATION_MODES``.
+        loss_scale_factor: constant of "seq-mean-token-sum-norm".
+        ppo_epochs: passes over the groups of a step.
+        num_minibatches: optimizer steps per pass.
+        policy: see ``loss.PolicyLossConfig``.
+        use_kl_in_reward: subtract the KL to the reference from the reward.
+        kl_coef: of the KL in the reward.
+        kl_penalty: estimator of the KL in the reward.
+        ref_hf: Hugging Face folder of the reference model; None is the initial model.
+        overlong_buffer_len: DAPO's soft punishment before ``max_response_tokens``; 0 is off.
+        overlong_penalty_factor: its size.
+    """
+
+    adv_estimator: str = "grpo"
+    norm_adv_by_std_in_grpo: bool = True
+    std_floor: float = 0.0
+    skip_groups_without_spread: bool = False
+    loss_agg_mode: str = "token-mean"
+    loss_scale_factor: float | None = None
+    ppo_epochs: int = 1
+    num_minibatches: int = 1
+    policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    use_kl_in_reward: bool = False
+    kl_coef: float = 0.001
+    kl_penalty: str = "k1"
+    ref_hf: str | None = None
+    overlong_buffer_len: int = 0
+    overlong_penalty_factor: float = 1.0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.use_kl_in_reward or self.policy.kl_loss_coef != 0
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether each trained logprob is of the policy that is being updated."""
+        return self.ppo_epochs == 1 and self.num_minibatches == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, budget, output and trust of a run.
+
+    Attributes:
+        out: folder of metrics, plots and checkpoints.
+        num_steps: rollout-and-train steps.
+        groups_per_step: groups of one step, over all data-parallel ranks.
+        max_tokens_per_microbatch: budget of a packed row in unique tokens.
+        logprob_chunk_tokens: predictions whose logits exist at once.
+        seed: of initialisation, sampling and order.
+        save_interval: steps between checkpoints; 0 saves none.
+        keep_checkpoints: how many of the newest are kept.
+        async_save: write checkpoints beside the next steps (CUDA only).
+        load: continue from the newest checkpoint in ``out`` when there is one.
+        eval_prompts: held-out prompts judged before and after; 0 turns it off.
+        eval_generations: samples per held-out prompt.
+        self_check_interval: steps between comparisons of packed and written-out logprobs; 0 checks
+            the first step only, None never.
+        self_check_groups: groups compared.
+        tensorboard: write TensorBoard events.
+        wandb_project: log to Weights & Biases under this project.
+        export_hf: write the trained model as a Hugging Face folder at the end.
+    """
+
+    out: str = "runs/grpo"
+    num_steps: int = 100
+    groups_per_step: int = 8
+    max_tokens_per_microbatch: int = 8192
+    logprob_chunk_tokens: int = 1024
+    seed: int = 1234
+    save_interval: int = 0
+    keep_checkpoints: int = 2
+    async_save: bool = False
+    load: bool = True
+    eval_prompts: int = 0
+    eval_generations: int = 1
+    self_check_interval: int | None = 0
+    self_check_groups: int = 1
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    export_hf: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and ``section.key=value`` overrides.
+
+    Raises:
+        ValueError: naming the file, the key and the nearest valid one, or the value and the type
+            that was expected. All problems of the file are in one error.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise ValueError(f"config file {path} does not exist")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} must be section.key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path} is no valid YAML configuration: {error}") from error
+    problems: list[str] = []
+    config = _read(TrainConfig, content, "", problems)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{len(problems)} problem(s) in {path}:\n{listed}")
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def config_dict(config: TrainConfig) -> dict[str, Any]:
+    """The whole configuration as plain values, defaults included."""
+    return dataclasses.asdict(config)
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint ``; did you mean ...?`` for a misspelt name, or the empty string."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
+    """An instance of a config dataclass, or None after noting problems."""
+    if not isinstance(content, Mapping):
+        problems.append(f"{where or 'the file'} must be a mapping, got {content!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for name, value in content.items():
+        path = f"{where}.{name}" if where else str(name)
+        if name not in hints:
+            problems.append(f"{path} is unknown{nearest(str(name), list(hints))}")
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _read(typing.cast(type, hints[name]), value, path, problems)
+        else:
+            values[name] = _convert(hints[name], value, path, problems)
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        origin = typing.get_origin(option) or option
+        if origin is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif origin is float and isinstance(value, str) and _is_number(value):
+            # YAML reads 1e-6 without a dot as text.
+            return float(value)
+        elif origin in (int, bool, str):
+            if type(value) is origin:
+                return value
+        elif origin is list and isinstance(value, list):
+            return value
+        elif origin is dict and isinstance(value, dict):
+            return value
+    expected = " or ".join(_describe(option) for option in options)
+    problems.append(f"{where}={value!r} must be {expected}")
+    return None
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(option)))
+    return "None" if option is type(None) else getattr(option, "__name__", str(option))

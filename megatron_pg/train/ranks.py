@@ -1,0 +1,118 @@
+"""The process group of a run and where this rank stands in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from ..mcore import cpu
+from .config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank's place in the parallel layout.
+
+    Attributes:
+        device: where its part of the model lives.
+        rank, world_size: of the whole job.
+        dp_rank, dp_size: of the data-parallel replicas.
+        is_last_stage: whether this rank predicts tokens.
+        tp_rank: place among the tensor-parallel ranks.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    is_last_stage: bool
+    tp_rank: int
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """One rank of each replica: it holds the logprobs and counts the metrics."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+@contextmanager
+def parallel_run(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
+    """Initialise torch.distributed and Megatron's groups for the body of the ``with`` block.
+
+    On machines without CUDA the group is gloo and Megatron-Core runs on its CPU stand-ins. Without
+    a launcher's environment the job is one rank.
+    """
+    has_cuda = torch.cuda.is_available()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    with nullcontext() if has_cuda else cpu.emulate_cuda():
+        _initialize_process_group(config, has_cuda)
+        try:
+            yield _initialize_model_parallel(config, seed, has_cuda)
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _initialize_process_group(config: ParallelConfig, has_cuda: bool) -> None:
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    settings: dict[str, Any] = {
+        "backend": "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+        "timeout": timedelta(minutes=config.distributed_timeout_minutes),
+    }
+    if "MASTER_ADDR" not in os.environ:
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**settings)
+
+
+def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool) -> Ranks:
+    model_size = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    if dist.get_world_size() % model_size:
+        raise ValueError(
+            f"{dist.get_world_size()} ranks cannot hold replicas of tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{config.pipeline_model_parallel_size}; launch a multiple of {model_size}"
+        )
+    parallel_state.initialize_model_parallel(
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        distributed_timeout_minutes=max(1, int(config.distributed_timeout_minutes)),
+    )
+    seed_everything(seed)
+    return Ranks(
+        device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu"),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Make the next model that is built depend on ``seed`` alone."""
+    torch.manual_seed(seed)
+    # Without CUDA there is no generator to fork: dropout is off, weights are made on the CPU.
+    model_parallel_cuda_manual_seed(
+        seed, inference_rng_tracker=not torch.cuda.is_available(), force_reset_rng=True
+    )
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's object, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
