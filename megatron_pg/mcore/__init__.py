@@ -2,6 +2,7 @@
 
 from . import cpu
 from .core_attention import AttentionCalls, count_attention_calls
+from .generate import GeneratedResponse, generate
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,
@@ -15,6 +16,7 @@ from .validate import validate_config
 
 __all__ = [
     "AttentionCalls",
+    "GeneratedResponse",
     "Predictions",
     "PrefixGroupedGPTModel",
     "PrefixGroupedSeqParams",
@@ -22,6 +24,7 @@ __all__ = [
     "SequenceParallelRMSNorm",
     "count_attention_calls",
     "cpu",
+    "generate",
     "validate_config",
     "with_prefix_grouped_attention",
     "with_sequence_parallel_norms",
