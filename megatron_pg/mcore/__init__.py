@@ -3,6 +3,7 @@
 from . import cpu
 from .builder import gpt_builder
 from .core_attention import AttentionCalls, count_attention_calls
+from .generate import GeneratedResponse, generate
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,
@@ -16,6 +17,7 @@ from .validate import validate_config
 
 __all__ = [
     "AttentionCalls",
+    "GeneratedResponse",
     "Predictions",
     "PrefixGroupedGPTModel",
     "PrefixGroupedSeqParams",
@@ -24,6 +26,7 @@ __all__ = [
     "count_attention_calls",
     "cpu",
     "gpt_builder",
+    "generate",
     "validate_config",
     "with_prefix_grouped_attention",
     "with_sequence_parallel_norms",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import prefix_grouped_attention
-from .params import PrefixGroupedSeqParams
+from .generation_cache import DecodeSeqParams, PrefillSeqParams
+from .params import PositionedSeqParams
 
 
 class AttentionCalls(NamedTuple):
@@ -53,12 +54,13 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             attention_mask: for ordinary batches; a packed row's visibility is its layout's.
             attn_mask_type: for ordinary batches.
             attention_bias: must be None for packed groups.
-            packed_seq_params: ``PrefixGroupedSeqParams`` for packed groups.
+            packed_seq_params: ``PrefixGroupedSeqParams`` for packed groups; its prefill and decode
+                counterparts while ``generate`` runs.
             kwargs: what the given module's call takes beyond these.
         """
-        if not isinstance(packed_seq_params, PrefixGroupedSeqParams):
+        if not isinstance(packed_seq_params, PositionedSeqParams):
             self.num_ordinary_calls += 1
-            return super().forward(
+            given: Tensor = super().forward(
                 query,
                 key,
                 value,
@@ -68,20 +70,24 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 packed_seq_params=packed_seq_params,
                 **kwargs,
             )
+            return given
         if attention_bias is not None:
             raise NotImplementedError(
                 "attention_bias (alibi, relative positions) is not supported for packed groups; "
                 "pass attention_bias=None"
             )
         self.num_prefix_grouped_calls += 1
-        out = prefix_grouped_attention(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            packed_seq_params.plan,
-            softmax_scale=self.prefix_grouped_softmax_scale,
-            backend=self.attention_backend,
-        )
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        scale = self.prefix_grouped_softmax_scale
+        if isinstance(packed_seq_params, DecodeSeqParams):
+            out = packed_seq_params.cache.attend(self, query, key, value, scale)
+        else:
+            plan, backend = packed_seq_params.plan, self.attention_backend
+            out = prefix_grouped_attention(
+                query, key, value, plan, softmax_scale=scale, backend=backend
+            )
+        if isinstance(packed_seq_params, PrefillSeqParams):
+            packed_seq_params.cache.store_prompts(self, key, value)
         return out.reshape(out.shape[0], 1, -1)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from ..loss import gather_predictors, vocab_parallel_logprobs
@@ -16,8 +18,9 @@ class PrefixGroupedGPTModel(GPTModel):
 
     Equals the logprobs of the stock model's logits at ``predictor_ids`` for ``target_tokens``, but
     hidden states are gathered before the vocabulary projection: its cost follows the predicted
-    tokens, and logits exist for ``chunk_tokens`` of them at a time. Without predictions (or
-    without ``PrefixGroupedSeqParams``) it is the stock model. State-dict keys are the stock ones.
+    tokens, and logits exist for ``chunk_tokens`` of them at a time. ``generate`` asks it for the
+    whole logits ``[rows, padded vocabulary]`` of a few ``output_rows`` instead. Without either it
+    is the stock model. State-dict keys are the stock ones.
     """
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -31,7 +34,8 @@ class PrefixGroupedGPTModel(GPTModel):
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
     ) -> Any:
         predictions = getattr(packed_seq_params, "predictions", None)
-        if predictions is None or not self.post_process:
+        output_rows: Any = getattr(packed_seq_params, "output_rows", None)
+        if not self.post_process or (predictions is None and output_rows is None):
             return super()._postprocess(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
             )
@@ -40,17 +44,21 @@ class PrefixGroupedGPTModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
+        tp_group = self.pg_collection.tp
         rows = gather_predictors(
             hidden_states,
-            predictions.predictor_ids,
-            tp_group=self.pg_collection.tp,
+            output_rows if predictions is None else predictions.predictor_ids,
+            tp_group=tp_group,
             sequence_parallel=self.config.sequence_parallel,
         )
+        if predictions is None:
+            logits = torch.nn.functional.linear(rows, weight)
+            return gather_from_tensor_model_parallel_region(logits, group=tp_group)
         return vocab_parallel_logprobs(
             rows,
             weight,
             predictions.target_tokens,
-            tp_group=self.pg_collection.tp,
+            tp_group=tp_group,
             temperature=predictions.temperature,
             vocab_size=predictions.vocab_size,
             chunk_tokens=predictions.chunk_tokens,

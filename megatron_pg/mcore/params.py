@@ -16,26 +16,64 @@ from .predictions import Predictions
 
 
 @dataclass(kw_only=True)
-class PrefixGroupedSeqParams(PackedSeqParams):
+class PositionedSeqParams(PackedSeqParams):
+    """A row whose tokens stand at logical positions of their own; base of what layers accept.
+
+    ``qkv_format`` is a name of our own, so that attention which does not know this class refuses
+    it instead of attending across samples. ``max_seqlen_q`` bounds the positions of the row.
+
+    Attributes:
+        position_ids: ``[tokens of the row]`` int64 logical positions on the device.
+    """
+
+    position_ids: Tensor
+    _rotary_source: Tensor | None = field(default=None, init=False, repr=False)
+    _rotary_gathered: Tensor | None = field(default=None, init=False, repr=False)
+
+    def gather_rotary(self, table: Any) -> Any:
+        """Rows of a rotary table ``[max_seqlen_q, 1, 1, D]`` by logical position.
+
+        Megatron's ``rope`` and ``yarn`` make one row per position and ignore ``position_ids``.
+        The result is kept for the next layer, which is handed the same table.
+
+        Raises:
+            ValueError: if the table is not indexed by position (``mrope``).
+        """
+        if table is None:
+            return None
+        if isinstance(table, tuple):
+            gathered = tuple(self.gather_rotary(part) for part in dict.fromkeys(table))
+            return gathered * 2 if len(gathered) == 1 else gathered
+        if table.shape[0] != self.max_seqlen_q or table.shape[1] != 1:
+            raise ValueError(
+                f"the rotary table has shape {tuple(table.shape)}, expected one row for each of "
+                f"{self.max_seqlen_q} positions; use position_embedding_type 'rope', 'yarn', "
+                "'learned_absolute' or 'none' ('mrope' is not supported)"
+            )
+        # Recompute hands in detached copies, so storage decides what is the same table.
+        source = self._rotary_source
+        if source is None or source.data_ptr() != table.data_ptr() or source.dtype != table.dtype:
+            self._rotary_source = table.detach()
+            self._rotary_gathered = self._rotary_source.index_select(0, self.position_ids)
+        return self._rotary_gathered
+
+
+@dataclass(kw_only=True)
+class PrefixGroupedSeqParams(PositionedSeqParams):
     """Layout, plan and positions of one packed row, for ``GPTModel(..., packed_seq_params=)``.
 
     A call argument, never a global: under recompute and interleaved schedules each microbatch
-    keeps its own. ``qkv_format`` is a name of our own, so that attention which does not know this
-    class refuses it instead of attending across samples.
+    keeps its own.
 
     Attributes:
         layout: where every token stands.
         plan: the passes of attention, made once and used by every layer.
-        position_ids: ``[total_tokens]`` int64 logical positions on the device.
         predictions: what ``PrefixGroupedGPTModel`` returns on the last stage instead of logits.
     """
 
     layout: PackedLayout
     plan: AttentionPlan
-    position_ids: Tensor
     predictions: Predictions | None = None
-    _rotary_source: Tensor | None = field(default=None, init=False, repr=False)
-    _rotary_gathered: Tensor | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def from_layout(
@@ -72,33 +110,6 @@ class PrefixGroupedSeqParams(PackedSeqParams):
             position_ids=layout.position_ids.to(device, non_blocking=True),
             predictions=predictions,
         )
-
-    def gather_rotary(self, table: Any) -> Any:
-        """Rows of a rotary table ``[max position + 1, 1, 1, D]`` by logical position.
-
-        Megatron's ``rope`` and ``yarn`` make one row per position and ignore ``position_ids``.
-        The result is kept for the next layer, which is handed the same table.
-
-        Raises:
-            ValueError: if the table is not indexed by position (``mrope``).
-        """
-        if table is None:
-            return None
-        if isinstance(table, tuple):
-            gathered = tuple(self.gather_rotary(part) for part in dict.fromkeys(table))
-            return gathered * 2 if len(gathered) == 1 else gathered
-        if table.shape[0] != self.max_seqlen_q or table.shape[1] != 1:
-            raise ValueError(
-                f"the rotary table has shape {tuple(table.shape)}, expected one row for each of "
-                f"{self.max_seqlen_q} positions; use position_embedding_type 'rope', 'yarn', "
-                "'learned_absolute' or 'none' ('mrope' is not supported)"
-            )
-        # Recompute hands in detached copies, so storage decides what is the same table.
-        source = self._rotary_source
-        if source is None or source.data_ptr() != table.data_ptr() or source.dtype != table.dtype:
-            self._rotary_source = table.detach()
-            self._rotary_gathered = self._rotary_source.index_select(0, self.position_ids)
-        return self._rotary_gathered
 
 
 def check_row_length(total_tokens: int, config: TransformerConfig) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .params import PrefixGroupedSeqParams
+from .params import PositionedSeqParams
 from .validate import validate_config
 
 
 class PrefixGroupedSelfAttention(torch.nn.Module):
     """Mixin over a ``SelfAttention`` class; ordinary batches go through it untouched."""
+
+    config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         validate_config(config)
@@ -29,10 +31,10 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
         **kwargs: Any,
     ) -> Any:
         """As the given class, rotary rows gathered by logical position for packed groups."""
-        if isinstance(packed_seq_params, PrefixGroupedSeqParams):
+        if isinstance(packed_seq_params, PositionedSeqParams):
             if kwargs.get("inference_context") is not None:
                 raise NotImplementedError(
-                    "packed groups are for training; generate without PrefixGroupedSeqParams"
+                    "packed groups take no inference_context; sample with mcore.generate"
                 )
             self._check_row(hidden_states, packed_seq_params)
             rotary_pos_emb = packed_seq_params.gather_rotary(rotary_pos_emb)
@@ -45,14 +47,14 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
             **kwargs,
         )
 
-    def _check_row(self, hidden_states: Tensor, params: PrefixGroupedSeqParams) -> None:
+    def _check_row(self, hidden_states: Tensor, params: PositionedSeqParams) -> None:
         tokens, batch = hidden_states.shape[:2]
         if self.config.sequence_parallel:
             tokens *= self.config.tensor_model_parallel_size
-        if batch != 1 or tokens != params.layout.total_tokens:
+        if batch != 1 or tokens != len(params.position_ids):
             raise ValueError(
                 f"the model was given {batch} row(s) of {tokens} tokens, the layout describes one "
-                f"row of {params.layout.total_tokens}; feed tokens[None] of the same microbatch"
+                f"row of {len(params.position_ids)}; feed tokens[None] of the same microbatch"
             )
 
 

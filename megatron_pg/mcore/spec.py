@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -56,8 +56,8 @@ def with_prefix_grouped_attention(spec: Spec, backend: str = "auto") -> Spec:
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
-def _wrap_attention(spec: ModuleSpec | type, backend: str) -> ModuleSpec | type:
-    cls = get_module(spec)
+def _wrap_attention(spec: Any, backend: str) -> Any:
+    cls: Any = get_module(spec)
     if cls is IdentityOp or issubclass(cls, PrefixGroupedSelfAttention):
         return spec
     if not issubclass(cls, SelfAttention):
@@ -66,7 +66,7 @@ def _wrap_attention(spec: ModuleSpec | type, backend: str) -> ModuleSpec | type:
             "subclasses (no latent, linear or sparse attention)"
         )
     core = spec.submodules.core_attention
-    core_cls = get_module(core)
+    core_cls: Any = get_module(core)
     if not isinstance(core_cls, type):
         raise NotImplementedError(
             f"core_attention is {core!r}; prefix grouping needs a class or its ModuleSpec"

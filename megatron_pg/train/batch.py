@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from ..data import (
 from ..loss import aggregation_weights, group_advantages, overlong_penalty
 from .config import AlgorithmConfig, RolloutConfig
 from .ranks import Ranks
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +135,7 @@ def make_minibatch(
         counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
     )
     plan = plans[ranks.dp_rank]
-    microbatches = make_microbatches(
-        plan, groups, sample_weights=weights, advantages=advantages
-    )
+    microbatches = make_microbatches(plan, groups, sample_weights=weights, advantages=advantages)
     layouts = [p.row_layout(row) for p in plans for row in range(len(p.rows)) if p.rows[row]]
     return Minibatch(
         groups=tuple(groups),
@@ -147,11 +147,11 @@ def make_minibatch(
     )
 
 
-def split_minibatches(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
-    """Groups in order, divided as evenly as whole groups allow; no minibatch is empty."""
-    count = min(num_minibatches, len(groups))
-    bounds = [len(groups) * i // count for i in range(count + 1)]
-    return [list(groups[a:b]) for a, b in zip(bounds, bounds[1:])]
+def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Items in order, in ``count`` runs as even as can be, or fewer so that none is empty."""
+    count = min(count, len(items))
+    bounds = [len(items) * i // count for i in range(count + 1)] if items else []
+    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:])]
 
 
 def written_out(groups: Sequence[Group]) -> list[Group]:

@@ -94,7 +94,7 @@ class ServerConfig:
 
     base_url: str = "http://127.0.0.1:8000"
     model: str = ""
-    dialect: str = "vllm"
+    dialect: Literal["token_ids", "sglang", "text"] | None = None
     allow_retokenize: bool = False
     max_concurrency: int = 32
     timeout_seconds: float = 600
@@ -125,7 +125,7 @@ class RolloutConfig:
 
     source: Literal["recorded", "model", "server"] = "recorded"
     files: list[str] = field(default_factory=list)
-    format: str = "auto"
+    format: Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"] = "auto"
     shuffle: bool = True
     task: TaskConfig = field(default_factory=TaskConfig)
     reward: str | None = None
@@ -326,9 +326,9 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         elif origin in (int, bool, str):
             if type(value) is origin:
                 return value
-        elif origin is list and isinstance(value, list):
-            return value
-        elif origin is dict and isinstance(value, dict):
+        elif (
+            origin is list and isinstance(value, list) or origin is dict and isinstance(value, dict)
+        ):
             return value
     expected = " or ".join(_describe(option) for option in options)
     problems.append(f"{where}={value!r} must be {expected}")

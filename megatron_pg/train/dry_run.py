@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-
-
 from ..data import balance_groups, equalize_num_microbatches, group_shape, plan_rows
 from ..mcore import validate_config
 from .config import TrainConfig
@@ -58,7 +56,9 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
             parallel.virtual_pipeline_model_parallel_size or 1
         )
         if plan.config.num_layers % stages:
-            problems.append(f"num_layers={plan.config.num_layers} is no multiple of {stages} stages")
+            problems.append(
+                f"num_layers={plan.config.num_layers} is no multiple of {stages} stages"
+            )
     if config.rollout.source == "recorded":
         if config.run.eval_prompts:
             problems.append("run.eval_prompts needs a source that samples; set it to 0")
@@ -123,7 +123,10 @@ def parameters_per_rank(plan: ModelPlan) -> int:
     """Parameters of the largest rank: its layers, and the embedding and output it may hold."""
     config = plan.config
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    heads, groups = (
+        config.num_attention_heads,
+        config.num_query_groups or config.num_attention_heads,
+    )
     attention = config.hidden_size * config.kv_channels * (2 * heads + 2 * groups)
     matrices = 3 if config.gated_linear_unit else 2
     ffn, experts = config.ffn_hidden_size, 1
@@ -134,7 +137,7 @@ def parameters_per_rank(plan: ModelPlan) -> int:
     layer += 2 * config.hidden_size
     embedding = plan.gpt["vocab_size"] * config.hidden_size // tp
     tables = 2 if pp == 1 and not plan.gpt["share_embeddings_and_output_weights"] else 1
-    return config.num_layers // pp * layer + tables * embedding
+    return int(config.num_layers // pp * layer + tables * embedding)
 
 
 def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_size: int) -> int:
@@ -160,5 +163,3 @@ def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_si
     activations = rows * per_token * width * c.num_layers
     head = config.run.logprob_chunk_tokens * plan.gpt["vocab_size"] // tp * 4 * 2
     return int(model + activations + head)
-
-

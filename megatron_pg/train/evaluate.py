@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..rollout import SampledRollouts, make_groups
+from ..rollout import ReasoningGymTask, SampledRollouts, make_groups
 from .config import TrainConfig
 from .ranks import from_first_rank
 from .sources import SharedStream
@@ -35,7 +35,7 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
         ValueError: if the run's rollouts are recorded: there is nothing to sample from.
     """
     sampled = stream.stream
-    if not isinstance(sampled, SampledRollouts):
+    if not isinstance(sampled, SampledRollouts) or not isinstance(sampled.task, ReasoningGymTask):
         raise ValueError(
             "run.eval_prompts needs a source that samples; set it to 0 with recorded rollouts"
         )
@@ -46,7 +46,7 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
     if stream.needs_all_ranks or stream.is_first:
         prompts = task.prompts(0, run.eval_prompts)
         responses = sampled.source.generate(prompts, params)
-        reward = task if sampled.reward is sampled.task else sampled.reward
+        reward = task if isinstance(sampled.reward, ReasoningGymTask) else sampled.reward
         groups = make_groups(prompts, responses, reward)
         rewards = [float(group.rewards.mean()) for group in groups]
     rewards = from_first_rank(rewards)

@@ -67,7 +67,9 @@ class MetricsWriter:
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1
+            )
         if run.wandb_project is not None:
             import wandb
 
@@ -87,7 +89,9 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
-        cells = [form.format(metrics[name]) if name in metrics else "-" for name, _, form in _COLUMNS]
+        cells = [
+            form.format(metrics[name]) if name in metrics else "-" for name, _, form in _COLUMNS
+        ]
         cells[0] = f"{step}/{self.num_steps}"
         self._print_row(cells)
 

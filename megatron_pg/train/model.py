@@ -203,7 +203,10 @@ def build_trained_model(config: TrainConfig, num_updates: int) -> TrainedModel:
     )
     wrapped = [
         DistributedDataParallel(
-            plan.config, ddp_config, chunk, disable_bucketing=i > 0 and not parallel.overlap_grad_reduce
+            plan.config,
+            ddp_config,
+            chunk,
+            disable_bucketing=i > 0 and not parallel.overlap_grad_reduce,
         )
         for i, chunk in enumerate(chunks)
     ]

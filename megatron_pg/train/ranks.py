@@ -71,7 +71,7 @@ def _initialize_process_group(config: ParallelConfig, has_cuda: bool) -> None:
         "timeout": timedelta(minutes=config.distributed_timeout_minutes),
     }
     if "MASTER_ADDR" not in os.environ:
-        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        settings |= {"store": torch._C._distributed_c10d.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**settings)
 
 
@@ -92,7 +92,9 @@ def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool
     )
     seed_everything(seed)
     return Ranks(
-        device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu"),
+        device=torch.device("cuda", torch.cuda.current_device())
+        if has_cuda
+        else torch.device("cpu"),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),

@@ -51,23 +51,32 @@ class ModelSource:
         rank = parallel_state.get_data_parallel_rank()
         size = parallel_state.get_data_parallel_world_size()
         numbers = range(rank, len(prompts), size)
-        mine = generate(
-            self.chunks,
-            [prompts[i].prompt_ids for i in numbers],
-            num_generations=params.num_generations,
-            max_response_tokens=params.max_response_tokens,
-            seed=params.seed or 0,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            stop_token_ids=params.stop_token_ids,
-            vocab_size=self.vocab_size,
-            max_batch_samples=self.max_batch_samples,
-            prompt_numbers=list(numbers),
-        ) if numbers else []
+        mine = (
+            generate(
+                self.chunks,
+                [prompts[i].prompt_ids for i in numbers],
+                num_generations=params.num_generations,
+                max_response_tokens=params.max_response_tokens,
+                seed=params.seed or 0,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                stop_token_ids=params.stop_token_ids,
+                vocab_size=self.vocab_size,
+                max_batch_samples=self.max_batch_samples,
+                prompt_numbers=list(numbers),
+            )
+            if numbers
+            else []
+        )
         parts: list[Any] = [None] * size
-        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group_gloo()
-                               if torch.cuda.is_available() else parallel_state.get_data_parallel_group())
+        dist.all_gather_object(
+            parts,
+            mine,
+            group=parallel_state.get_data_parallel_group_gloo()
+            if torch.cuda.is_available()
+            else parallel_state.get_data_parallel_group(),
+        )
         return [
             tuple(self._response(sampled) for sampled in parts[i % size][i // size])
             for i in range(len(prompts))
@@ -109,7 +118,7 @@ class SharedStream:
         elif self.is_first:
             try:
                 groups = self.stream.next_groups(num_groups)
-            except Exception as problem:  # noqa: BLE001: passed on to every rank below
+            except Exception as problem:  # passed on to every rank below
                 error = problem
         groups, error = from_first_rank((groups, error))
         if error is not None:
@@ -128,7 +137,7 @@ class SharedStream:
         if self.is_first:
             try:
                 source.reload_weights(folder, version)
-            except Exception as problem:  # noqa: BLE001: passed on to every rank below
+            except Exception as problem:  # passed on to every rank below
                 error = problem
         error = from_first_rank(error)
         if error is not None:

@@ -25,7 +25,7 @@ from .batch import (
     compute_advantages,
     make_minibatch,
     shaped_rewards,
-    split_minibatches,
+    split_evenly,
     written_out,
 )
 from .config import TrainConfig, config_dict
@@ -84,7 +84,9 @@ class Trainer:
         if run.save_interval and self.step % run.save_interval:
             self._save()
         if run.export_hf and self.config.model.hf is not None:
-            export_hf(self._bare_chunks(), self.folder / f"hf_step_{self.step}", self.config.model.hf)
+            export_hf(
+                self._bare_chunks(), self.folder / f"hf_step_{self.step}", self.config.model.hf
+            )
         if writer is not None:
             self._finish(writer)
         dist.barrier()
@@ -166,12 +168,10 @@ class Trainer:
         metrics["groups/skipped"] = float(len(groups) - len(kept))
         parts = dict(enumerate(torch.split(advantages, [len(g.samples) for g in groups])))
         minibatches = []
-        for members in split_minibatches(kept, algorithm.num_minibatches):
+        for members in split_evenly(kept, algorithm.num_minibatches):
             chosen = [groups[i] for i in members]
             values = None if own else torch.cat([parts[i] for i in members])
-            minibatches.append(
-                make_minibatch(chosen, values, algorithm, self.packing, self.ranks)
-            )
+            minibatches.append(make_minibatch(chosen, values, algorithm, self.packing, self.ranks))
         with timer.phase("logprobs"):
             return [self._with_logprobs(minibatch) for minibatch in minibatches]
 

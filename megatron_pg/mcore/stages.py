@@ -1,0 +1,132 @@
+"""A forward and a sampling step over the pipeline stages of a model, outside of any schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .generation_cache import DecodeSeqParams, PrefillSeqParams
+from .model import PrefixGroupedGPTModel
+from .sampling import Sampler
+
+
+class ModelStages:
+    """This rank's chunks of a model and its exchange with the other stages.
+
+    Hidden states go from stage to stage, once around the stages for each virtual one; tokens are
+    sampled on one rank of the last stage and sent to all ranks, so that all ranks agree on them
+    even where a kernel's sums are not reproducible.
+
+    Attributes:
+        chunks: the models inside the given modules, in order of virtual stage.
+        config: their settings.
+        device: where their parameters live.
+
+    Raises:
+        ValueError: if a chunk is not a ``PrefixGroupedGPTModel``.
+        NotImplementedError: for expert parallelism.
+    """
+
+    def __init__(self, model_chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = [_unwrap(chunk) for chunk in model_chunks]
+        if not self.chunks:
+            raise ValueError("model_chunks is empty: pass the list of this rank's model chunks")
+        first = self.chunks[0]
+        self.config = first.config
+        if self.config.expert_model_parallel_size > 1:
+            raise NotImplementedError(
+                f"expert_model_parallel_size={self.config.expert_model_parallel_size}: ranks that "
+                "share experts would have to take equally many steps; set it to 1 or use an engine"
+            )
+        self.device = next(first.parameters()).device
+        self._tp_group, self._pp_group = first.pg_collection.tp, first.pg_collection.pp
+        self._pp_ranks = dist.get_process_group_ranks(self._pp_group)
+        self._stage = dist.get_rank(self._pp_group)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must be a multiple of."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+    def forward(self, tokens: Tensor, params: PrefillSeqParams | DecodeSeqParams) -> Tensor | None:
+        """Logits ``[output rows, padded vocabulary]`` on the last stage, None on the others.
+
+        Args:
+            tokens: ``[row]`` int64 on the CPU, padding included.
+            params: the row's call argument, equal on every rank.
+        """
+        tokens = tokens.to(self.device, non_blocking=True)
+        output: Any = None
+        for chunk in self.chunks:
+            if not chunk.pre_process:
+                chunk.set_input_tensor(self._receive(len(tokens)))
+            output = chunk(tokens[None], params.position_ids[None], None, packed_seq_params=params)
+            if not chunk.pre_process:
+                chunk.set_input_tensor(None)
+            if not chunk.post_process:
+                dist.send(output.contiguous(), self._neighbour(1), group=self._pp_group)
+        return output if self.chunks[-1].post_process else None
+
+    def sample(
+        self, logits: Tensor | None, sampler: Sampler, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(tokens int64, logprobs float64)`` of ``uniforms``' shape, on the CPU of every rank.
+
+        Args:
+            logits: what ``forward`` returned.
+            sampler: how to choose.
+            uniforms: ``[R, S]`` float64 on the CPU; see ``Sampler``.
+        """
+        # Token ids below 2 ** 53 are exact in float64, so one message carries both.
+        chosen = torch.empty(2, *uniforms.shape, dtype=torch.float64, device=self.device)
+        if logits is not None:
+            if dist.get_rank(self._tp_group) == 0:
+                tokens, logprobs = sampler(logits, uniforms.to(self.device, non_blocking=True))
+                chosen[0], chosen[1] = tokens, logprobs
+            if dist.get_world_size(self._tp_group) > 1:
+                source = dist.get_global_rank(self._tp_group, 0)
+                dist.broadcast(chosen, source, group=self._tp_group)
+        if len(self._pp_ranks) > 1:
+            dist.broadcast(chosen, self._pp_ranks[-1], group=self._pp_group)
+        chosen = chosen.cpu()
+        return chosen[0].long(), chosen[1]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; every module's mode is put back at the end."""
+        modes = [(m, m.training) for chunk in self.chunks for m in chunk.modules()]
+        try:
+            for chunk in self.chunks:
+                chunk.eval()
+            # Not inference_mode: Megatron keeps rotary tables, which training reads later.
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _receive(self, row_tokens: int) -> Tensor:
+        shape = (row_tokens // self.row_multiple, 1, self.config.hidden_size)
+        hidden = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
+        dist.recv(hidden, self._neighbour(-1), group=self._pp_group)
+        return hidden
+
+    def _neighbour(self, distance: int) -> int:
+        return self._pp_ranks[(self._stage + distance) % len(self._pp_ranks)]
+
+
+def _unwrap(chunk: Any) -> Any:
+    """The GPT model inside ``DistributedDataParallel`` and ``Float16Module``."""
+    while not isinstance(chunk, PrefixGroupedGPTModel):
+        if not hasattr(chunk, "module"):
+            raise ValueError(
+                f"a model chunk is {type(chunk).__name__}; generation needs PrefixGroupedGPTModel "
+                "built on a spec from with_prefix_grouped_attention"
+            )
+        chunk = chunk.module
+    return chunk
