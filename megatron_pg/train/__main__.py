@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 
 
 def main() -> None:
@@ -18,7 +17,6 @@ def main() -> None:
     )
     parser.add_argument("--world-size", type=int, help="ranks to check for with --dry-run")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", module="megatron")
     # Imported here so that --help answers at once.
     from .config import load_config
     from .dry_run import dry_run

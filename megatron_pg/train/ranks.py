@@ -106,7 +106,8 @@ def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool
 
 def seed_everything(seed: int) -> None:
     """Make the next model that is built depend on ``seed`` alone."""
-    torch.manual_seed(seed)
+    # Stages hold different layers, so they must not draw the same numbers.
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     # Without CUDA there is no generator to fork: dropout is off, weights are made on the CPU.
     model_parallel_cuda_manual_seed(
         seed, inference_rng_tracker=not torch.cuda.is_available(), force_reset_rng=True

@@ -91,7 +91,7 @@ class ModelSource:
             response_ids=sampled.response_ids,
             text=self.tokenizer.decode(sampled.response_ids.tolist(), skip_special_tokens=True),
             rollout_logprobs=sampled.logprobs.double(),
-            status="completed" if sampled.finished else "truncated",
+            status="completed" if sampled.is_finished else "truncated",
             metadata={"policy_version": self.version},
         )
 

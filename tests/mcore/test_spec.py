@@ -203,24 +203,37 @@ def test_ready_specs_load_as_megatron_lm_loads_them(name: str) -> None:
     assert spec.submodules.self_attention.module.__name__ == "PrefixGroupedSelfAttention"
 
 
-@pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
+needs_te = pytest.mark.skipif(
+    not has_transformer_engine(), reason="Transformer Engine is not installed"
+)
+
+
+@needs_te
 @pytest.mark.parametrize("qk_layernorm", [False, True])
-def test_transformer_engine_spec_keeps_keys(one_rank, qk_layernorm: bool) -> None:
+def test_transformer_engine_spec_is_wrapped(qk_layernorm: bool) -> None:
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     wrapped = with_prefix_grouped_attention(spec)
     given = spec.submodules.self_attention.submodules.core_attention
     ours = wrapped.submodules.self_attention.submodules.core_attention
     assert issubclass(ours, given) and ours.__name__ == "PrefixGroupedTEDotProductAttention"
+    assert isinstance(import_module(("megatron_pg.mcore.te_specs", "spec")), ModuleSpec)
+
+
+@needs_te
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_transformer_engine_keys_are_the_stock_ones(one_rank, monkeypatch, qk_layernorm) -> None:
+    # Its modules ask for a device when they are built, but need none to be laid out.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     case = harness.Case(
         dtype=torch.float32, config=dict(normalization="RMSNorm", qk_layernorm=qk_layernorm)
     )
     config = harness.make_config(case)
-    stock, model = build(spec, config), build(wrapped, config, PrefixGroupedGPTModel)
+    stock = build(spec, config)
+    model = build(with_prefix_grouped_attention(spec), config, PrefixGroupedGPTModel)
     assert list(stock.state_dict()) == list(model.state_dict())
     assert any("_extra_state" in key for key in model.state_dict())
     assert stock.sharded_state_dict().keys() == model.sharded_state_dict().keys()
-    module = importlib.import_module("megatron_pg.mcore.te_specs")
-    assert isinstance(import_module((module.__name__, "spec")), ModuleSpec)
 
 
 class Arguments:
