@@ -16,14 +16,8 @@ from .files import finish_folder, partial_path, start_folder
 from .hf_config import HfModel, read_hf_config
 from .hf_folder import HfFolder
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
-from .mapping import Mapping
+from .mapping import FUSED_NORMS, Mapping
 from .shards import copy_into_shard, merge_shards
-
-# Norms that Transformer Engine fuses into the linear layer behind them.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 
 
 def load_hf(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> HfModel:
@@ -212,7 +206,7 @@ def _global_name(chunk: Any, name: str) -> str:
     if not match:
         return name
     layer = chunk.decoder.layers[int(match[1])]
-    leaf = _FUSED_NORMS.get(match[2], match[2])
+    leaf = FUSED_NORMS.get(match[2], match[2])
     if leaf in ("mlp.experts.weight1", "mlp.experts.weight2"):
         raise NotImplementedError(
             f"{name}: the legacy grouped GEMM layout of experts is not supported; set "
