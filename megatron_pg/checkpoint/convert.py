@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -179,13 +178,15 @@ def write_hf(
         write_hf_metadata(partial, plan, source.model, stored, hf_config)
 
 
-def open_weights(path: str | Path, **megatron: Any) -> WeightSource:
+def open_weights(
+    path: str | Path, *, hf_config: str | Path | None = None, trust_pickle: bool = False
+) -> WeightSource:
     """A Hugging Face folder or a Megatron checkpoint, whichever ``path`` is.
 
     Raises:
-        ValueError: if it is neither, or damaged.
+        ValueError: if it is neither, or damaged, or needs ``trust_pickle``.
     """
     path = Path(path)
     if (path / "config.json").is_file():
         return HfFolder(path)
-    return MegatronFolder(path, **megatron)
+    return MegatronFolder(path, hf_config=hf_config, trust_pickle=trust_pickle)

@@ -142,7 +142,7 @@ class TorchDistReader:
                 continue
             here = tuple(slice(a - low, b - low) for a, b, low in zip(starts, stops, lows))
             there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets))
-            part = self._load(key, chunk)[there]
+            part = self.read_chunk(key, chunk)[there]
             out[here] = part
             filled += part.numel()
         if filled != out.numel():
@@ -152,7 +152,19 @@ class TorchDistReader:
             )
         return out[(0,) * len(index)]
 
-    def _load(self, key: str, chunk: Chunk) -> Tensor:
+    def read_bytes(self, key: str) -> bytes:
+        """The serialised bytes of an object, unopened."""
+        name, start, length = self.objects[key]
+        with (self.folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+        """One stored part of a tensor.
+
+        Raises:
+            ValueError: naming the file, if its bytes are no tensor.
+        """
         path = self.folder / chunk.file
         try:
             with path.open("rb") as file:
@@ -221,8 +233,14 @@ class TorchDistWriter:
 
     def add_object(self, key: str, value: Any) -> None:
         """Write a small object (the extra state of a linear layer)."""
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        self.add_bytes(key, buffer.getvalue())
+
+    def add_bytes(self, key: str, serialised: bytes) -> None:
+        """Write an object that is serialised already."""
         self._described[key] = dcp.BytesStorageMetadata()
-        self._store(dcp.MetadataIndex(key), value)
+        self._store(dcp.MetadataIndex(key), serialised)
 
     def finish(self, common: dict[str, Any]) -> None:
         """Write the description and ``common.pt``; without them the folder is no checkpoint."""
@@ -236,7 +254,7 @@ class TorchDistWriter:
         with (self.folder / ".metadata").open("wb") as file:
             pickle.dump(metadata, file)
 
-    def _store(self, index: Any, value: Any) -> None:
+    def _store(self, index: Any, value: Tensor | bytes) -> None:
         if self._file is None or self._file.tell() > self.max_file_bytes:
             if self._file is not None:
                 self._file.close()
@@ -244,5 +262,8 @@ class TorchDistWriter:
             self._num_files += 1
             self._file = (self.folder / self._name).open("wb")
         start = self._file.tell()
-        torch.save(value, self._file)
+        if isinstance(value, bytes):
+            self._file.write(value)
+        else:
+            torch.save(value, self._file)
         self._stored[index] = _StorageInfo(self._name, start, self._file.tell() - start)
