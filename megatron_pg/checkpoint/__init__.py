@@ -2,6 +2,7 @@
 
 from .compare import compare_training_state, compare_weights
 from .convert import hf_to_megatron, megatron_to_hf, open_weights
+from .gguf import gguf_to_hf, prepare_smollm2
 from .hf_config import HfModel, parse_hf_config, read_hf_config
 from .hf_folder import HfFolder
 from .layout import find_iteration
@@ -27,6 +28,7 @@ __all__ = [
     "compare_weights",
     "export_hf",
     "find_iteration",
+    "gguf_to_hf",
     "hf_model_from_args",
     "hf_to_megatron",
     "inspect_checkpoint",
@@ -37,6 +39,7 @@ __all__ = [
     "megatron_to_hf",
     "open_weights",
     "parse_hf_config",
+    "prepare_smollm2",
     "read_hf_config",
     "reshard_checkpoint",
 ]

@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed.distributed_c10d import HashStore
 
 from ..mcore import cpu, with_prefix_grouped_attention, with_sequence_parallel_norms
 from .hf_folder import HfFolder
@@ -139,7 +138,8 @@ def _megatron(source: WeightSource) -> Iterator[tuple[Forward, Any]]:
         if device == "cpu":
             stack.enter_context(cpu.emulate_cuda())
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
             stack.callback(dist.destroy_process_group)
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel()
