@@ -1,15 +1,45 @@
 """How weights get in and out: Hugging Face folders, Megatron checkpoints, their comparison."""
 
+from .compare import compare_training_state, compare_weights
+from .convert import hf_to_megatron, megatron_to_hf, open_weights
+from .gguf import gguf_to_hf, prepare_smollm2
 from .hf_config import HfModel, parse_hf_config, read_hf_config
 from .hf_folder import HfFolder
-from .model import export_hf, iter_hf_tensors, load_hf
+from .layout import find_iteration
+from .logits import LogitComparison, compare_logits
+from .megatron_args import hf_model_from_args, make_megatron_args
+from .megatron_folder import MegatronFolder, WeightSource
+from .model import export_hf, iter_hf_tensors, load_hf, load_weights
+from .reshard import reshard_checkpoint
+from .summary import CheckpointSummary, inspect_checkpoint
+from .torch_dist import TorchDistReader, TorchDistWriter
 
 __all__ = [
+    "CheckpointSummary",
     "HfFolder",
     "HfModel",
+    "LogitComparison",
+    "MegatronFolder",
+    "TorchDistReader",
+    "TorchDistWriter",
+    "WeightSource",
+    "compare_logits",
+    "compare_training_state",
+    "compare_weights",
     "export_hf",
+    "find_iteration",
+    "gguf_to_hf",
+    "hf_model_from_args",
+    "hf_to_megatron",
+    "inspect_checkpoint",
     "iter_hf_tensors",
     "load_hf",
+    "load_weights",
+    "make_megatron_args",
+    "megatron_to_hf",
+    "open_weights",
     "parse_hf_config",
+    "prepare_smollm2",
     "read_hf_config",
+    "reshard_checkpoint",
 ]

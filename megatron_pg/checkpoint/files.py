@@ -95,7 +95,13 @@ def start_folder(path: Path) -> Path:
 
 
 def finish_folder(path: Path) -> None:
-    """Rename the partial folder to ``path``, in one step."""
+    """Rename the partial folder to ``path``, in one step; files get ordinary permissions."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in partial_path(path).rglob("*"):
+        if file.is_file():
+            # safetensors makes files that only their owner may read.
+            file.chmod(0o666 & ~umask)
     if path.is_dir():
         path.rmdir()
     os.replace(partial_path(path), path.absolute())

@@ -28,11 +28,12 @@ _KNOWN_KEYS = {
     *("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "layer_types"),
     *("sliding_window", "use_sliding_window", "max_window_layers", "partial_rotary_factor"),
 }
-# Keys of tokens, generation, initialisation and provenance: they leave the logits alone.
+# Keys of generation, initialisation and provenance leave the logits
+# alone; so do token ids and private keys ("_name_or_path").
 _NEUTRAL_KEYS = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"),
+    *("transformers_version", "use_cache"),
     *("initializer_range", "attention_dropout", "pretraining_tp", "output_router_logits"),
-    *("router_aux_loss_coef", "_name_or_path", "auto_map", "transformers.js_config"),
+    *("router_aux_loss_coef", "auto_map", "transformers.js_config"),
     *("is_llama_config", "unsloth_fixed", "unsloth_version", "_attn_implementation"),
     *(
         "_attn_implementation_autoset",
@@ -318,7 +319,11 @@ def _refuse(config: dict[str, Any], where: str) -> None:
         and window < config.get("max_position_embeddings", 0)
     ):
         problems.append(f"sliding_window={window} (must be null)")
-    unknown = sorted(k for k in config.keys() - _KNOWN_KEYS - _NEUTRAL_KEYS if config[k])
+    unknown = sorted(
+        key
+        for key in config.keys() - _KNOWN_KEYS - _NEUTRAL_KEYS
+        if config[key] and not key.startswith("_") and not key.endswith("_token_id")
+    )
     problems += [f"unknown key {key}={json.dumps(config[key])[:80]}" for key in unknown]
     if problems:
         raise NotImplementedError(

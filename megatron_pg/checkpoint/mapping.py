@@ -14,6 +14,12 @@ from dataclasses import dataclass
 
 from .hf_config import HfModel
 
+# Norms that Transformer Engine fuses into the linear layer behind them, in local-spec names.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
 
 @dataclass(frozen=True)
 class Piece:

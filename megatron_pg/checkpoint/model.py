@@ -16,14 +16,9 @@ from .files import finish_folder, partial_path, start_folder
 from .hf_config import HfModel, read_hf_config
 from .hf_folder import HfFolder
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
-from .mapping import Mapping
+from .mapping import FUSED_NORMS, Mapping
+from .megatron_folder import WeightSource
 from .shards import copy_into_shard, merge_shards
-
-# Norms that Transformer Engine fuses into the linear layer behind them.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 
 
 def load_hf(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> HfModel:
@@ -48,17 +43,26 @@ def load_hf(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> HfModel:
         NotImplementedError: an unsupported architecture or setting.
     """
     folder = HfFolder(hf_dir)
+    load_weights(models, folder)
+    return folder.model
+
+
+def load_weights(models: Sequence[torch.nn.Module], source: WeightSource) -> None:
+    """As ``load_hf``, from an opened Hugging Face folder or Megatron checkpoint of any layout.
+
+    Raises:
+        ValueError: a model that was built for another configuration; it is left as it was.
+    """
     chunks = [_unwrap(model) for model in models]
     for chunk in chunks:
-        _check_built_for(chunk, folder.model, Path(hf_dir))
+        _check_built_for(chunk, source.model, source.path)
     with torch.no_grad():
         for chunk in chunks:
-            mapping = Mapping(folder.model, chunk.vocab_size)
+            mapping = Mapping(source.model, chunk.vocab_size)
             for name, parameter in chunk.named_parameters():
                 rank, size = _shard_position(chunk, name)
                 shard = mapping.shard(_global_name(chunk, name), rank, size)
-                copy_into_shard(parameter.data, shard, folder.read, name)
-    return folder.model
+                copy_into_shard(parameter.data, shard, source.read, name)
 
 
 def iter_hf_tensors(
@@ -212,7 +216,7 @@ def _global_name(chunk: Any, name: str) -> str:
     if not match:
         return name
     layer = chunk.decoder.layers[int(match[1])]
-    leaf = _FUSED_NORMS.get(match[2], match[2])
+    leaf = FUSED_NORMS.get(match[2], match[2])
     if leaf in ("mlp.experts.weight1", "mlp.experts.weight2"):
         raise NotImplementedError(
             f"{name}: the legacy grouped GEMM layout of experts is not supported; set "
@@ -263,7 +267,7 @@ def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
     return gathered
 
 
-def _check_built_for(chunk: Any, hf_model: HfModel, hf_dir: Path) -> None:
+def _check_built_for(chunk: Any, hf_model: HfModel, path: Path) -> None:
     """The model must be the folder's: shapes alone would not show another rope base."""
     want = {k: v for k, v in hf_model.transformer_config().items() if not k.endswith("dropout")}
     # How experts are run and balanced is the caller's choice.
@@ -279,7 +283,7 @@ def _check_built_for(chunk: Any, hf_model: HfModel, hf_dir: Path) -> None:
         wrong.append(f"vocab_size={chunk.vocab_size} must be at least {hf_model.vocab_size}")
     if wrong:
         raise ValueError(
-            f"{hf_dir / 'config.json'}: the model was built for another configuration: "
+            f"{path}: the model was built for another configuration: "
             + "; ".join(wrong)
             + ". Build it from read_hf_config()"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import warnings
@@ -12,7 +13,13 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megatron_pg.checkpoint import HfFolder, export_hf, load_hf, read_hf_config  # noqa: E402
+from megatron_pg.checkpoint import (  # noqa: E402
+    HfFolder,
+    WeightSource,
+    export_hf,
+    load_hf,
+    read_hf_config,
+)
 from megatron_pg.mcore import cpu  # noqa: E402
 from tests.checkpoint import tiny  # noqa: E402
 from tests.checkpoint.tiny import FAMILIES, Layout  # noqa: E402
@@ -30,12 +37,12 @@ DENSE_LAYOUTS = [
 EXPERT_LAYOUTS = [Layout(ep=4), Layout(tp=2, ep=2, sp=True), Layout(pp=2, ep=2)]
 
 
-def same_folder(got: Path, want: Path) -> int:
-    a, b = HfFolder(got), HfFolder(want)
-    assert a.shapes == b.shapes and a.dtypes == b.dtypes and a.model == b.model
-    for name in a.shapes:
-        assert torch.equal(a.read(name), b.read(name)), f"{got}: {name}"
-    return len(a.shapes)
+def same_weights(got: WeightSource, want: Path) -> int:
+    source = HfFolder(want)
+    assert got.shapes == source.shapes and got.dtypes == source.dtypes
+    for name in source.shapes:
+        assert torch.equal(got.read(name), source.read(name)), f"{got.path}: {name}"
+    return len(source.shapes)
 
 
 def round_trip(root: Path, name: str, layout: Layout) -> None:
@@ -54,11 +61,10 @@ def round_trip(root: Path, name: str, layout: Layout) -> None:
     small = 30_000 if FAMILIES[name].max_shard_size != "5GB" else 10**9
     export_hf(chunks, out, source, max_shard_bytes=small)
     if dist.get_rank() == 0:
-        count = same_folder(out, source)
+        count = same_weights(HfFolder(out), source)
+        assert read_hf_config(out) == model
         files = len(list(out.glob("*.safetensors")))
         print(f"{name} {layout}: {count} tensors in {files} files equal", flush=True)
-        import shutil
-
         shutil.rmtree(out)
     dist.barrier()
 

@@ -1,0 +1,192 @@
+"""Conversion between Hugging Face folders and Megatron checkpoints, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .files import atomic_folder, read_json, require_absent
+from .hf_folder import HfFolder
+from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
+from .layout import iteration_name, write_hf_metadata_folder, write_tracker
+from .mapping import Mapping
+from .megatron_args import make_megatron_args
+from .megatron_folder import MegatronFolder, WeightSource, common_state, torch_dist_places
+from .shards import make_shard
+from .torch_dist import TorchDistWriter
+
+# Called with (done, total) after every tensor.
+Progress = Callable[[int, int], None]
+
+
+def hf_to_megatron(
+    hf_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    vpp_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a Hugging Face folder as a torch_dist checkpoint that Megatron-LM's ``--load`` takes.
+
+    The tensors are layout-free: any tp, pp and vpp loads them. The layout given is checked
+    against the model, decides the padding of the vocabulary and is recorded in ``args``.
+
+    Args:
+        hf_dir: folder with ``config.json`` and safetensors.
+        out_dir: gets ``release/``, the tracker file and ``huggingface/`` (configuration and
+            tokenizer, for the way back).
+        tp_size: tensor-parallel size to record.
+        pp_size: pipeline-parallel size to record.
+        vpp_size: chunks per pipeline rank to record.
+        dtype: of the written weights; None: as stored.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
+        dry_run: check everything, write nothing.
+        progress: called after every parameter.
+
+    Returns:
+        The iteration folder.
+
+    Raises:
+        ValueError: naming the file: a damaged or mismatching folder, an output that exists.
+        NotImplementedError: an unsupported architecture or setting.
+    """
+    source, out = HfFolder(hf_dir), Path(out_dir)
+    stored = dtype or source.dtypes["model.embed_tokens.weight"]
+    args = make_megatron_args(
+        source.model,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        vpp_size=vpp_size,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        dtype=stored,
+    )
+    require_absent(out)
+    target = out / iteration_name(None)
+    if dry_run:
+        return target
+    with atomic_folder(out) as partial:
+        folder = partial / iteration_name(None)
+        folder.mkdir()
+        writer = TorchDistWriter(folder)
+        write_megatron_weights(writer, source, args.padded_vocab_size, dtype, progress)
+        writer.finish(common_state(args, None))
+        config = read_json(source.path / "config.json")
+        write_hf_metadata_folder(partial, config, source.path)
+        write_tracker(partial, None)
+    return target
+
+
+def write_megatron_weights(
+    writer: TorchDistWriter,
+    source: WeightSource,
+    padded_vocab_size: int,
+    dtype: torch.dtype | None,
+    progress: Progress | None = None,
+) -> None:
+    """Write every parameter (and the empty extra state of every linear layer) of a source."""
+    model = source.model
+    mapping = Mapping(model, padded_vocab_size)
+    names = mapping.megatron_names()
+    lead = {1: (model.num_layers,), 2: (model.num_layers, model.num_experts or 0)}
+    for done, name in enumerate(names, 1):
+        shard = mapping.shard(name)
+        stored = dtype or source.dtypes[shard.pieces[0].name]
+        tensor = make_shard(shard, source.read, stored, name)
+        places = [place for place in torch_dist_places(name) if place[1] or "layers" not in name]
+        if model.num_experts is None:
+            places = places[:1]
+        # In front of experts the norm is no linear layer's: specs differ in its name.
+        for key, index in places if "pre_mlp" in name else places[:1]:
+            shape = (*lead.get(len(index), ()), *shard.shape)
+            writer.add(key, tensor, shape, (*index, *(0 for _ in shard.shape)))
+            linear = re.fullmatch(r"(.+\.linear_\w+)\.weight", key)
+            if linear:
+                at = ".".join(map(str, index))
+                of = ".".join(map(str, lead[len(index)]))
+                writer.add_object(f"{linear[1]}._extra_state/shard_{at}_{of}", [None])
+        if progress:
+            progress(done, len(names))
+
+
+def megatron_to_hf(
+    megatron_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    hf_config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_pickle: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Write a Megatron checkpoint of any layout as a folder that ``transformers`` loads.
+
+    Args:
+        megatron_dir: folder with the tracker file, or one iteration's folder; torch_dist or
+            legacy.
+        out_dir: gets sharded safetensors with an index, ``config.json``, tokenizer and
+            generation config.
+        hf_config: folder with the configuration and tokenizer; None: the checkpoint's
+            ``huggingface/``, or a configuration made from its ``args`` (without tokenizer).
+        dtype: of the written weights; None: as stored.
+        max_shard_bytes: largest file, unless one tensor is larger.
+        trust_pickle: allow unpickling (legacy checkpoints).
+        dry_run: check everything, write nothing.
+        progress: called after every tensor.
+
+    Returns:
+        Whether configuration and tokenizer were found, rather than made from ``args``.
+
+    Raises:
+        ValueError: naming the file: a damaged or mismatching checkpoint, an output that exists.
+        NotImplementedError: a model that no supported architecture describes.
+    """
+    out = Path(out_dir)
+    source = MegatronFolder(megatron_dir, hf_config=hf_config, trust_pickle=trust_pickle)
+    require_absent(out)
+    if not dry_run:
+        write_hf(source, out, source.hf_config, dtype, max_shard_bytes, progress)
+    return source.hf_config is not None
+
+
+def write_hf(
+    source: WeightSource,
+    out: Path,
+    hf_config: Path | None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write any source as a Hugging Face folder, atomically."""
+    stored = dtype or source.dtypes["model.embed_tokens.weight"]
+    plan = make_file_plan(source.shapes, stored, max_shard_bytes)
+    with atomic_folder(out) as partial:
+        writer = HfWriter(partial, plan, stored)
+        for done, name in enumerate(source.shapes, 1):
+            writer.add(name, source.read(name))
+            if progress:
+                progress(done, len(source.shapes))
+        writer.finish()
+        write_hf_metadata(partial, plan, source.model, stored, hf_config)
+
+
+def open_weights(
+    path: str | Path, *, hf_config: str | Path | None = None, trust_pickle: bool = False
+) -> WeightSource:
+    """A Hugging Face folder or a Megatron checkpoint, whichever ``path`` is.
+
+    Raises:
+        ValueError: if it is neither, or damaged, or needs ``trust_pickle``.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return HfFolder(path)
+    return MegatronFolder(path, hf_config=hf_config, trust_pickle=trust_pickle)

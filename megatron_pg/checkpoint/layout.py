@@ -1,0 +1,104 @@
+"""Where things are in a Megatron-LM checkpoint folder.
+
+::
+
+    DIR/latest_checkpointed_iteration.txt     "release" or a number
+    DIR/release/ or DIR/iter_0000100/         .metadata, *.distcp, common.pt, metadata.json
+                                              or mp_rank_00[_000]/model_optim_rng.pt (legacy)
+    DIR/huggingface/                          config.json and tokenizer of the model
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import megatron.core  # noqa: F401 (tells torch which types in a checkpoint's args are safe)
+import torch
+
+from .files import copy_side_files, read_json, write_json
+from .hf_config import parse_hf_config
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "huggingface"
+
+
+def iteration_name(iteration: int | None) -> str:
+    """``iter_0000100``, or ``release`` for weights that no training produced (None)."""
+    return "release" if iteration is None else f"iter_{iteration:07d}"
+
+
+def find_iteration(path: str | Path) -> Path:
+    """The folder with the data: the tracker's iteration of ``path``, or ``path`` itself.
+
+    Raises:
+        ValueError: naming the file: no folder, no tracker, or a tracker that points nowhere.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; pass a Megatron checkpoint folder")
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        if (root / "common.pt").is_file() or list(root.glob("mp_rank_*")):
+            return root
+        raise ValueError(
+            f"{tracker}: missing; pass the folder that holds it, or one iter_XXXXXXX/ or release/"
+        )
+    content = tracker.read_text().strip()
+    if content != "release" and not content.isdigit():
+        raise ValueError(f"{tracker}: holds {content[:40]!r}, must be 'release' or a number")
+    folder = root / iteration_name(None if content == "release" else int(content))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: missing, although {tracker} names it")
+    return folder
+
+
+def write_tracker(root: Path, iteration: int | None) -> None:
+    """Point the tracker to an iteration."""
+    (root / TRACKER).write_text("release" if iteration is None else str(iteration))
+
+
+def write_hf_metadata_folder(root: Path, config: dict[str, Any], source: Path | None) -> None:
+    """Keep configuration and tokenizer beside the weights, so that they can leave again."""
+    folder = root / HF_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    if source is not None:
+        copy_side_files(source, folder)
+
+
+def find_hf_config(iteration_folder: Path, hf_config: str | Path | None) -> Path | None:
+    """The folder of configuration and tokenizer: the given one, or the one kept beside."""
+    if hf_config is not None:
+        folder = Path(hf_config)
+        parse_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
+        return folder
+    for root in (iteration_folder, iteration_folder.parent):
+        if (root / HF_FOLDER / "config.json").is_file():
+            return root / HF_FOLDER
+    return None
+
+
+def load_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
+    """Read a ``.pt`` file; without trust only tensors and plain values are built.
+
+    A pickled file can run any program when it is read. What Megatron-LM writes besides tensors
+    (its arguments) is on a short list that is safe.
+
+    Raises:
+        ValueError: naming the file: missing, damaged, or with objects that need trust.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; the checkpoint is incomplete")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:
+        reason = str(error)
+        if "weights_only" in reason.lower() or "Unsupported global" in reason:
+            named = [line for line in reason.splitlines() if "GLOBAL" in line] or [reason[:200]]
+            raise ValueError(
+                f"{path}: holds pickled objects ({named[0].strip()[:200]}); reading them runs "
+                "code from the file. If you trust its origin, pass --trust-pickle"
+            ) from None
+        first = reason.splitlines()[0] if reason else type(error).__name__
+        raise ValueError(f"{path}: not readable ({first})") from error

@@ -1,0 +1,169 @@
+"""What two checkpoints compute: a Hugging Face folder by transformers, Megatron's by GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..mcore import cpu, with_prefix_grouped_attention, with_sequence_parallel_norms
+from .hf_folder import HfFolder
+from .megatron_folder import WeightSource
+from .model import load_weights
+
+# tokens [L] -> logits [L, vocab_size]
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """How far apart two models are on the same tokens, in fp32.
+
+    Attributes:
+        largest_difference: between logits, relative to the largest logit.
+        kl: mean divergence of b's next-token distribution from a's, in nats.
+        first_layer: number of the first layer whose output differs by more than ``bound``
+            (relative); None if none does.
+        same_continuation: whether both continue greedily with the same tokens.
+        bound: below which outputs count as equal.
+    """
+
+    largest_difference: float
+    kl: float
+    first_layer: int | None
+    same_continuation: bool
+    bound: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the models agree within ``bound`` and continue alike."""
+        return self.largest_difference <= self.bound and self.same_continuation
+
+    def __str__(self) -> str:
+        layer = (
+            "no layer differs" if self.first_layer is None else f"layer {self.first_layer} first"
+        )
+        return (
+            f"logits differ by {self.largest_difference:.2e} (relative), KL {self.kl:.2e} nats, "
+            f"{layer}, greedy continuation {'equal' if self.same_continuation else 'different'}"
+        )
+
+
+def compare_logits(
+    a: WeightSource,
+    b: WeightSource,
+    num_tokens: int = 32,
+    seed: int = 0,
+    num_greedy: int = 8,
+    bound: float = 1e-4,
+) -> LogitComparison:
+    """Run both models in fp32 on the same random tokens, one after the other.
+
+    Args:
+        a: a Hugging Face folder (run by ``transformers``) or a Megatron checkpoint (by
+            ``GPTModel`` with the prefix-grouped spec, on one process).
+        b: as a.
+        num_tokens: length of the random sequence.
+        seed: of the random sequence.
+        num_greedy: tokens to continue it by.
+        bound: largest relative difference that rounding may explain.
+
+    Raises:
+        ValueError: if the models have different vocabularies.
+    """
+    if a.model.vocab_size != b.model.vocab_size:
+        raise ValueError(
+            f"vocab_size {a.model.vocab_size} of {a.path} and {b.model.vocab_size} of {b.path}: "
+            "logits of different vocabularies cannot be compared"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, a.model.vocab_size, (num_tokens,), generator=generator)
+    left, right = (_run(source, tokens, num_greedy) for source in (a, b))
+    layers = [_difference(x, y) > bound for x, y in zip(left[1], right[1])]
+    p, q = left[0].log_softmax(-1), right[0].log_softmax(-1)
+    return LogitComparison(
+        largest_difference=_difference(left[0], right[0]),
+        kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        first_layer=layers.index(True) if True in layers else None,
+        same_continuation=left[2] == right[2],
+        bound=bound,
+    )
+
+
+def _run(
+    source: WeightSource, tokens: Tensor, num_greedy: int
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Logits ``[L, vocab_size]``, every layer's output ``[L, hidden]``, greedy tokens."""
+    run = _transformers if isinstance(source, HfFolder) else _megatron
+    with torch.no_grad(), run(source) as (forward, layers):
+        outputs: list[Tensor] = []
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            outputs.append(hidden.reshape(len(tokens), -1).clone())
+
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        logits = forward(tokens)
+        for hook in hooks:
+            hook.remove()
+        continued = tokens
+        for _ in range(num_greedy):
+            continued = torch.cat([continued, forward(continued)[-1].argmax()[None]])
+        return logits, outputs, continued[len(tokens) :].tolist()
+
+
+@contextmanager
+def _transformers(source: WeightSource) -> Iterator[tuple[Forward, Any]]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    model.eval()
+    yield lambda tokens: model(tokens[None]).logits[0], model.model.layers
+
+
+@contextmanager
+def _megatron(source: WeightSource) -> Iterator[tuple[Forward, Any]]:
+    with ExitStack() as stack:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            stack.enter_context(cpu.emulate_cuda())
+        if not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            stack.callback(dist.destroy_process_group)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel()
+            stack.callback(parallel_state.destroy_model_parallel)
+        model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+        settings = source.model.transformer_config() | cpu.transformer_config_defaults()
+        config = TransformerConfig(**settings, params_dtype=torch.float32)
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **source.model.spec())
+        spec = with_prefix_grouped_attention(with_sequence_parallel_norms(layer, config))
+        model = GPTModel(config, spec, **source.model.gpt_model()).to(device).eval()
+        load_weights([model], source)
+
+        def forward(tokens: Tensor) -> Tensor:
+            n = len(tokens)
+            mask = torch.triu(torch.ones(n, n, dtype=torch.bool, device=device), 1)[None, None]
+            ids = torch.arange(n, device=device)[None]
+            logits: Tensor = model(tokens[None].to(device), ids, mask)[0]
+            return logits.cpu()
+
+        yield forward, model.decoder.layers
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    a, b = a.cpu().double(), b.cpu().double()
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))

@@ -1,0 +1,182 @@
+"""A Megatron checkpoint rewritten for another layout, optimizer state included."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .convert import Progress, write_megatron_weights
+from .files import atomic_folder, read_json, require_absent
+from .layout import iteration_name, load_torch_file, write_hf_metadata_folder, write_tracker
+from .megatron_args import check_layout, make_megatron_args
+from .megatron_folder import MegatronFolder
+from .torch_dist import StoredTensor, TorchDistReader, TorchDistWriter, is_torch_dist
+
+# Random states and re-run records belong to ranks of the layout that saved them.
+_PER_RANK = ("rng_state", "rerun_state_machine")
+_NOT_RESHARDABLE = "optimizer.distributed.dp_group_idx"
+
+
+def reshard_checkpoint(
+    megatron_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    tp_size: int,
+    pp_size: int,
+    vpp_size: int | None = None,
+    weights_only: bool = False,
+    hf_config: str | Path | None = None,
+    trust_pickle: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the same training state for another tensor- and pipeline-parallel layout.
+
+    Equals the source value for value. Tensors of torch_dist are the whole model's, so they are
+    copied part by part; the vocabulary is padded for ``tp_size``, ``args`` name the new layout,
+    and the ranks' random states are left out. A legacy checkpoint becomes torch_dist (weights).
+
+    Args:
+        megatron_dir: folder with the tracker file, or one iteration's folder.
+        out_dir: gets the iteration, the tracker file and ``huggingface/``.
+        tp_size: new tensor-parallel size.
+        pp_size: new pipeline-parallel size.
+        vpp_size: new number of chunks per pipeline rank.
+        weights_only: leave the optimizer out.
+        hf_config: folder with the model's configuration; None: as in ``MegatronFolder``.
+        trust_pickle: allow unpickling (legacy checkpoints).
+        dry_run: check everything, write nothing.
+        progress: called after every tensor.
+
+    Returns:
+        The new iteration folder.
+
+    Raises:
+        ValueError: naming the file: a damaged checkpoint, a layout that does not fit, or an
+            optimizer state that only its own layout can load.
+    """
+    source = MegatronFolder(megatron_dir, hf_config=hf_config, trust_pickle=trust_pickle)
+    out, iteration = Path(out_dir), _iteration(source)
+    name = iteration_name(iteration)
+    check_layout(source.model, tp_size, pp_size, vpp_size)
+    args = _args(source, tp_size, pp_size, vpp_size)
+    reader = TorchDistReader(source.path) if is_torch_dist(source.path) else None
+    if reader is None and not weights_only:
+        raise ValueError(
+            f"{source.path}: the optimizer state of a legacy checkpoint is not resharded; pass "
+            "--weights-only, or save as torch_dist"
+        )
+    kept = _kept(reader, weights_only) if reader else {}
+    require_absent(out)
+    if dry_run:
+        return out / name
+    with atomic_folder(out) as partial:
+        folder = partial / name
+        folder.mkdir()
+        writer = TorchDistWriter(folder)
+        common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": iteration or 0}
+        if reader is None:
+            write_megatron_weights(writer, source, args.padded_vocab_size, None, progress)
+        else:
+            _copy(reader, kept, writer, source.model.vocab_size, args.padded_vocab_size, progress)
+            _copy_objects(reader, writer, weights_only)
+            common = load_torch_file(source.path / "common.pt", trust_pickle=trust_pickle)
+        if weights_only:
+            common = {k: v for k, v in common.items() if not k.startswith(("optimizer", "opt_"))}
+        writer.finish(common | {"args": args})
+        if source.hf_config is not None:
+            config = read_json(source.hf_config / "config.json")
+            write_hf_metadata_folder(partial, config, source.hf_config)
+        write_tracker(partial, iteration)
+    return out / name
+
+
+def _iteration(source: MegatronFolder) -> int | None:
+    """The number in the folder's name; None for a release and for any other name."""
+    digits = source.path.name.removeprefix("iter_")
+    return int(digits) if digits.isdigit() else None
+
+
+def _args(source: MegatronFolder, tp_size: int, pp_size: int, vpp_size: int | None) -> Namespace:
+    """The source's arguments with the new layout; made anew where it has none."""
+    divisible_by = getattr(source.args, "make_vocab_size_divisible_by", None) or 128
+    fresh = make_megatron_args(
+        source.model,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        vpp_size=vpp_size,
+        make_vocab_size_divisible_by=divisible_by,
+        dtype=source.dtypes["model.embed_tokens.weight"],
+    )
+    if source.args is None:
+        return fresh
+    args = copy.copy(source.args)
+    for key in (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "padded_vocab_size"),
+        *("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+        *("no_save_rng", "ckpt_format"),
+    ):
+        setattr(args, key, getattr(fresh, key))
+    # Megatron-LM compares it before it loads what belongs to ranks.
+    args.world_size = 0
+    return args
+
+
+def _kept(reader: TorchDistReader, weights_only: bool) -> dict[str, StoredTensor]:
+    """Tensors that go along.
+
+    Raises:
+        ValueError: naming the folder, if the optimizer state fits only the old layout.
+    """
+    tensors = {k: v for k, v in reader.tensors.items() if not k.startswith(_PER_RANK)}
+    if weights_only:
+        return {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    bound = [key for key in tensors if _NOT_RESHARDABLE in key]
+    if bound:
+        raise ValueError(
+            f"{reader.folder}: the optimizer state ({bound[0]}) is laid out by data-parallel rank "
+            "and only loads at its own tp and pp; save it with --dist-ckpt-optim-fully-reshardable "
+            "(distrib_optim_sharding_type='fully_reshardable'), or pass --weights-only"
+        )
+    return tensors
+
+
+def _copy(
+    reader: TorchDistReader,
+    tensors: dict[str, StoredTensor],
+    writer: TorchDistWriter,
+    vocab_size: int,
+    padded_vocab_size: int,
+    progress: Progress | None,
+) -> None:
+    for done, (key, tensor) in enumerate(tensors.items(), 1):
+        if is_vocabulary(key):
+            whole = _padded(reader.read(key), vocab_size, padded_vocab_size)
+            writer.add(key, whole, tuple(whole.shape), (0,) * whole.dim())
+        else:
+            for chunk in tensor.chunks:
+                writer.add(key, reader.read_chunk(key, chunk), tensor.shape, chunk.offsets)
+        if progress:
+            progress(done, len(tensors))
+
+
+def _copy_objects(reader: TorchDistReader, writer: TorchDistWriter, weights_only: bool) -> None:
+    for key in reader.objects:
+        if not key.startswith(_PER_RANK) and not (weights_only and key.startswith("optimizer.")):
+            writer.add_bytes(key, reader.read_bytes(key))
+
+
+def is_vocabulary(key: str) -> bool:
+    """Whether a tensor (or an optimizer's copy of it) has one row per token of the vocabulary."""
+    return key.endswith(("embedding.word_embeddings.weight", "output_layer.weight"))
+
+
+def _padded(tensor: Tensor, vocab_size: int, rows: int) -> Tensor:
+    padded = torch.zeros(rows, *tensor.shape[1:], dtype=tensor.dtype)
+    padded[:vocab_size] = tensor[:vocab_size]
+    return padded

@@ -1,0 +1,49 @@
+"""What the command-line tools share: progress bars, dtypes, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# The tools run from a checkout, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def dtype(name: str) -> torch.dtype:
+    """``float32``, ``bfloat16``, ``float16`` (or fp32, bf16, fp16) for argparse."""
+    from megatron_pg.checkpoint.files import parse_dtype
+
+    try:
+        found = parse_dtype(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    assert found is not None
+    return found
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A ``progress(done, total)`` that draws a bar on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Exit with 2 and one clear line for a mistake of the user; other errors keep their trace."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

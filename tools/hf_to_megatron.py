@@ -1,0 +1,40 @@
+"""Convert a Hugging Face folder to a Megatron-LM checkpoint (torch_dist)."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli import dtype, progress_bar, report_errors
+
+from megatron_pg.checkpoint import hf_to_megatron
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to record")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size to record")
+    parser.add_argument("--vpp", type=int, help="model chunks per pipeline rank to record")
+    parser.add_argument("--dtype", type=dtype, help="of the written weights (default: as stored)")
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    args = parser.parse_args()
+    with report_errors(), progress_bar("parameters") as progress:
+        folder = hf_to_megatron(
+            args.hf,
+            args.out,
+            tp_size=args.tp,
+            pp_size=args.pp,
+            vpp_size=args.vpp,
+            dtype=args.dtype,
+            make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+            dry_run=args.dry_run,
+            progress=progress,
+        )
+    print(f"{'would write' if args.dry_run else 'wrote'} {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Convert a Megatron-LM checkpoint (torch_dist or legacy) to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli import dtype, progress_bar, report_errors
+
+from megatron_pg.checkpoint import megatron_to_hf
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new Hugging Face folder")
+    parser.add_argument(
+        "--hf-config",
+        metavar="DIR",
+        help="folder with config.json and tokenizer (default: the checkpoint's huggingface/)",
+    )
+    parser.add_argument("--dtype", type=dtype, help="of the written weights (default: as stored)")
+    parser.add_argument("--max-shard-size-mb", type=int, default=2048, metavar="MB")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle legacy .pt files: this runs code that they may contain",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    args = parser.parse_args()
+    with report_errors(), progress_bar("tensors") as progress:
+        has_tokenizer = megatron_to_hf(
+            args.megatron,
+            args.out,
+            hf_config=args.hf_config,
+            dtype=args.dtype,
+            max_shard_bytes=args.max_shard_size_mb * 2**20,
+            trust_pickle=args.trust_pickle,
+            dry_run=args.dry_run,
+            progress=progress,
+        )
+    print(f"{'would write' if args.dry_run else 'wrote'} {args.out}")
+    if not has_tokenizer:
+        print("no tokenizer: the checkpoint has no huggingface/ folder; pass --hf-config DIR")
+
+
+if __name__ == "__main__":
+    main()

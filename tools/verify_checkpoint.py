@@ -1,0 +1,61 @@
+"""Compare two checkpoints, each a Hugging Face folder or a Megatron checkpoint of any layout.
+
+Exit status: 0 equal, 1 different, 2 one of them cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain, islice
+
+from cli import progress_bar, report_errors
+
+from megatron_pg.checkpoint import (
+    MegatronFolder,
+    compare_logits,
+    compare_training_state,
+    compare_weights,
+    open_weights,
+)
+
+
+def main() -> None:
+    """Parse the command line, compare, and exit with the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", metavar="A", help="checkpoint folder")
+    parser.add_argument("b", metavar="B", help="checkpoint folder")
+    parser.add_argument("--weights-only", action="store_true", help="skip optimizer state")
+    parser.add_argument("--limit", type=int, default=20, help="differences to show")
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="also run both models: logits, KL, greedy continuation, first layer that differs",
+    )
+    parser.add_argument("--num-tokens", type=int, default=32, help="random tokens to run on")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parser.add_argument("--hf-config", metavar="DIR", help="config.json of Megatron checkpoints")
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle legacy .pt files")
+    args = parser.parse_args()
+    with report_errors(), progress_bar("tensors") as progress:
+        options = dict(hf_config=args.hf_config, trust_pickle=args.trust_pickle)
+        a, b = (open_weights(path, **options) for path in (args.a, args.b))
+        found = compare_weights(a, b, progress)
+        both_megatron = isinstance(a, MegatronFolder) and isinstance(b, MegatronFolder)
+        if both_megatron and not args.weights_only:
+            found = chain(found, compare_training_state(a, b))
+        differences = list(islice(found, args.limit + 1))
+        behaviour = compare_logits(a, b, args.num_tokens, args.seed) if args.logits else None
+    for line in differences[: args.limit]:
+        print(line)
+    if len(differences) > args.limit:
+        print(f"... more than {args.limit} differences")
+    if behaviour is not None:
+        print(behaviour)
+    print(f"{args.a} and {args.b} {'differ' if differences else 'are equal'}")
+    raise SystemExit(1 if differences else 0)
+
+
+if __name__ == "__main__":
+    main()
