@@ -1,0 +1,125 @@
+"""The examples run as they are printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.utils import ROOT
+
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_attention_only() -> None:
+    done = run(sys.executable, "examples/attention_only.py")
+    assert "15 logical tokens, 10 computed" in done.stdout, done.stderr
+
+
+@pytest.mark.megatron
+def test_wrapped_model_equals_the_stock_model_on_two_ranks() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(sys.executable, *launcher, "examples/wrap_gpt_model.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("largest relative difference of a gradient") == 3
+    assert "6,144 written out, 2,112 encoded" in done.stdout
+    assert "24 prefix-grouped, 0 ordinary" in done.stdout
+
+
+def test_recorded_rollouts(tmp_path: Path) -> None:
+    arguments = ("examples/recorded.yaml", f"run.out={tmp_path}")
+    done = run(sys.executable, "-m", "megatron_pg.train", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4]
+    assert all(m["tokens/reuse_ratio"] > 1.3 for m in steps)
+    for name in ("summary.json", "reward.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a cable: 10.77.0.1 and 10.77.0.2."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2 to lay out two hosts")
+    tag = uuid.uuid4().hex[:6]
+    names = (f"pg-a-{tag}", f"pg-b-{tag}")
+    cable = (f"va{tag}", f"vb{tag}")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"may not make network namespaces: {error.stderr.decode().strip()}")
+    try:
+        ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
+        for number, (name, end) in enumerate(zip(names, cable), start=1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_node_launch_meets_across_hosts(two_hosts: tuple[str, str], tmp_path: Path) -> None:
+    nodes = []
+    for rank, host in enumerate(two_hosts):
+        interface = subprocess.run(
+            ["ip", "-n", host, "-br", "link", "show", "type", "veth"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("@")[0]
+        environment = ENVIRONMENT | {
+            "NODE_RANK": str(rank),
+            "MASTER_ADDR": "10.77.0.1",
+            "NPROC_PER_NODE": "1",
+            "GLOO_SOCKET_IFNAME": interface,
+            "PYTHON": sys.executable,
+        }
+        command = ["ip", "netns", "exec", host, "bash", "examples/grpo_2nodes.sh"]
+        command += ["examples/recorded.yaml", f"run.out={tmp_path}", "run.num_steps=2"]
+        command += ["parallel.pipeline_model_parallel_size=2"]
+        nodes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-4000:]
+    steps = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 2 and json.loads(steps[0])["pipeline/bubble"] > 0
