@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 
@@ -45,6 +45,11 @@ class _CpuInsteadOfCuda(TorchFunctionMode):
         return result
 
 
+def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's helper converts CUDA tensors only, but its callers want numbers for splits."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 @contextmanager
 def emulate_cuda() -> Iterator[None]:
     """Run Megatron-Core's CUDA-naming code on the CPU inside the ``with`` block.
@@ -73,6 +78,7 @@ def emulate_cuda() -> Iterator[None]:
             # Recompute saves and restores this state; there is no CUDA generator to restore.
             (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0)),
             (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
+            (token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu),
             (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))

@@ -12,6 +12,18 @@ BLOCK_RECOMPUTE = dict(
 )
 SELECTIVE_RECOMPUTE = dict(recompute_granularity="selective")
 
+MOE = dict(
+    config=dict(
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp64",
+    ),
+    spec=dict(num_experts=4, moe_grouped_gemm=False),
+    # Megatron's router takes its softmax in fp32 whatever the model's dtype.
+    bound=1e-6,
+)
+
 EQUIVALENCE = {
     # One rank: models.
     "plain": Case(),
@@ -30,17 +42,8 @@ EQUIVALENCE = {
     "rotary_interleaved": Case(config=dict(rotary_interleaved=True)),
     "rope_scaling": Case(model=dict(rope_scaling=True, rope_scaling_factor=4.0)),
     "rope_interpolation": Case(model=dict(seq_len_interpolation_factor=2.0)),
-    "moe": Case(
-        config=dict(
-            num_moe_experts=4,
-            moe_router_topk=2,
-            moe_router_load_balancing_type="none",
-            moe_router_dtype="fp64",
-        ),
-        spec=dict(num_experts=4, moe_grouped_gemm=False),
-        # Megatron's router takes its softmax in fp32 whatever the model's dtype.
-        bound=1e-6,
-    ),
+    "yarn": Case(position_embedding_type="yarn"),
+    "moe": Case(**MOE),
     "selective": Case(config=SELECTIVE_RECOMPUTE),
     "full": Case(config=FULL_RECOMPUTE),
     "block": Case(config=BLOCK_RECOMPUTE, num_layers=3),
@@ -53,6 +56,8 @@ EQUIVALENCE = {
     "tp2_sp_full": Case(tp=2, sp=True, config=FULL_RECOMPUTE),
     "tp2_sp_selective": Case(tp=2, sp=True, config=SELECTIVE_RECOMPUTE),
     "tp2_mqa": Case(tp=2, num_query_groups=1),
+    "moe_tp2_sp": Case(tp=2, sp=True, **MOE),
+    "moe_ep2": Case(dp=2, ep=2, **MOE),
     "pp2": Case(pp=2),
     "pp2_tied": Case(pp=2, tied=True),
     "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),

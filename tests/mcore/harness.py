@@ -32,6 +32,15 @@ from megatron_pg.mcore import (
 )
 
 VOCAB = 64
+YARN = dict(
+    yarn_rotary_scaling_factor=4.0,
+    yarn_original_max_position_embeddings=16,
+    yarn_beta_fast=32.0,
+    yarn_beta_slow=1.0,
+    yarn_mscale=1.0,
+    yarn_mscale_all_dim=0.0,
+    yarn_correction_range_round_to_int=True,
+)
 MAX_LEN = 128
 
 
@@ -50,6 +59,7 @@ class Case:
     tied: bool = False
     predictions: bool = True
     distributed_optimizer: bool = False
+    ep: int = 1
     position_embedding_type: str = "rope"
     bound: float = 1e-9
     config: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +75,10 @@ def initialize(case: Case) -> None:
     """Lay model-parallel groups over the running process group."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        case.tp, case.pp, virtual_pipeline_model_parallel_size=case.vpp
+        case.tp,
+        case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        expert_model_parallel_size=case.ep,
     )
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
@@ -84,6 +97,7 @@ def make_config(case: Case) -> TransformerConfig:
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
         sequence_parallel=case.sp,
+        expert_model_parallel_size=case.ep,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         normalization="RMSNorm",
@@ -99,7 +113,11 @@ def make_config(case: Case) -> TransformerConfig:
         overlap_p2p_comm=case.vpp is not None,
         batch_p2p_comm=case.vpp is None,
     )
-    return TransformerConfig(**{**settings, **cpu.transformer_config_defaults(), **case.config})
+    config = TransformerConfig(**{**settings, **cpu.transformer_config_defaults(), **case.config})
+    # GPTModel reads these off the config although TransformerConfig does not declare them.
+    for name, value in YARN.items() if case.position_embedding_type == "yarn" else ():
+        setattr(config, name, value)
+    return config
 
 
 def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.Module]:
