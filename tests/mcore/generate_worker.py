@@ -242,6 +242,25 @@ def check_distribution() -> None:
     assert 25 < chi_square < 110, chi_square
 
 
+def check_bf16() -> None:
+    """Decoding in bf16 is as close to the truth as the packed forward in bf16."""
+    case = harness.Case(dtype=torch.bfloat16)
+    chunks = make_model(case)
+    (exact,) = make_model(replace(case, dtype=torch.float64))
+    exact.load_state_dict(chunks[0].state_dict())
+    got, control, truth = [], [], []
+    for prompt, group in zip(make_prompts(), sample(chunks, max_response_tokens=30)):
+        got += [response.logprobs for response in group]
+        control += packed_logprobs(chunks[0], prompt, group, 0.8)
+        truth += packed_logprobs(exact, prompt, group, 0.8)
+    got, control, truth = (torch.cat(x).double() for x in (got, control, truth))
+    assert len(got) > 150
+    for moment in (1, 2):  # mean and mean square of the error
+        error = float((got - truth).abs().pow(moment).mean())
+        yardstick = float((control - truth).abs().pow(moment).mean())
+        assert 0 < error <= 1.3 * yardstick, (error, yardstick)
+
+
 def check_modes() -> None:
     """Modes are put back, and training goes on with what Megatron cached meanwhile."""
     chunks = make_model(harness.Case())
@@ -250,7 +269,7 @@ def check_modes() -> None:
     modes = [module.training for module in chunks[0].modules()]
     assert len(set(modes)) == 2
     prompts = make_prompts()
-    sample(chunks)
+    want = sample(chunks)
     assert [module.training for module in chunks[0].modules()] == modes
     layout = pack_trees([PrefixTree.from_sequences([prompt]) for prompt in prompts])
     params = PrefixGroupedSeqParams.from_layout(layout)
@@ -261,6 +280,9 @@ def check_modes() -> None:
     with pytest.raises(ValueError, match="prompts is empty"):
         sample(chunks, [])
     assert [module.training for module in chunks[0].modules()] == modes
+    wrapped = harness.wrap_ddp(harness.Case(), chunks[0].config, chunks)
+    assert wrapped[0] is not chunks[0]
+    assert_same(sample(wrapped), want)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -377,6 +399,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "invariance": check_invariance,
     "truncation": check_truncation,
     "distribution": check_distribution,
+    "bf16": check_bf16,
     "modes": check_modes,
     "refusals": check_refusals,
 }
