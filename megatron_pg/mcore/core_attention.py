@@ -16,7 +16,7 @@ from .params import PositionedSeqParams
 class AttentionCalls(NamedTuple):
     """How many core-attention calls ran prefix-grouped and how many ran the given module.
 
-    A layer that is recomputed counts its forward again.
+    A layer that is recomputed counts its forward again; ``generate`` counts as prefix-grouped.
     """
 
     prefix_grouped: int

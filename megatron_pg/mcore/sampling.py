@@ -56,12 +56,12 @@ class Sampler:
         scores = logits[:, : self.vocab_size].to(dtype)
         if self.temperature not in (0, 1):
             scores = scores / self.temperature
-        log_total = scores.logsumexp(-1, keepdim=True)
+        scores = scores.log_softmax(-1)
         if self.temperature == 0:
             tokens = scores.argmax(-1, keepdim=True).expand(uniforms.shape)
         else:
-            tokens = self._choose((scores - log_total).exp_(), uniforms)
-        return tokens, scores.gather(1, tokens) - log_total
+            tokens = self._choose(scores.exp(), uniforms)
+        return tokens, scores.gather(1, tokens)
 
     def _choose(self, probabilities: Tensor, uniforms: Tensor) -> Tensor:
         order = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,107 +15,33 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from megatron_pg import PrefixTree, pack_trees  # noqa: E402
 from megatron_pg.mcore import (  # noqa: E402
-    GeneratedResponse,
-    Predictions,
     PrefixGroupedSeqParams,
     count_attention_calls,
     cpu,
-    generate,
 )
 from megatron_pg.mcore.generation_cache import GenerationCache  # noqa: E402
 from tests.mcore import cases, harness  # noqa: E402
+from tests.mcore.generate_harness import (  # noqa: E402
+    LAYOUTS,
+    MODELS,
+    REFUSED,
+    STOP_TOKENS,
+    VOCAB,
+    assert_same,
+    lengths,
+    load_full_state,
+    make_model,
+    make_prompts,
+    make_stock,
+    packed_logprobs,
+    sample,
+    stock_greedy,
+    stock_logits,
+)
 from tests.utils import assert_close  # noqa: E402
-
-VOCAB = harness.VOCAB - 4  # the model's last columns are padding
-STOP_TOKENS = [7, 23, 41]
-Groups = list[tuple[GeneratedResponse, ...]]
-
-
-def make_prompts(lens: tuple[int, ...] = (9, 1, 5, 14)) -> list[Tensor]:
-    g = torch.Generator().manual_seed(3)
-    return [torch.randint(0, VOCAB, (n,), generator=g) for n in lens]
-
-
-def make_model(case: harness.Case) -> list[Any]:
-    harness.initialize(case)
-    return harness.build(case, harness.make_config(case), packed=True)
-
-
-def make_stock(case: harness.Case, chunks: list[Any]) -> Any:
-    (stock,) = harness.build(case, harness.make_config(case), packed=False)
-    stock.load_state_dict(chunks[0].state_dict())
-    return stock
-
-
-def sample(chunks: list[Any], prompts: list[Tensor] | None = None, **changes: Any) -> Groups:
-    settings: dict[str, Any] = dict(
-        num_generations=4,
-        max_response_tokens=12,
-        seed=5,
-        temperature=0.8,
-        stop_token_ids=STOP_TOKENS,
-        vocab_size=VOCAB,
-    )
-    return generate(chunks, make_prompts() if prompts is None else prompts, **settings | changes)
-
-
-def lengths(groups: Groups) -> list[int]:
-    return [len(response.response_ids) for group in groups for response in group]
-
-
-def assert_same(got: Groups, want: Groups, bound: float = 1e-10) -> None:
-    assert [len(group) for group in got] == [len(group) for group in want]
-    for got_group, want_group in zip(got, want):
-        for ours, theirs in zip(got_group, want_group):
-            assert ours.response_ids.tolist() == theirs.response_ids.tolist()
-            assert ours.is_finished == theirs.is_finished
-            assert_close("logprobs", ours.logprobs, theirs.logprobs, bound)
-
-
-def stock_logits(stock: Any, tokens: Tensor) -> Tensor:
-    n = len(tokens)
-    mask = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)[None, None]
-    with torch.no_grad():
-        return stock(tokens[None], torch.arange(n)[None], mask)[0, :, :VOCAB]
-
-
-def stock_greedy(stock: Any, prompt: Tensor, stop_tokens: list[int]) -> GeneratedResponse:
-    """Every step runs the stock model on the whole written-out sequence."""
-    tokens, logprobs = prompt, []
-    while len(logprobs) < 12:
-        scores = stock_logits(stock, tokens)[-1].log_softmax(-1)
-        chosen = scores.argmax()
-        logprobs.append(scores[chosen])
-        tokens = torch.cat([tokens, chosen[None]])
-        if int(chosen) in stop_tokens:
-            break
-    return GeneratedResponse(
-        response_ids=tokens[len(prompt) :],
-        logprobs=torch.stack(logprobs).double(),
-        is_finished=int(tokens[-1]) in stop_tokens,
-    )
-
-
-def packed_logprobs(chunk: Any, prompt: Tensor, group: Any, temperature: float) -> list[Tensor]:
-    """What the trainer computes for the responses of one group."""
-    responses = [response.response_ids for response in group]
-    layout = pack_trees([PrefixTree.from_group(len(prompt), [len(r) for r in responses])])
-    tokens = layout.pack_tokens([torch.cat([prompt, response]) for response in responses])
-    predictions = Predictions(
-        predictor_ids=layout.predictor_ids,
-        target_tokens=tokens[layout.target_ids],
-        temperature=temperature,
-        vocab_size=VOCAB,
-    )
-    params = PrefixGroupedSeqParams.from_layout(layout, predictions=predictions)
-    with torch.no_grad():
-        logprobs, _ = chunk(tokens[None], params.position_ids[None], None, packed_seq_params=params)
-    places = [layout.sample_indices(i)[len(prompt) :] for i in range(len(responses))]
-    return [logprobs[layout.target_of[place]] for place in places]
 
 
 def check_model(name: str, case: harness.Case) -> None:
@@ -242,6 +167,25 @@ def check_distribution() -> None:
     assert 25 < chi_square < 110, chi_square
 
 
+def check_bf16() -> None:
+    """Decoding in bf16 is as close to the truth as the packed forward in bf16."""
+    case = harness.Case(dtype=torch.bfloat16)
+    chunks = make_model(case)
+    (exact,) = make_model(replace(case, dtype=torch.float64))
+    exact.load_state_dict(chunks[0].state_dict())
+    got, control, truth = [], [], []
+    for prompt, group in zip(make_prompts(), sample(chunks, max_response_tokens=30)):
+        got += [response.logprobs for response in group]
+        control += packed_logprobs(chunks[0], prompt, group, 0.8)
+        truth += packed_logprobs(exact, prompt, group, 0.8)
+    got, control, truth = (torch.cat(x).double() for x in (got, control, truth))
+    assert len(got) > 150
+    for moment in (1, 2):  # mean and mean square of the error
+        error = float((got - truth).abs().pow(moment).mean())
+        yardstick = float((control - truth).abs().pow(moment).mean())
+        assert 0 < error <= 1.3 * yardstick, (error, yardstick)
+
+
 def check_modes() -> None:
     """Modes are put back, and training goes on with what Megatron cached meanwhile."""
     chunks = make_model(harness.Case())
@@ -250,7 +194,7 @@ def check_modes() -> None:
     modes = [module.training for module in chunks[0].modules()]
     assert len(set(modes)) == 2
     prompts = make_prompts()
-    sample(chunks)
+    want = sample(chunks)
     assert [module.training for module in chunks[0].modules()] == modes
     layout = pack_trees([PrefixTree.from_sequences([prompt]) for prompt in prompts])
     params = PrefixGroupedSeqParams.from_layout(layout)
@@ -261,30 +205,9 @@ def check_modes() -> None:
     with pytest.raises(ValueError, match="prompts is empty"):
         sample(chunks, [])
     assert [module.training for module in chunks[0].modules()] == modes
-
-
-REFUSED: dict[str, dict[str, Any]] = {
-    "num_generations=0": dict(num_generations=0),
-    "max_response_tokens=0": dict(max_response_tokens=0),
-    "seed=-1": dict(seed=-1),
-    "temperature=-1": dict(temperature=-1.0),
-    "temperature=nan": dict(temperature=float("nan")),
-    "temperature=inf": dict(temperature=float("inf")),
-    "top_k=-1": dict(top_k=-1),
-    "top_p=0": dict(top_p=0.0),
-    "top_p=1.5": dict(top_p=1.5),
-    "stop_token_ids \\[60\\]": dict(stop_token_ids=[3, 60]),
-    "vocab_size=65": dict(vocab_size=65),
-    "vocab_size=0": dict(vocab_size=0),
-    "max_batch_samples=3 must": dict(max_batch_samples=3),
-    "prompt_numbers has 1 entries": dict(prompt_numbers=[1]),
-    "the least is -1": dict(prompt_numbers=[-1, 0, 1, 2]),
-    "prompts is empty": dict(prompts=[]),
-    r"prompts\[1\] must be": dict(prompts=[torch.tensor([1]), torch.tensor([], dtype=torch.int64)]),
-    r"prompts\[0\] must be": dict(prompts=[torch.tensor([1.0])]),
-    r"prompts\[0\] has tokens outside \[0, 60\)": dict(prompts=[torch.tensor([60])]),
-    "learned positions end at max_sequence_length=128": dict(max_response_tokens=115),
-}
+    wrapped = harness.wrap_ddp(harness.Case(), chunks[0].config, chunks)
+    assert wrapped[0] is not chunks[0]
+    assert_same(sample(wrapped), want)
 
 
 def check_refusals() -> None:
@@ -303,32 +226,6 @@ def check_refusals() -> None:
         pytest.raises(NotImplementedError, match="expert_model_parallel_size=2"),
     ):
         sample(chunks)
-
-
-def load_full_state(chunks: list[Any], full: dict[str, Tensor]) -> None:
-    """Give the chunks of this rank their part of a one-rank model's weights."""
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-
-    def part(x: Tensor, shape: torch.Size) -> Tensor:
-        dim = next(d for d in range(x.dim()) if x.shape[d] != shape[d])
-        return x.chunk(x.shape[dim] // shape[dim], dim)[tp_rank]
-
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-            if layer:
-                number = chunk.decoder.layers[int(layer[1])].layer_number - 1
-                name = f"decoder.layers.{number}.{layer[2]}"
-            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-                name = "embedding.word_embeddings.weight"
-            value = full[name]
-            if value.shape != parameter.shape and "linear_fc1" in name:
-                # Gate and up projection are split each by itself.
-                half = torch.Size([parameter.shape[0] // 2, *parameter.shape[1:]])
-                value = torch.cat([part(x, half) for x in value.chunk(2)])
-            elif value.shape != parameter.shape:
-                value = part(value, parameter.shape)
-            parameter.data.copy_(value)
 
 
 def check_parallel(case: harness.Case) -> None:
@@ -356,44 +253,15 @@ def check_parallel(case: harness.Case) -> None:
     assert all(chunk.decoder.input_tensor is None for chunk in chunks if not chunk.pre_process)
 
 
-MODELS = (
-    "plain",
-    "tied",
-    "mqa",
-    "mha",
-    "qk_layernorm",
-    "layernorm_bias",
-    "softmax_scale",
-    "learned_absolute",
-    "no_positions",
-    "rotary_percent",
-    "rotary_interleaved",
-    "rope_scaling",
-    "moe",
-    "full",
-)
 CHECKS: dict[str, Callable[[], None]] = {
     "rows_and_cache": check_rows_and_cache,
     "invariance": check_invariance,
     "truncation": check_truncation,
     "distribution": check_distribution,
+    "bf16": check_bf16,
     "modes": check_modes,
     "refusals": check_refusals,
 }
-LAYOUTS = (
-    "tp2",
-    "tp2_sp",
-    "tp2_sp_tied",
-    "tp2_mqa",
-    "pp2",
-    "pp2_tied",
-    "pp2_vpp2",
-    "dp2",
-    "tp4_sp",
-    "tp2_sp_pp2",
-    "tp2_sp_pp2_vpp2",
-    "pp2_dp2",
-)
 
 
 def run(name: str) -> None:
