@@ -40,7 +40,7 @@ EXTRAS = {
         "transformers>=4.56",
         "requests",
     ],
-    "gguf": ["gguf>=0.10", "transformers>=4.56"],
+    "gguf": ["gguf>=0.10", "accelerate", "transformers>=4.56"],
     "te": ["transformer-engine[pytorch]>=2.9"],
     "gpu": ["megatron_pg[megatron,te]", "flash-attn>=2.7"],
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "pre-commit"],

@@ -6,16 +6,7 @@ installed: in this environment, or in the one whose Python ``MEGATRON_PG_VLLM_PY
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,48 +21,10 @@ from megatron_pg.rollout import (
     SamplingParams,
 )
 
+from .servers import STARTUP_SECONDS, VLLM_PYTHON, run_server, transformers_server
 from .tiny_model import save_tiny_model
 
 transformers = pytest.importorskip("transformers", reason='pip install "megatron_pg[rollout]"')
-
-VLLM_PYTHON = os.environ.get("MEGATRON_PG_VLLM_PYTHON") or (
-    sys.executable if importlib.util.find_spec("vllm") else None
-)
-SERVING = ("fastapi", "uvicorn", "openai", "accelerate")
-STARTUP_SECONDS = 300.0
-
-
-@contextmanager
-def run_server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
-    """Address of the server that ``command`` starts on ``{port}``; ended with its children."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | environment
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [part.replace("{port}", port) for part in command],
-            cwd=log.parent,
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        end = time.monotonic() + STARTUP_SECONDS
-        while time.monotonic() < end and server.poll() is None:
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", int(port))) == 0:
-                    break
-            time.sleep(0.2)
-        assert server.poll() is None, log.read_text()[-4000:]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +42,8 @@ def tokenizer(models):
 
 
 @pytest.fixture(scope="module")
-def transformers_url(models, tmp_path_factory):
-    missing = [name for name in SERVING if not importlib.util.find_spec(name)]
-    if missing:
-        pytest.skip(f'{missing} not installed: pip install "transformers[serving]"')
-    start = "from transformers.cli.transformers import main; main()"
-    options = ["--device", "cpu", "--host", "127.0.0.1", "--port", "{port}"]
-    log = tmp_path_factory.mktemp("transformers") / "log"
-    with run_server([sys.executable, "-c", start, "serve", *options], log) as url:
+def transformers_url(tmp_path_factory):
+    with transformers_server(tmp_path_factory.mktemp("transformers")) as url:
         yield url
 
 

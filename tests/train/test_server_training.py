@@ -1,0 +1,87 @@
+"""Training from an inference server: responses over HTTP, weights back after every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.servers import VLLM_PYTHON, run_server, transformers_server
+from tests.rollout.tiny_model import save_tiny_model
+from tests.utils import ROOT
+
+pytest.importorskip("transformers", reason='pip install "megatron_pg[rollout]"')
+pytest.importorskip("reasoning_gym", reason='pip install "megatron_pg[rollout]"')
+
+
+def train(model: Path, out: Path, ranks: int, *overrides: str) -> list[dict[str, float]]:
+    config = out / "config.yaml"
+    out.mkdir(parents=True)
+    config.write_text(
+        f"""
+model: {{hf: {model}}}
+optimizer: {{lr: 0.001}}
+rollout: {{source: server, num_generations: 2, max_response_tokens: 6}}
+run: {{out: {out}, num_steps: 2, groups_per_step: 2, eval_prompts: 2, save_interval: 0}}
+"""
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, "-m", "megatron_pg.train", str(config), *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def exported_versions(out: Path) -> list[str]:
+    return sorted(p.name for p in (out / "export").iterdir() if (p / "config.json").is_file())
+
+
+def test_two_ranks_train_from_transformers_serve(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    save_tiny_model(model, 0)
+    with transformers_server(tmp_path) as url:
+        steps = train(
+            model,
+            out,
+            2,
+            "parallel.pipeline_model_parallel_size=2",
+            f"rollout.server.base_url={url}",
+            f"rollout.server.model={model}",
+            "rollout.server.dialect=text",
+            "rollout.server.allow_retokenize=true",
+        )
+    assert [m["step"] for m in steps] == [1, 2]
+    assert exported_versions(out) == ["version_1", "version_2"]
+
+
+@pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: see tests/rollout/servers.py")
+def test_two_ranks_train_from_vllm_with_its_logprobs(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    save_tiny_model(model, 0)
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--served-model-name", "tiny", "--dtype", "float32"]
+    command += ["--max-model-len", "256", "--enforce-eager", "--port", "{port}"]
+    command += ["--logprobs-mode", "processed_logprobs"]
+    switches = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with run_server(command, tmp_path / "log", **switches, VLLM_NO_USAGE_STATS="1") as url:
+        steps = train(
+            model,
+            out,
+            2,
+            "parallel.use_distributed_optimizer=true",
+            f"rollout.server.base_url={url}",
+            "rollout.server.model=tiny",
+            "algorithm.policy.importance_mode=token_truncate",
+        )
+    assert [m["step"] for m in steps] == [1, 2]
+    assert exported_versions(out) == ["version_1", "version_2"]
+    # The engine samples from the policy that is trained: after every refresh as well.
+    assert all(m["actor/rollout_logprob_diff"] < 1e-4 for m in steps)
+    assert all(abs(m["actor/importance_weight"] - 1) < 1e-3 for m in steps)
