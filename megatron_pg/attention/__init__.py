@@ -1,10 +1,11 @@
 """How a tree attends: plan, merge and backends."""
 
-from .backends import AttentionInputs
+from .backends import ATTENTION_BACKENDS, AttentionInputs
 from .interface import available_backends, prefix_grouped_attention, select_backend
 from .plan import AttentionPlan, make_attention_plan
 
 __all__ = [
+    "ATTENTION_BACKENDS",
     "AttentionInputs",
     "AttentionPlan",
     "available_backends",

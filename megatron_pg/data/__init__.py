@@ -2,7 +2,7 @@
 
 from .balance import balance_groups, equalize_num_microbatches
 from .cost import CostModel
-from .pack import make_microbatch, make_microbatches, pack_groups
+from .pack import carried_fields, make_microbatch, make_microbatches, pack_groups
 from .plan import GroupSplit, PackPlan, RowPart, plan_rows, split_group
 from .readers import read_rollouts, write_rollouts
 from .shape import GroupShape, group_shape, group_tree, select_samples
@@ -19,6 +19,7 @@ __all__ = [
     "Sample",
     "Status",
     "balance_groups",
+    "carried_fields",
     "equalize_num_microbatches",
     "group_shape",
     "group_tree",

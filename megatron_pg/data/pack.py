@@ -126,7 +126,7 @@ def _training_values(
     if weights is None:
         weights = torch.full((num_samples,), 1 / max(plan.loss_tokens, 1), dtype=torch.float64)
     scalars = _per_sample("advantages", advantages, num_samples)
-    own = _carried_fields(groups.values() if isinstance(groups, Mapping) else groups)
+    own = carried_fields(groups.values() if isinstance(groups, Mapping) else groups)
     if scalars is not None:
         own = tuple(name for name in own if name != "advantages")
     elif "advantages" not in own and plan.shapes:
@@ -137,8 +137,12 @@ def _training_values(
     return _TrainingValues(weights, scalars, own)
 
 
-def _carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
-    """Optional values that the samples carry. Raises: ValueError when only some carry one."""
+def carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
+    """Names of the optional per-token values that all samples carry.
+
+    Raises:
+        ValueError: when some samples carry one and others do not; names two of them.
+    """
     first: tuple[str, int, dict[str, bool]] | None = None
     for group in groups:
         for i, sample in enumerate(group.samples):

@@ -67,7 +67,8 @@ def _wrap_attention(spec: Any, backend: str) -> Any:
         )
     core = spec.submodules.core_attention
     core_cls: Any = get_module(core)
-    if not isinstance(core_cls, type):
+    is_class = isinstance(core_cls, type)
+    if not is_class:
         raise NotImplementedError(
             f"core_attention is {core!r}; prefix grouping needs a class or its ModuleSpec"
         )

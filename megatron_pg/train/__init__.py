@@ -1,8 +1,19 @@
 """The recipe: groups in, a trained model out."""
 
-from .config import TrainConfig, load_config
+from .config import TrainConfig
+from .config_file import load_config
 from .dry_run import DryRun, dry_run
 from .ranks import Ranks, parallel_run
+from .report import METRICS
 from .trainer import Trainer
 
-__all__ = ["DryRun", "Ranks", "TrainConfig", "Trainer", "dry_run", "load_config", "parallel_run"]
+__all__ = [
+    "METRICS",
+    "DryRun",
+    "Ranks",
+    "TrainConfig",
+    "Trainer",
+    "dry_run",
+    "load_config",
+    "parallel_run",
+]

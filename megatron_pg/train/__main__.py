@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+
+# Ranks that make the same mistake leave the telling to the first one.
+_FIRST_RANK_SECONDS = 5
 
 
 def main() -> None:
@@ -17,26 +21,40 @@ def main() -> None:
     )
     parser.add_argument("--world-size", type=int, help="ranks to check for with --dry-run")
     arguments = parser.parse_args()
-    # Imported here so that --help answers at once.
-    from .config import load_config
-    from .dry_run import dry_run
-
+    if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
+        parser.error("--world-size must be at least 1 and belongs to --dry-run")
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-            print("\n".join(dry_run(config, world_size).lines))
-            return
-        from .ranks import parallel_run
-        from .trainer import Trainer
+        _run(arguments)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        _exit_with(error)
 
-        with parallel_run(config.parallel, config.run.seed) as ranks:
-            Trainer(config, ranks).run()
-    except (ValueError, NotImplementedError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        # The launcher ends the other ranks; a normal exit would wait for them first.
-        os._exit(2)
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Imported here so that --help answers at once.
+    from .config_file import load_config
+    from .dry_run import dry_run
+    from .ranks import launched_world_size, parallel_run
+    from .trainer import Trainer
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        world_size = arguments.world_size or launched_world_size()
+        print("\n".join(dry_run(config, world_size).lines))
+        return
+    with parallel_run(config.parallel, config.run.seed) as ranks:
+        Trainer(config, ranks).run()
+
+
+def _exit_with(error: Exception) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # When the first rank fails too, the launcher ends this one meanwhile.
+        time.sleep(_FIRST_RANK_SECONDS)
+    where = f"rank {rank}: " if rank else ""
+    print(f"error: {where}{error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # The launcher ends the other ranks; a normal exit would wait for them first.
+    os._exit(2)
 
 
 if __name__ == "__main__":

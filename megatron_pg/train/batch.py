@@ -1,10 +1,10 @@
-"""From groups to this rank's microbatches: advantages, weights, balance, packing."""
+"""From groups to this rank's microbatches: balance, packing, weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import (
     CostModel,
     Group,
+    GroupShape,
     Microbatch,
     PackPlan,
     balance_groups,
@@ -19,9 +20,11 @@ from ..data import (
     group_shape,
     make_microbatches,
     plan_rows,
+    select_samples,
 )
-from ..loss import aggregation_weights, group_advantages, overlong_penalty
-from .config import AlgorithmConfig, RolloutConfig
+from ..loss import aggregation_weights
+from .config import AlgorithmConfig, TrainConfig
+from .model_plan import ModelPlan
 from .ranks import Ranks
 
 Item = TypeVar("Item")
@@ -46,57 +49,99 @@ class PackingConfig:
     cost_model: CostModel
 
 
+def packing_config(config: TrainConfig, plan: ModelPlan) -> PackingConfig:
+    """How a run packs, from its parallel layout and the model's sizes."""
+    parallel, model = config.parallel, plan.config
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return PackingConfig(
+        max_tokens=config.run.max_tokens_per_microbatch,
+        pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        num_microbatches_multiple=parallel.pipeline_model_parallel_size if is_interleaved else 1,
+        min_shared=config.rollout.min_shared,
+        cost_model=CostModel.from_model_dims(
+            hidden_size=model.hidden_size,
+            num_layers=model.num_layers,
+            ffn_hidden_size=model.ffn_hidden_size,
+            vocab_size=plan.vocab_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            kv_channels=model.kv_channels,
+            gated_linear_unit=model.gated_linear_unit,
+        ),
+    )
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Minibatch:
     """One optimizer step's groups: the whole, and the rows of this rank.
 
     Attributes:
         groups: all groups of the minibatch, the same on every rank.
-        plan: this rank's rows.
         microbatches: this rank's rows with their training values.
-        unique_tokens, logical_tokens, padded_tokens: over all ranks' rows.
+        tokens: over the rows of all ranks.
     """
 
     groups: tuple[Group, ...]
-    plan: PackPlan
     microbatches: tuple[Microbatch, ...]
-    unique_tokens: int
-    logical_tokens: int
-    padded_tokens: int
+    tokens: TokenCounts
 
 
-def shaped_rewards(
-    groups: Sequence[Group], algorithm: AlgorithmConfig, rollout: RolloutConfig
-) -> Tensor:
-    """``[N]`` float64 rewards with DAPO's soft punishment of overlong responses, when it is on."""
-    rewards = torch.cat([group.rewards for group in groups])
-    if algorithm.overlong_buffer_len == 0:
-        return rewards
-    lens = torch.tensor([len(s.response_ids) for group in groups for s in group.samples])
-    return rewards + overlong_penalty(
-        lens,
-        rollout.max_response_tokens,
-        algorithm.overlong_buffer_len,
-        algorithm.overlong_penalty_factor,
+@dataclass(frozen=True, kw_only=True)
+class TokenCounts:
+    """Size of the rows of all data-parallel ranks.
+
+    Attributes:
+        unique: tokens encoded.
+        logical: tokens of the written-out samples.
+        padded: padding at the end of rows.
+        rows: microbatches, fillers included.
+        fillers: rows that contribute nothing; their tokens are not counted.
+    """
+
+    unique: int = 0
+    logical: int = 0
+    padded: int = 0
+    rows: int = 0
+    fillers: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(**{name: n + getattr(other, name) for name, n in self.__dict__.items()})
+
+
+def plan_all_ranks(
+    shapes: Sequence[GroupShape], dp_size: int, packing: PackingConfig
+) -> list[PackPlan]:
+    """Rows of every data-parallel rank, equally many, from lengths alone."""
+    plans = [
+        plan_rows(
+            shapes,
+            packing.max_tokens,
+            members=members,
+            cost_model=packing.cost_model,
+            pad_to_multiple=packing.pad_to_multiple,
+        )
+        for members in balance_groups(shapes, dp_size, packing.cost_model)
+    ]
+    return equalize_num_microbatches(
+        plans, multiple_of=packing.num_microbatches_multiple, cost_model=packing.cost_model
     )
 
 
-def compute_advantages(
-    groups: Sequence[Group], rewards: Tensor, algorithm: AlgorithmConfig
-) -> tuple[Tensor, Tensor]:
-    """``(advantages [N], has_spread [num_groups])`` over the groups of one step."""
-    numbers = torch.repeat_interleave(torch.tensor([len(group.samples) for group in groups]))
-    counts = torch.tensor([s.num_loss_tokens for group in groups for s in group.samples])
-    settings: dict[str, Any] = {}
-    if algorithm.adv_estimator == "grpo":
-        settings = {
-            "norm_adv_by_std": algorithm.norm_adv_by_std_in_grpo,
-            "std_floor": algorithm.std_floor,
-        }
-    elif algorithm.adv_estimator.startswith("reinforce_plus_plus"):
-        settings = {"trained_counts": counts}
-    result = group_advantages(rewards, numbers, estimator=algorithm.adv_estimator, **settings)
-    return result.advantages, result.has_spread
+def count_tokens(plans: Sequence[PackPlan]) -> TokenCounts:
+    """Tokens of the rows of all ranks, fillers' left out."""
+    total = TokenCounts()
+    for plan in plans:
+        for row in plan.rows:
+            trees = [select_samples(plan.shapes[part.group].tree, part.samples) for part in row]
+            unique = sum(tree.unique_tokens for tree in trees)
+            total += TokenCounts(
+                unique=unique,
+                logical=sum(int(tree.sample_lens.sum()) for tree in trees),
+                padded=-unique % plan.pad_to_multiple,
+                rows=1,
+                fillers=int(not row),
+            )
+    return total
 
 
 def make_minibatch(
@@ -106,44 +151,26 @@ def make_minibatch(
     packing: PackingConfig,
     ranks: Ranks,
 ) -> Minibatch:
-    """Plan all ranks' rows from lengths alone, then build this rank's.
+    """Plan all ranks' rows, then build this rank's.
 
     Args:
-        groups: of one optimizer step, the same on every rank.
+        groups: of one optimizer step, the same on every rank, with a trained token among them.
         advantages: ``[N]`` of their samples in order; None takes the samples' own.
         algorithm: decides the weight of every token.
         packing: decides the rows.
         ranks: whose rows are built.
     """
     shapes = [group_shape(group, packing.min_shared) for group in groups]
-    members = balance_groups(shapes, ranks.dp_size, packing.cost_model)
-    plans = [
-        plan_rows(
-            shapes,
-            packing.max_tokens,
-            members=member,
-            cost_model=packing.cost_model,
-            pad_to_multiple=packing.pad_to_multiple,
-        )
-        for member in members
-    ]
-    plans = equalize_num_microbatches(
-        plans, multiple_of=packing.num_microbatches_multiple, cost_model=packing.cost_model
-    )
+    plans = plan_all_ranks(shapes, ranks.dp_size, packing)
     counts = torch.tensor([s.num_loss_tokens for group in groups for s in group.samples])
     weights = aggregation_weights(
         counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
     )
-    plan = plans[ranks.dp_rank]
-    microbatches = make_microbatches(plan, groups, sample_weights=weights, advantages=advantages)
-    layouts = [p.row_layout(row) for p in plans for row in range(len(p.rows)) if p.rows[row]]
+    microbatches = make_microbatches(
+        plans[ranks.dp_rank], groups, sample_weights=weights, advantages=advantages
+    )
     return Minibatch(
-        groups=tuple(groups),
-        plan=plan,
-        microbatches=tuple(microbatches),
-        unique_tokens=sum(layout.unique_tokens for layout in layouts),
-        logical_tokens=sum(layout.logical_tokens for layout in layouts),
-        padded_tokens=sum(layout.padding_tokens for layout in layouts),
+        groups=tuple(groups), microbatches=tuple(microbatches), tokens=count_tokens(plans)
     )
 
 

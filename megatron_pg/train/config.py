@@ -1,14 +1,8 @@
-"""One YAML file for a run: sections, defaults, and errors that name the nearest valid key."""
+"""The sections of a run's configuration and their defaults."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from ..loss import PolicyLossConfig
@@ -27,8 +21,9 @@ class ModelConfig:
         position_embedding_type: for a model from scratch.
         rotary_base: for a model from scratch.
         transformer_impl: "auto" takes Transformer Engine where it runs.
-        attention_backend: of prefix-grouped attention.
+        attention_backend: of prefix-grouped attention, see ``available_backends``.
         transformer: any further field of ``TransformerConfig``, e.g. ``recompute_granularity``.
+            dtypes and the activation are given by name (``bfloat16``, ``silu``).
     """
 
     hf: str | None = None
@@ -36,7 +31,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     make_vocab_size_divisible_by: int = 1
     untie_embeddings_and_output_weights: bool = False
-    position_embedding_type: str = "rope"
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     rotary_base: float = 10000
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     attention_backend: str = "auto"
@@ -45,7 +40,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is laid over ranks, in Megatron's own argument names."""
+    """How the model is laid over ranks, in Megatron's own argument names.
+
+    What is left of the ranks after tensor and pipeline parallelism is data parallel.
+    """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -56,15 +54,24 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     distributed_timeout_minutes: float = 10
 
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """Megatron's optimizer and learning-rate schedule, in its own argument names."""
+    """Megatron's optimizer and learning-rate schedule, in its own argument names.
 
-    optimizer: str = "adam"
+    The schedule counts updates (minibatches), not steps: ``lr_warmup_iters`` updates of warmup and
+    a decay over all updates that the run plans.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-6
     min_lr: float = 0.0
-    lr_decay_style: str = "constant"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
     lr_warmup_iters: int = 0
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -90,7 +97,11 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """An OpenAI-compatible server (see ``rollout.OpenAIServerSource``)."""
+    """An OpenAI-compatible server (see ``rollout.OpenAIServerSource``).
+
+    ``reload`` says how the server is told to take the trained weights (a key of
+    ``rollout.RELOAD_PLANS``); it reads them from ``export_dir``, ``run.out``/export when None.
+    """
 
     base_url: str = "http://127.0.0.1:8000"
     model: str = ""
@@ -99,6 +110,7 @@ class ServerConfig:
     max_concurrency: int = 32
     timeout_seconds: float = 600
     export_dir: str | None = None
+    reload: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +159,18 @@ class AlgorithmConfig:
         adv_estimator: see ``loss.ADVANTAGE_ESTIMATORS``.
         norm_adv_by_std_in_grpo: divide by the group's standard deviation; False is Dr.GRPO.
         std_floor: smallest standard deviation divided by.
-        skip_groups_without_spread: leave out groups whose rewards are all equal.
+        skip_groups_without_spread: leave out groups whose rewards, as they were given, are all
+            equal. A step that is left without groups updates nothing and still counts as a step.
         loss_agg_mode: see ``loss.AGGREGATION_MODES``.
         loss_scale_factor: constant of "seq-mean-token-sum-norm".
         ppo_epochs: passes over the groups of a step.
-        num_minibatches: optimizer steps per pass.
+        num_minibatches: optimizer steps per pass; whole groups in the order of the rollout, as
+            even as can be.
         policy: see ``loss.PolicyLossConfig``.
         use_kl_in_reward: subtract the KL to the reference from the reward.
         kl_coef: of the KL in the reward.
         kl_penalty: estimator of the KL in the reward.
-        ref_hf: Hugging Face folder of the reference model; None is the initial model.
+        ref_hf: Hugging Face folder of the reference model; None is ``model.hf``.
         overlong_buffer_len: DAPO's soft punishment before ``max_response_tokens``; 0 is off.
         overlong_penalty_factor: its size.
     """
@@ -179,6 +193,7 @@ class AlgorithmConfig:
 
     @property
     def needs_reference(self) -> bool:
+        """Whether some term compares with a reference model."""
         return self.use_kl_in_reward or self.policy.kl_loss_coef != 0
 
     @property
@@ -201,7 +216,8 @@ class RunConfig:
         save_interval: steps between checkpoints; 0 saves none.
         keep_checkpoints: how many of the newest are kept.
         async_save: write checkpoints beside the next steps (CUDA only).
-        load: continue from the newest checkpoint in ``out`` when there is one.
+        load: continue from the newest checkpoint in ``out`` when there is one; False refuses to
+            start where there is one.
         eval_prompts: held-out prompts judged before and after; 0 turns it off.
         eval_generations: samples per held-out prompt.
         self_check_interval: steps between comparisons of packed and written-out logprobs; 0 checks
@@ -241,113 +257,3 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and ``section.key=value`` overrides.
-
-    Raises:
-        ValueError: naming the file, the key and the nearest valid one, or the value and the type
-            that was expected. All problems of the file are in one error.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not Path(path).is_file():
-        raise ValueError(f"config file {path} does not exist")
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} must be section.key=value")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{path} is no valid YAML configuration: {error}") from error
-    problems: list[str] = []
-    config = _read(TrainConfig, content, "", problems)
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} problem(s) in {path}:\n{listed}")
-    assert isinstance(config, TrainConfig)
-    return config
-
-
-def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """The whole configuration as plain values, defaults included."""
-    return dataclasses.asdict(config)
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A hint ``; did you mean ...?`` for a misspelt name, or the empty string."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
-    """An instance of a config dataclass, or None after noting problems."""
-    if not isinstance(content, Mapping):
-        problems.append(f"{where or 'the file'} must be a mapping, got {content!r}")
-        return None
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    before = len(problems)
-    for name, value in content.items():
-        path = f"{where}.{name}" if where else str(name)
-        if name not in hints:
-            problems.append(f"{path} is unknown{nearest(str(name), list(hints))}")
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _read(typing.cast(type, hints[name]), value, path, problems)
-        else:
-            values[name] = _convert(hints[name], value, path, problems)
-    if len(problems) > before:
-        return None
-    try:
-        return cls(**values)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return None
-
-
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        origin = typing.get_origin(option) or option
-        if origin is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif origin is float and isinstance(value, str) and _is_number(value):
-            # YAML reads 1e-6 without a dot as text.
-            return float(value)
-        elif origin in (int, bool, str):
-            if type(value) is origin:
-                return value
-        elif (
-            origin is list and isinstance(value, list) or origin is dict and isinstance(value, dict)
-        ):
-            return value
-    expected = " or ".join(_describe(option) for option in options)
-    problems.append(f"{where}={value!r} must be {expected}")
-    return None
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _describe(option: Any) -> str:
-    if typing.get_origin(option) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(option)))
-    return "None" if option is type(None) else getattr(option, "__name__", str(option))

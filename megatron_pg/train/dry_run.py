@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from ..data import balance_groups, equalize_num_microbatches, group_shape, plan_rows
+from ..data import group_shape
 from ..mcore import validate_config
+from .batch import count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
-from .model import ModelPlan, plan_model
-from .sources import load_tokenizer, make_task, read_recorded, sampling_params
-from .trainer import packing_config
+from .config_checks import config_problems, launch_problems, raise_problems
+from .model_plan import ModelPlan, plan_model
+from .sources import Recording, open_sampling, read_recording
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,92 +35,73 @@ class DryRun:
 def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     """Parallel layout, packing plan, memory estimate and every refusal of a run.
 
+    Only what depends on the machine of the run is left open: its accelerator and its memory.
+
     Raises:
         ValueError: listing everything that would stop the run.
     """
-    problems: list[str] = []
+    problems = config_problems(config) + launch_problems(config.parallel, world_size)
 
-    def attempt(action: Any, *arguments: Any) -> Any:
+    def attempt(action: Callable[[], T]) -> T | None:
         try:
-            return action(*arguments)
-        except (ValueError, NotImplementedError) as error:
-            problems.append(str(error))
+            return action()
+        except (ValueError, NotImplementedError, ImportError) as error:
+            problems.append(str(error).replace("\n", "\n    "))
             return None
 
-    parallel = config.parallel
-    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size % model_size:
-        problems.append(
-            f"{world_size} ranks are no multiple of tensor x pipeline size {model_size}"
-        )
-    plan: ModelPlan | None = attempt(plan_model, config.model, parallel)
+    plan: ModelPlan | None = None
+    if config.model.hf is not None or config.model.vocab_size is not None:
+        plan = attempt(lambda: plan_model(config.model, config.parallel))
+    recording: Recording | None = None
     if plan is not None:
-        attempt(validate_config, plan.config)
-        stages = parallel.pipeline_model_parallel_size * (
-            parallel.virtual_pipeline_model_parallel_size or 1
-        )
-        if plan.config.num_layers % stages:
+        model_plan = plan
+        attempt(lambda: validate_config(model_plan.config))
+        if config.rollout.source == "recorded" and config.rollout.files:
+            packing = packing_config(config, plan)
+            recording = attempt(lambda: read_recording(config, model_plan.vocab_size, packing))
+    if config.rollout.source != "recorded":
+        attempt(lambda: open_sampling(config))
+        if config.rollout.source == "model" and config.parallel.expert_model_parallel_size > 1:
             problems.append(
-                f"num_layers={plan.config.num_layers} is no multiple of {stages} stages"
+                "rollout.source=model does not sample under expert parallelism: set "
+                "parallel.expert_model_parallel_size=1, or use a server"
             )
-    if config.rollout.source == "recorded":
-        if config.run.eval_prompts:
-            problems.append("run.eval_prompts needs a source that samples; set it to 0")
-        groups = attempt(read_recorded, config, plan.vocab_size) if plan else None
-    else:
-        groups = None
-        tokenizer = attempt(load_tokenizer, config)
-        if tokenizer is not None:
-            attempt(make_task, config.rollout, tokenizer)
-            attempt(sampling_params, config, tokenizer)
-    lines: list[str] = []
-    if plan is not None and not problems:
-        dp_size = world_size // model_size
-        lines.append(
-            f"{world_size} ranks: tp {parallel.tensor_model_parallel_size}"
-            f"{' with sp' if parallel.sequence_parallel else ''} x pp "
-            f"{parallel.pipeline_model_parallel_size}"
-            f" (vpp {parallel.virtual_pipeline_model_parallel_size or 1}) x dp {dp_size}"
-        )
-        if groups is not None:
-            lines += attempt(_packing_lines, config, plan, groups, dp_size) or []
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"{len(problems)} problem(s) would stop this run:\n{listed}")
+    raise_problems("would stop this run", problems)
     assert plan is not None
+    dp_size = world_size // config.parallel.model_size
+    lines = [_layout_line(config, world_size, dp_size)]
+    if recording is not None:
+        lines.append(_packing_line(config, plan, recording, dp_size))
     parameters = parameters_per_rank(plan)
-    total = _bytes_per_rank(config, plan, parameters, world_size // model_size)
-    lines.append(f"largest rank: {parameters:,} parameters, about {total / 2**30:.2f} GiB")
+    total = _bytes_per_rank(config, plan, parameters, dp_size)
+    dtype = str(plan.config.params_dtype).removeprefix("torch.")
+    lines.append(
+        f"largest rank: {parameters:,} parameters in {dtype}, about {total / 2**30:.2f} GiB"
+    )
     return DryRun(tuple(lines), parameters, total)
 
 
-def _packing_lines(
-    config: TrainConfig, plan: ModelPlan, groups: list[Any], dp_size: int
-) -> list[str]:
-    packing = packing_config(config, plan)
-    shapes = [
-        group_shape(group, packing.min_shared) for group in groups[: config.run.groups_per_step]
-    ]
-    plans = [
-        plan_rows(
-            shapes,
-            packing.max_tokens,
-            members=members,
-            cost_model=packing.cost_model,
-            pad_to_multiple=packing.pad_to_multiple,
-        )
-        for members in balance_groups(shapes, dp_size, packing.cost_model)
-    ]
-    plans = equalize_num_microbatches(
-        plans, multiple_of=packing.num_microbatches_multiple, cost_model=packing.cost_model
+def _layout_line(config: TrainConfig, world_size: int, dp_size: int) -> str:
+    parallel = config.parallel
+    return (
+        f"{world_size} ranks: tp {parallel.tensor_model_parallel_size}"
+        f"{' with sp' if parallel.sequence_parallel else ''} x pp "
+        f"{parallel.pipeline_model_parallel_size}"
+        f" (vpp {parallel.virtual_pipeline_model_parallel_size or 1}) x dp {dp_size}"
     )
-    layouts = [p.row_layout(i) for p in plans for i, row in enumerate(p.rows) if row]
-    unique = sum(layout.unique_tokens for layout in layouts)
-    logical = sum(layout.logical_tokens for layout in layouts)
-    return [
-        f"first step: {len(shapes)} groups, {logical:,} logical tokens, {unique:,} encoded "
-        f"(reuse {logical / unique:.2f}x), {len(plans[0].rows)} microbatches a rank"
-    ]
+
+
+def _packing_line(config: TrainConfig, plan: ModelPlan, recording: Recording, dp_size: int) -> str:
+    packing = packing_config(config, plan)
+    groups = recording.groups[: config.run.groups_per_step]
+    shapes = [group_shape(group, packing.min_shared) for group in groups]
+    plans = plan_all_ranks(shapes, dp_size, packing)
+    tokens = count_tokens(plans)
+    return (
+        f"first {len(groups)} of {len(recording.groups)} groups: {tokens.logical:,} logical "
+        f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / tokens.unique:.2f}x), "
+        f"{len(plans[0].rows)} microbatches a rank"
+    )
 
 
 def parameters_per_rank(plan: ModelPlan) -> int:
@@ -143,9 +128,9 @@ def parameters_per_rank(plan: ModelPlan) -> int:
 def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_size: int) -> int:
     """Weights, fp32 gradients, Adam state and master weights, activations of one microbatch."""
     width = plan.config.params_dtype.itemsize
-    state = 8 + (4 if width < 4 else 0)
+    state = {"adam": 8, "sgd": 4}[config.optimizer.optimizer] + (4 if width < 4 else 0)
     shards = dp_size if config.parallel.use_distributed_optimizer else 1
-    model = parameters * (width + 4) + parameters * state // shards
+    model = parameters * (width + max(width, 4)) + parameters * state // shards
     if config.algorithm.needs_reference:
         model += parameters * width
     c = plan.config

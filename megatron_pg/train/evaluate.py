@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..rollout import ReasoningGymTask, SampledRollouts, make_groups
 from .config import TrainConfig
 from .ranks import from_first_rank
-from .sources import SharedStream
+from .shared_stream import SharedStream, on_first_rank
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,27 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
 
     The prompts, the seed and so the comparison before and after training are the same.
 
-    Raises:
-        ValueError: if the run's rollouts are recorded: there is nothing to sample from.
+    Args:
+        config: of the run; its rollouts are sampled.
+        stream: of the run; its position stays as it is.
     """
     sampled = stream.stream
-    if not isinstance(sampled, SampledRollouts) or not isinstance(sampled.task, ReasoningGymTask):
-        raise ValueError(
-            "run.eval_prompts needs a source that samples; set it to 0 with recorded rollouts"
-        )
+    assert isinstance(sampled, SampledRollouts) and isinstance(sampled.task, ReasoningGymTask)
     run = config.run
     task = sampled.task.held_out()
     params = replace(sampled.params, num_generations=run.eval_generations)
-    rewards = None
-    if stream.needs_all_ranks or stream.is_first:
+    reward = task if isinstance(sampled.reward, ReasoningGymTask) else sampled.reward
+
+    def judge() -> list[float]:
         prompts = task.prompts(0, run.eval_prompts)
-        responses = sampled.source.generate(prompts, params)
-        reward = task if isinstance(sampled.reward, ReasoningGymTask) else sampled.reward
-        groups = make_groups(prompts, responses, reward)
-        rewards = [float(group.rewards.mean()) for group in groups]
-    rewards = from_first_rank(rewards)
+        groups = make_groups(prompts, sampled.source.generate(prompts, params), reward)
+        return [float(group.rewards.mean()) for group in groups]
+
+    if stream.needs_all_ranks:
+        # Rewards may be random, so that the first rank's count.
+        rewards = from_first_rank(judge())
+    else:
+        rewards = on_first_rank(judge, stream.is_first)
     mean = sum(rewards) / len(rewards)
     variance = sum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
     return Evaluation(mean, math.sqrt(variance / len(rewards)), len(rewards))

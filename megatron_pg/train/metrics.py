@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,11 @@ class MetricsWriter:
 
     ``metrics.jsonl`` holds one object a step and is cut back to the resumed step first, so that a
     step never stands there twice.
+
+    Args:
+        run: where to.
+        config: the whole configuration, shown beside the curves.
+        first_step: steps done already.
     """
 
     def __init__(self, run: RunConfig, config: Mapping[str, Any], first_step: int) -> None:
@@ -61,7 +68,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self.history = [m for m in read_metrics(self.path) if m["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(m) + "\n" for m in self.history))
+        write_atomically(self.path, "".join(json.dumps(m) + "\n" for m in self.history))
         self._tensorboard: Any = None
         self._wandb: Any = None
         if run.tensorboard:
@@ -74,7 +81,11 @@ class MetricsWriter:
             import wandb
 
             self._wandb = wandb.init(
-                project=run.wandb_project, dir=run.out, config=dict(config), resume="allow"
+                project=run.wandb_project,
+                id=_run_id(folder / "wandb_run_id.txt"),
+                dir=run.out,
+                config=dict(config),
+                resume="allow",
             )
         self._print_row([heading for _, heading, _ in _COLUMNS], style="bold")
 
@@ -84,9 +95,9 @@ class MetricsWriter:
         self.history.append(dict(metrics))
         with self.path.open("a") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
-        for name, value in metrics.items():
-            if self._tensorboard is not None and name != "step":
-                self._tensorboard.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            for name in metrics.keys() - {"step"}:
+                self._tensorboard.add_scalar(name, metrics[name], step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
         cells = [
@@ -125,21 +136,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return steps
 
 
-def plot_reward(history: list[dict[str, float]], path: Path) -> None:
-    """Curve of the training reward, and of held-out reward where it was measured, as PNG."""
-    import matplotlib
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is complete or unchanged, whenever the process ends."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    steps = [m["step"] for m in history]
-    axes.plot(steps, [m["reward/mean"] for m in history], marker=".", label="training prompts")
-    axes.set(xlabel="step", ylabel="mean reward", title="GRPO on packed groups")
-    held_out = [(m["step"], m["held_out/mean"]) for m in history if "held_out/mean" in m]
-    if held_out:
-        axes.plot(*zip(*held_out), marker="o", linestyle="--", label="held-out prompts")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _run_id(path: Path) -> str:
+    """The id under which a resumed run goes on; made up once."""
+    if not path.is_file():
+        write_atomically(path, uuid.uuid4().hex)
+    return path.read_text()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,130 +19,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..checkpoint import HfModel, load_hf, read_hf_config
+from ..checkpoint import load_hf
 from ..mcore import (
     PrefixGroupedGPTModel,
-    cpu,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
-from .config import ModelConfig, ParallelConfig, TrainConfig, nearest
+from .config import TrainConfig
+from .model_plan import ModelPlan, plan_model
 from .ranks import seed_everything
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """Everything needed to build the model, and nothing built yet.
-
-    Attributes:
-        config: Megatron's configuration.
-        gpt: keyword arguments of ``GPTModel``.
-        spec: keyword arguments of the layer spec.
-        vocab_size: entries of the vocabulary without padding.
-        use_te: whether layers are Transformer Engine's.
-    """
-
-    config: TransformerConfig
-    gpt: dict[str, Any]
-    spec: dict[str, Any]
-    vocab_size: int
-    use_te: bool
-
-
-def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
-    """Megatron's configuration of a run, checked without building weights.
-
-    Raises:
-        ValueError: on an unknown ``model.transformer`` key (with the nearest valid one), settings
-            that Megatron-Core refuses, or a model from scratch without ``vocab_size``.
-    """
-    tp_size = parallel.tensor_model_parallel_size
-    settings: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    if model.hf is not None:
-        hf: HfModel = read_hf_config(model.hf)
-        settings |= hf.transformer_config()
-        gpt = hf.gpt_model(
-            tp_size=tp_size, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
-        )
-        spec, vocab_size = hf.spec(), hf.vocab_size
-    else:
-        gpt, spec, vocab_size = _from_scratch(model, tp_size)
-    has_cuda = torch.cuda.is_available()
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    settings |= {
-        "tensor_model_parallel_size": tp_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": vpp,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
-        # The loss carries its own global denominators; Megatron must not divide again.
-        "calculate_per_token_loss": True,
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",
-        "params_dtype": torch.bfloat16 if has_cuda else torch.float32,
-    }
-    if vpp is not None:
-        # Two stages exchange in both directions at once; batched calls would mix them up.
-        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if not has_cuda:
-        settings |= cpu.transformer_config_defaults()
-    settings |= _transformer_overrides(model.transformer)
-    settings.setdefault("pipeline_dtype", settings["params_dtype"])
-    settings.setdefault("bf16", settings["params_dtype"] is torch.bfloat16)
-    try:
-        config = TransformerConfig(**settings)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"Megatron-Core refuses the model settings: {error}") from error
-    if model.hf is None:
-        spec |= {"qk_layernorm": config.qk_layernorm}
-        if config.num_moe_experts:
-            spec |= {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
-    return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl))
-
-
-def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dict[str, Any], int]:
-    if model.vocab_size is None:
-        raise ValueError("model.vocab_size is needed for a model from scratch; or set model.hf")
-    multiple = model.make_vocab_size_divisible_by * tp_size
-    gpt = {
-        "vocab_size": -(-model.vocab_size // multiple) * multiple,
-        "max_sequence_length": model.max_position_embeddings,
-        "position_embedding_type": model.position_embedding_type,
-        "rotary_base": model.rotary_base,
-        "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
-    }
-    return gpt, {}, model.vocab_size
-
-
-def _transformer_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
-    valid = [f.name for f in dataclasses.fields(TransformerConfig)]
-    values = dict(overrides)
-    for name in values:
-        if name not in valid:
-            raise ValueError(f"model.transformer.{name} is unknown{nearest(name, valid)}")
-    for name in ("params_dtype", "pipeline_dtype"):
-        if isinstance(values.get(name), str):
-            values[name] = getattr(torch, values[name])
-    if isinstance(values.get("activation_func"), str):
-        values["activation_func"] = getattr(torch.nn.functional, values["activation_func"])
-    return values
-
-
-def _uses_te(transformer_impl: str) -> bool:
-    if transformer_impl == "local":
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ImportError as error:
-        if transformer_impl == "transformer_engine":
-            raise ValueError(
-                "model.transformer_impl=transformer_engine, but it does not import: "
-                f'{error}; pip install "megatron_pg[te]" or set transformer_impl: local'
-            ) from error
-        return False
-    return torch.cuda.is_available()
 
 
 def build_chunks(plan: ModelPlan, attention_backend: str = "auto") -> list[torch.nn.Module]:
@@ -191,9 +75,14 @@ class TrainedModel:
     scheduler: OptimizerParamScheduler
 
 
-def build_trained_model(config: TrainConfig, num_updates: int) -> TrainedModel:
-    """Build, load, wrap; every rank of the job takes part."""
-    plan = plan_model(config.model, config.parallel)
+def build_trained_model(config: TrainConfig, plan: ModelPlan, num_updates: int) -> TrainedModel:
+    """Build, load, wrap; every rank of the job takes part.
+
+    Args:
+        config: of the run.
+        plan: ``plan_model`` of it.
+        num_updates: after which the learning rate has decayed.
+    """
     chunks = _initial_chunks(config, plan, config.model.hf)
     parallel, section = config.parallel, config.optimizer
     ddp_config = DistributedDataParallelConfig(
@@ -227,6 +116,10 @@ def build_trained_model(config: TrainConfig, num_updates: int) -> TrainedModel:
         ),
         wrapped,
     )
+    if parallel.overlap_grad_reduce:
+        # Without it every microbatch, not only the last, would start the reduction.
+        hooks = [chunk.no_sync for chunk in wrapped]
+        plan.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     plan.config.finalize_model_grads_func = finalize_model_grads
     plan.config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
@@ -241,12 +134,16 @@ def build_trained_model(config: TrainConfig, num_updates: int) -> TrainedModel:
         end_wd=section.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run follows its own configuration; only the position is the checkpoint's.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
     return TrainedModel(plan, wrapped, optimizer, scheduler)
 
 
 def build_reference(config: TrainConfig) -> list[Any]:
     """The frozen reference model on this rank: ``algorithm.ref_hf``, or the initial policy."""
+    # A plan of its own: the trained model's holds the hooks of its gradients.
     plan = plan_model(config.model, config.parallel)
     chunks = _initial_chunks(config, plan, config.algorithm.ref_hf or config.model.hf)
     for chunk in chunks:

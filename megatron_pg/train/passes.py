@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,11 +103,6 @@ def train_pass(
     results = _run_schedule(chunks, microbatches, forward_step, forward_only=False)
     names = results[0] if results else {}
     return {name: float(sum(float(r[name]) for r in results)) for name in names}
-
-
-def with_rollout_values(batch: Microbatch, keep_rollout_logprobs: bool) -> Microbatch:
-    """The microbatch, without the engine's logprobs where they are not asked for."""
-    return batch if keep_rollout_logprobs else replace(batch, rollout_logprobs=None)
 
 
 def _forward(

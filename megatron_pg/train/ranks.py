@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from ..mcore import cpu
 from .config import ParallelConfig
+from .config_checks import launch_problems, raise_problems
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def parallel_run(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
     On machines without CUDA the group is gloo and Megatron-Core runs on its CPU stand-ins. Without
     a launcher's environment the job is one rank.
+
+    Raises:
+        ValueError: if the ranks hold no whole replica, or the launcher's environment is incomplete.
     """
     has_cuda = torch.cuda.is_available()
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, value)
     with nullcontext() if has_cuda else cpu.emulate_cuda():
         _initialize_process_group(config, has_cuda)
         try:
@@ -65,30 +67,29 @@ def parallel_run(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
 def _initialize_process_group(config: ParallelConfig, has_cuda: bool) -> None:
     if has_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     settings: dict[str, Any] = {
         "backend": "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
         "timeout": timedelta(minutes=config.distributed_timeout_minutes),
     }
     if "MASTER_ADDR" not in os.environ:
+        if launched_world_size() > 1:
+            raise ValueError(
+                f"WORLD_SIZE={launched_world_size()} without MASTER_ADDR; start the ranks with "
+                "torchrun"
+            )
         settings |= {"store": torch._C._distributed_c10d.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**settings)
 
 
 def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool) -> Ranks:
-    model_size = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    if dist.get_world_size() % model_size:
-        raise ValueError(
-            f"{dist.get_world_size()} ranks cannot hold replicas of tensor_model_parallel_size="
-            f"{config.tensor_model_parallel_size} x pipeline_model_parallel_size="
-            f"{config.pipeline_model_parallel_size}; launch a multiple of {model_size}"
-        )
+    raise_problems("of this launch", launch_problems(config, dist.get_world_size()))
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size,
         config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
-        distributed_timeout_minutes=max(1, int(config.distributed_timeout_minutes)),
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     seed_everything(seed)
     return Ranks(
@@ -102,6 +103,16 @@ def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
     )
+
+
+def launched_rank() -> int:
+    """This process's rank by the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """The number of ranks by the launcher's environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def seed_everything(seed: int) -> None:

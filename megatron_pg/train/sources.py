@@ -1,155 +1,131 @@
-"""Where a run's groups come from, the same on every rank."""
+"""Where a run's groups come from, checked before the model is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-
-from ..data import Group, read_rollouts
-from ..mcore import generate
+from ..data import Group, carried_fields, read_rollouts
 from ..rollout import (
-    GroupStream,
     OpenAIServerSource,
-    Prompt,
     ReasoningGymTask,
     RecordedRollouts,
-    Response,
     RewardFunction,
     SampledRollouts,
     SamplingParams,
-    WeightExporter,
     load_reward,
 )
+from .batch import PackingConfig
 from .config import RolloutConfig, TrainConfig
-from .ranks import Ranks, from_first_rank
+from .config_checks import needs_reference_message, raise_problems
+from .model_source import ModelSource
+from .ranks import Ranks
+from .shared_stream import SharedStream, on_first_rank
 
 
-class ModelSource:
-    """Samples from the model in training; every rank of the job takes part in each call.
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """Recorded groups that fit the run.
 
-    Prompts are divided over the data-parallel replicas and every rank gets all responses.
+    Attributes:
+        groups: all of them on the first rank, none on the others.
+        fields: optional per-token values that every sample carries (see ``carried_fields``).
     """
 
-    def __init__(
-        self, chunks: Sequence[Any], tokenizer: Any, vocab_size: int, max_batch_samples: int | None
-    ) -> None:
-        self.chunks = chunks
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.max_batch_samples = max_batch_samples
-        self.version = 0
+    groups: Sequence[Group]
+    fields: tuple[str, ...]
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams
-    ) -> list[tuple[Response, ...]]:
-        """See ``RolloutSource.generate``."""
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
-        numbers = range(rank, len(prompts), size)
-        mine = (
-            generate(
-                self.chunks,
-                [prompts[i].prompt_ids for i in numbers],
-                num_generations=params.num_generations,
-                max_response_tokens=params.max_response_tokens,
-                seed=params.seed or 0,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                stop_token_ids=params.stop_token_ids,
-                vocab_size=self.vocab_size,
-                max_batch_samples=self.max_batch_samples,
-                prompt_numbers=list(numbers),
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Everything but the engine that rewarded responses are sampled with."""
+
+    tokenizer: Any
+    task: ReasoningGymTask
+    reward: RewardFunction
+    params: SamplingParams
+
+
+def read_recording(config: TrainConfig, vocab_size: int, packing: PackingConfig) -> Recording:
+    """Read all recorded groups and check them against the run.
+
+    Raises:
+        ValueError: naming file, row and field of everything that is malformed, or everything
+            that keeps the groups from being trained as configured.
+    """
+    rollout = config.rollout
+    tokenizer = load_tokenizer(config) if _has_tokenizer(config.model.hf) else None
+    groups = read_rollouts(
+        rollout.files, format=rollout.format, tokenizer=tokenizer, vocab_size=vocab_size
+    )
+    recording = Recording(groups=groups, fields=carried_fields(groups))
+    raise_problems("of the recorded rollouts", _recording_problems(config, recording, packing))
+    return recording
+
+
+def share_recording(
+    config: TrainConfig, vocab_size: int, packing: PackingConfig, ranks: Ranks
+) -> Recording:
+    """``read_recording`` on the first rank; a refusal there is raised on every rank."""
+    own: list[Recording] = []
+
+    def read() -> tuple[str, ...]:
+        own.append(read_recording(config, vocab_size, packing))
+        return own[0].fields
+
+    fields = on_first_rank(read, ranks.rank == 0)
+    return own[0] if own else Recording(groups=(), fields=fields)
+
+
+def open_sampling(config: TrainConfig) -> Sampling:
+    """Tokenizer, task, reward and sampling parameters of a run.
+
+    Raises:
+        ValueError: on a folder without tokenizer, an unknown task or a reward that does not load.
+    """
+    tokenizer = load_tokenizer(config)
+    task = make_task(config.rollout, tokenizer)
+    reward = task if config.rollout.reward is None else load_reward(config.rollout.reward)
+    params = sampling_params(config, tokenizer)
+    return Sampling(tokenizer=tokenizer, task=task, reward=reward, params=params)
+
+
+def make_stream(
+    config: TrainConfig,
+    inputs: Recording | Sampling,
+    chunks: Sequence[Any],
+    vocab_size: int,
+    ranks: Ranks,
+) -> SharedStream:
+    """The stream that a config describes."""
+    rollout, is_first = config.rollout, ranks.rank == 0
+    if isinstance(inputs, Recording):
+        recorded = None
+        if is_first:
+            recorded = RecordedRollouts(
+                inputs.groups, shuffle=rollout.shuffle, seed=config.run.seed
             )
-            if numbers
-            else []
-        )
-        parts: list[Any] = [None] * size
-        dist.all_gather_object(
-            parts,
-            mine,
-            group=parallel_state.get_data_parallel_group_gloo()
-            if torch.cuda.is_available()
-            else parallel_state.get_data_parallel_group(),
-        )
-        return [
-            tuple(self._response(sampled) for sampled in parts[i % size][i // size])
-            for i in range(len(prompts))
-        ]
-
-    def update_weights(self, export: WeightExporter, version: int) -> None:
-        """Nothing to move: the parameters are read in place."""
-        self.version = version
-
-    def _response(self, sampled: Any) -> Response:
-        return Response(
-            response_ids=sampled.response_ids,
-            text=self.tokenizer.decode(sampled.response_ids.tolist(), skip_special_tokens=True),
-            rollout_logprobs=sampled.logprobs.double(),
-            status="completed" if sampled.is_finished else "truncated",
-            metadata={"policy_version": self.version},
-        )
-
-
-class SharedStream:
-    """A stream whose groups every rank receives from the first rank.
-
-    Args:
-        stream: the stream; on other ranks it is only called when sampling needs all ranks.
-        needs_all_ranks: whether ``next_groups`` is a collective of its own.
-        is_first: whether this is rank 0.
-    """
-
-    def __init__(self, stream: GroupStream, needs_all_ranks: bool, is_first: bool) -> None:
-        self.stream = stream
-        self.needs_all_ranks = needs_all_ranks
-        self.is_first = is_first
-
-    def next_groups(self, num_groups: int) -> list[Group]:
-        """The next groups, equal on every rank; an error on one rank is raised on all."""
-        groups, error = None, None
-        if self.needs_all_ranks:
-            groups = self.stream.next_groups(num_groups)
-        elif self.is_first:
-            try:
-                groups = self.stream.next_groups(num_groups)
-            except Exception as problem:  # passed on to every rank below
-                error = problem
-        groups, error = from_first_rank((groups, error))
-        if error is not None:
-            raise error
-        return list(groups)
-
-    def update_weights(self, export: WeightExporter, version: int) -> None:
-        """Bring the source to the current policy; ``export`` is a collective of all ranks."""
-        source = getattr(self.stream, "source", None)
-        if not isinstance(source, OpenAIServerSource):
-            self.stream.update_weights(export, version)
-            return
-        folder = Path(source.export_dir or "export") / f"version_{version}"
-        export(folder)
-        error = None
-        if self.is_first:
-            try:
-                source.reload_weights(folder, version)
-            except Exception as problem:  # passed on to every rank below
-                error = problem
-        error = from_first_rank(error)
-        if error is not None:
-            raise error
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the stream, as the first rank knows it."""
-        return dict(from_first_rank(self.stream.state_dict()))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken."""
-        self.stream.load_state_dict(state)
+        return SharedStream(recorded, needs_all_ranks=False, is_first=is_first)
+    if rollout.source == "model":
+        own = ModelSource(chunks, inputs.tokenizer, vocab_size, rollout.max_batch_samples)
+        stream = SampledRollouts(inputs.task, own, inputs.reward, inputs.params)
+        return SharedStream(stream, needs_all_ranks=True, is_first=is_first)
+    server = rollout.server
+    source = OpenAIServerSource(
+        server.base_url,
+        model=server.model or None,
+        tokenizer=inputs.tokenizer,
+        dialect=server.dialect,
+        allow_retokenize=server.allow_retokenize,
+        max_concurrency=server.max_concurrency,
+        timeout_seconds=server.timeout_seconds,
+        reload=server.reload,
+        export_dir=server.export_dir or str(Path(config.run.out) / "export"),
+    )
+    stream = SampledRollouts(inputs.task, source, inputs.reward, inputs.params)
+    return SharedStream(stream, needs_all_ranks=False, is_first=is_first)
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -184,11 +160,6 @@ def make_task(config: RolloutConfig, tokenizer: Any) -> ReasoningGymTask:
     )
 
 
-def make_reward(config: RolloutConfig, task: ReasoningGymTask) -> RewardFunction:
-    """The reward named by the config, else the task's own."""
-    return task if config.reward is None else load_reward(config.reward)
-
-
 def sampling_params(config: TrainConfig, tokenizer: Any) -> SamplingParams:
     """How responses are sampled; the tokenizer's end token stops them."""
     rollout = config.rollout
@@ -204,48 +175,51 @@ def sampling_params(config: TrainConfig, tokenizer: Any) -> SamplingParams:
     )
 
 
-def read_recorded(config: TrainConfig, vocab_size: int) -> list[Group]:
-    """All recorded groups of a run.
-
-    Raises:
-        ValueError: naming file, row and field of everything that is wrong.
-    """
-    rollout = config.rollout
-    if not rollout.files:
-        raise ValueError("rollout.files is empty: name the recorded files, or another source")
-    tokenizer = load_tokenizer(config) if config.model.hf is not None else None
-    return read_rollouts(
-        rollout.files, format=rollout.format, tokenizer=tokenizer, vocab_size=vocab_size
-    )
+def _has_tokenizer(hf: str | None) -> bool:
+    """Recorded token ids need no tokenizer; rows of text are refused without one."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return hf is not None and any((Path(hf) / name).is_file() for name in names)
 
 
-def make_stream(
-    config: TrainConfig, chunks: Sequence[Any], vocab_size: int, ranks: Ranks
-) -> SharedStream:
-    """The stream that a config describes."""
-    rollout, is_first = config.rollout, ranks.rank == 0
-    if rollout.source == "recorded":
-        groups = read_recorded(config, vocab_size)
-        recorded = RecordedRollouts(groups, shuffle=rollout.shuffle, seed=config.run.seed)
-        # Every rank read the same files: nothing to send around.
-        return SharedStream(recorded, needs_all_ranks=True, is_first=is_first)
-    tokenizer = load_tokenizer(config)
-    task = make_task(rollout, tokenizer)
-    reward = make_reward(rollout, task)
-    params = sampling_params(config, tokenizer)
-    if rollout.source == "model":
-        own = ModelSource(chunks, tokenizer, vocab_size, rollout.max_batch_samples)
-        stream = SampledRollouts(task, own, reward, params)
-        return SharedStream(stream, needs_all_ranks=True, is_first=is_first)
-    server = OpenAIServerSource(
-        rollout.server.base_url,
-        model=rollout.server.model or None,
-        tokenizer=tokenizer,
-        dialect=rollout.server.dialect,
-        allow_retokenize=rollout.server.allow_retokenize,
-        max_concurrency=rollout.server.max_concurrency,
-        timeout_seconds=rollout.server.timeout_seconds,
-        export_dir=rollout.server.export_dir or str(Path(config.run.out) / "export"),
-    )
-    stream = SampledRollouts(task, server, reward, params)
-    return SharedStream(stream, needs_all_ranks=False, is_first=is_first)
+def _recording_problems(
+    config: TrainConfig, recording: Recording, packing: PackingConfig
+) -> list[str]:
+    algorithm, fields = config.algorithm, recording.fields
+    problems = []
+    if algorithm.policy.importance_mode is not None and "rollout_logprobs" not in fields:
+        problems.append(
+            f"algorithm.policy.importance_mode={algorithm.policy.importance_mode!r} needs "
+            "rollout_logprobs on every row; record them, or set it to null"
+        )
+    has_reference = algorithm.ref_hf or config.model.hf or "ref_logprobs" in fields
+    if algorithm.needs_reference and not has_reference:
+        problems.append(needs_reference_message())
+    if "advantages" in fields:
+        for name in ("skip_groups_without_spread", "use_kl_in_reward", "overlong_buffer_len"):
+            if getattr(algorithm, name):
+                problems.append(
+                    f"algorithm.{name} concerns rewards, but the rows carry advantages, which are "
+                    "used instead; leave out the one or the other"
+                )
+    if not any(s.num_loss_tokens for group in recording.groups for s in group.samples):
+        problems.append("no row has a trained token: every loss_mask is 0 throughout")
+    return problems + _length_problems(recording.groups, packing)
+
+
+def _length_problems(groups: Sequence[Group], packing: PackingConfig) -> list[str]:
+    """The first sample that is too long, and how many there are."""
+    budget = packing.max_tokens // packing.pad_to_multiple * packing.pad_to_multiple
+    too_long = [
+        (len(sample.tokens), group.group_id, i)
+        for group in groups
+        for i, sample in enumerate(group.samples)
+        if len(sample.tokens) > budget
+    ]
+    if not too_long:
+        return []
+    length, group_id, number = too_long[0]
+    return [
+        f"sample {number} of group {group_id!r} has {length} tokens with its prompt, a row holds "
+        f"run.max_tokens_per_microbatch={budget} (too long are {len(too_long)} samples, the "
+        f"longest of {max(too_long)[0]} tokens); raise it, or leave them out"
+    ]

@@ -5,78 +5,124 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from .metrics import write_atomically
 from .model import TrainedModel
+from .ranks import from_first_rank
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_PARTIAL = ".partial-"
 
 
-def save_checkpoint(
-    folder: Path, model: TrainedModel, step: int, progress: Mapping[str, Any], keep: int
-) -> Path:
-    """Write ``iter_<step>`` in Megatron's torch_dist layout; every rank takes part.
+class Checkpoints:
+    """The checkpoints of a run, ``iter_<step>`` in Megatron's torch_dist layout.
 
-    The folder is written under another name and renamed when every rank is done, then the tracker
-    file is replaced: a killed job leaves the previous checkpoint as the newest.
+    A checkpoint is written under another name and renamed when every rank is done, then the
+    tracker file is replaced: a job that is killed leaves the previous checkpoint as the newest.
+    Every rank takes part in each call.
 
     Args:
         folder: holds all checkpoints of the run.
-        model: what is trained.
-        step: steps done.
-        progress: JSON-serializable state of the run (stream, counters).
         keep: how many of the newest are kept.
+        is_async: write beside the next steps, by Megatron's own writer processes.
     """
-    final = folder / f"iter_{step:07d}"
-    partial = folder / f".partial_iter_{step:07d}"
-    is_first = dist.get_rank() == 0
-    if is_first:
-        for stale in (partial, final):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _sharded_state(model, is_loading=False)
-    state |= {
-        "iteration": step,
-        "checkpoint_version": 3.0,
-        "opt_param_scheduler": model.scheduler.state_dict(),
-    }
-    dist_checkpointing.save(state, str(partial))
-    if is_first:
-        _write_synced(partial / "progress.json", json.dumps(dict(progress) | {"step": step}))
-    dist.barrier()
-    if is_first:
-        os.replace(partial, final)
-        _write_synced(folder / f".{TRACKER}", str(step))
-        os.replace(folder / f".{TRACKER}", folder / TRACKER)
-        for old in sorted(folder.glob("iter_*"))[: -max(keep, 1)]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return final
 
+    def __init__(self, folder: Path, *, keep: int, is_async: bool = False) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._queue = AsyncCallsQueue() if is_async else None
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None.
+    def save(self, model: TrainedModel, step: int, progress: Mapping[str, Any]) -> None:
+        """Write the state after ``step`` steps; waits for an earlier write first.
 
-    Raises:
-        ValueError: if the tracker names a checkpoint that is not there.
-    """
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    path = folder / f"iter_{int(text):07d}" if text.isdigit() else folder / text
-    if not (path / "progress.json").is_file():
-        raise ValueError(
-            f"{tracker} names {path.name}, which is missing or incomplete; restore it, write the "
-            "step of a complete one into the tracker, or start in another run.out"
+        Args:
+            model: what is trained.
+            step: steps done.
+            progress: JSON-serializable state of the run (stream, counters).
+        """
+        self.wait()
+        # A name of its own: a writer that outlived its killed rank still has the old one.
+        partial = self.folder / from_first_rank(f"{_PARTIAL}{step}-{uuid.uuid4().hex[:8]}")
+        if dist.get_rank() == 0:
+            for stale in self.folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        text = json.dumps(dict(progress) | {"step": step})
+        state = _sharded_state(model, is_loading=False) | {
+            "iteration": step,
+            "checkpoint_version": 3.0,
+            "opt_param_scheduler": model.scheduler.state_dict(),
+        }
+        request = dist_checkpointing.save(
+            state,
+            str(partial),
+            async_sharded_save=self._queue is not None,
         )
-    return path
+        if self._queue is None:
+            self._publish(partial, step, text)
+            return
+        request.add_finalize_fn(lambda: self._publish(partial, step, text))
+        self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Publish a checkpoint that has been written meanwhile."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Publish what is still being written."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def find(self) -> Path | None:
+        """The newest complete checkpoint as the first rank sees it, or None.
+
+        Raises:
+            ValueError: if the tracker names a checkpoint that is not there, on some rank.
+        """
+        newest: str | None = None
+        tracker = self.folder / TRACKER
+        if dist.get_rank() == 0 and tracker.is_file():
+            newest = tracker.read_text().strip()
+        newest = from_first_rank(newest)
+        if newest is None:
+            return None
+        path = self._path(int(newest)) if newest.isdigit() else self.folder / newest
+        if not (path / "progress.json").is_file():
+            complete = sorted(p.parent.name for p in self.folder.glob("iter_*/progress.json"))
+            raise ValueError(
+                f"{tracker} names {path.name}, which is missing or incomplete on this machine "
+                f"(complete are {', '.join(complete) or 'none'}); restore it, write the step of a "
+                "complete one into the tracker, or start in another run.out"
+            )
+        return path
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"iter_{step:07d}"
+
+    def _publish(self, partial: Path, step: int, progress: str) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            write_atomically(partial / "progress.json", progress)
+            final = self._path(step)
+            if final.exists():
+                # Left by a run that went on from an earlier checkpoint; the tracker is not on it.
+                os.replace(final, self.folder / f"{_PARTIAL}replaced-{uuid.uuid4().hex[:8]}")
+            os.replace(partial, final)
+            write_atomically(self.folder / TRACKER, str(step))
+            done = [p for p in sorted(self.folder.glob("iter_*")) if p.name <= final.name]
+            for old in done[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
 
 
 def load_checkpoint(path: Path, model: TrainedModel) -> dict[str, Any]:
@@ -112,10 +158,3 @@ def _sharded_state(model: TrainedModel, is_loading: bool) -> dict[str, Any]:
 
 # One file layout for every parallel layout, so that a run can continue on another.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,0 +1,125 @@
+"""One YAML file for a run, and errors that name the nearest valid key."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import TrainConfig
+from .config_checks import config_problems, nearest, raise_problems
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and ``section.key=value`` overrides; a section left empty is its defaults.
+
+    Raises:
+        ValueError: naming the file, the key and the nearest valid one, or the value and what was
+            expected (see ``config_problems``). All problems of the file are in one error.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise ValueError(f"config file {path} does not exist")
+    for override in overrides:
+        if "=" not in override or "." not in override.split("=")[0]:
+            raise ValueError(f"override {override!r} must be section.key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is no valid YAML configuration: {error}") from error
+    problems: list[str] = []
+    config = _read(TrainConfig, content, "", problems)
+    if config is not None:
+        problems += config_problems(config)
+    raise_problems(f"in {path}", problems)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def config_dict(config: TrainConfig) -> dict[str, Any]:
+    """The whole configuration as plain values, defaults included."""
+    return dataclasses.asdict(config)
+
+
+def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
+    """An instance of a config dataclass, or None after noting problems."""
+    if not isinstance(content, Mapping):
+        problems.append(f"{where or 'the file'} must be a mapping, got {content!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for name, value in content.items():
+        path = f"{where}.{name}" if where else str(name)
+        if name not in hints:
+            problems.append(f"{path} is unknown{nearest(str(name), list(hints))}")
+        elif dataclasses.is_dataclass(hints[name]):
+            section = {} if value is None else value
+            values[name] = _read(typing.cast(type, hints[name]), section, path, problems)
+        else:
+            values[name] = _convert(hints[name], value, path, problems)
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """The value as the type that ``hint`` names, or None after noting a problem."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        if _is_a(option, value):
+            return value
+        if option is float and _is_number(value):
+            # YAML reads 1e-6 without a dot as text.
+            return float(value)
+    expected = " or ".join(_describe(option) for option in options)
+    problems.append(f"{where}={value!r} must be {expected}")
+    return None
+
+
+def _is_a(option: Any, value: Any) -> bool:
+    origin = typing.get_origin(option) or option
+    if origin is Literal:
+        return value in typing.get_args(option)
+    if origin is list:
+        (element,) = typing.get_args(option)
+        return isinstance(value, list) and all(type(item) is element for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    return type(value) is origin
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_number(value: Any) -> bool:
+    if type(value) is bool or not isinstance(value, int | float | str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(option: Any) -> str:
+    origin = typing.get_origin(option)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(option)))
+    if origin is list:
+        return f"a list of {_describe(typing.get_args(option)[0])}"
+    names = {type(None): "null", dict: "a mapping", str: "text", int: "an integer"}
+    names |= {float: "a number", bool: "true or false"}
+    return names.get(origin or option, str(option))

@@ -1,0 +1,221 @@
+"""The numbers of a step and of a run, computed from what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Group
+from ..loss import metric_means
+from .batch import TokenCounts
+from .config import TrainConfig
+from .evaluate import Evaluation
+from .metrics import write_atomically
+
+METRICS: dict[str, str] = {
+    "step": "number of the step, from 1",
+    "reward/mean": "mean reward of the samples, as given",
+    "reward/std": "their standard deviation",
+    "reward/max": "largest reward",
+    "reward/min": "smallest reward",
+    "reward/kl_penalty": "mean KL taken off the rewards; with algorithm.use_kl_in_reward",
+    "response_length/mean": "mean tokens of a response",
+    "response_length/max": "tokens of the longest response",
+    "response_length/truncated": "share of responses that were cut off",
+    "prompt_length/mean": "mean tokens of a sample's prompt",
+    "groups/without_spread": "groups whose rewards, as given, are all equal",
+    "groups/skipped": "groups left out for that",
+    "check/packed_vs_written_out": "largest |logprob(packed) - logprob(written out)|; when checked",
+    "actor/updates": "optimizer steps made; 0 when every group was left out",
+    "actor/trained_tokens": "trained tokens over all updates",
+    "actor/loss": "mean loss of an update, and of its terms:",
+    "actor/policy_loss": "policy loss",
+    "actor/kl_loss": "KL to the reference; with kl_loss_coef",
+    "actor/entropy_loss": "minus the entropy bonus; with entropy_coeff",
+    "actor/ratio": "mean ratio of current to old probability",
+    "actor/ppo_kl": "mean of old minus current logprob",
+    "actor/clipfrac_low": "share of tokens clipped at 1 - clip_ratio_low",
+    "actor/clipfrac_high": "share of tokens clipped at 1 + clip_ratio_high",
+    "actor/clipfrac_dual": "share of tokens under the dual clip",
+    "actor/kl": "mean KL estimate to the reference; with a reference",
+    "actor/entropy": "mean entropy of a prediction, in nats",
+    "actor/rollout_logprob_diff": "mean |old - rollout engine's logprob|; when recorded",
+    "actor/importance_weight": "mean importance weight; with importance_mode",
+    "actor/grad_norm": "mean gradient norm of an update, before clipping",
+    "optimizer/lr": "learning rate after the step",
+    "tokens/unique": "tokens encoded in one pass over the step's groups",
+    "tokens/logical": "tokens an ordinary run would have encoded",
+    "tokens/padded": "padding tokens",
+    "tokens/reuse_ratio": "logical / unique",
+    "packing/microbatches": "rows of all data-parallel ranks, fillers included",
+    "packing/fillers": "rows that only keep ranks in step",
+    "packing/efficiency": "unique tokens / (rows * token budget)",
+    "pipeline/bubble": "estimated idle share of a pipeline stage (1F1B)",
+    "time/rollout": "seconds for rollouts",
+    "time/self_check": "seconds for the self-check; when checked",
+    "time/pack": "seconds for packing",
+    "time/logprobs": "seconds for old and reference logprobs",
+    "time/train": "seconds for forward and backward",
+    "time/optimizer": "seconds for optimizer steps",
+    "time/sync": "seconds for handing the weights to the sampler",
+    "time/step": "seconds of the step, checkpoint left out",
+    "perf/unique_tokens_per_second": "tokens/unique / time/step",
+    "perf/logical_tokens_per_second": "tokens/logical / time/step",
+    "perf/peak_memory_bytes": "largest memory of a rank so far",
+}
+"""Every name of ``metrics.jsonl``. Sums and means are over all ranks, seconds the first rank's.
+
+A step without updates has none of the names that describe updates.
+"""
+
+_SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards and lengths of a step's samples."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    lens = [len(sample.response_ids) for sample in samples]
+    truncated = sum(sample.status == "truncated" for sample in samples)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()) if len(rewards) > 1 else 0.0,
+        "reward/max": float(rewards.max()),
+        "reward/min": float(rewards.min()),
+        "response_length/mean": sum(lens) / len(lens),
+        "response_length/max": float(max(lens)),
+        "response_length/truncated": truncated / len(samples),
+        "prompt_length/mean": sum(len(s.prompt_ids) for s in samples) / len(samples),
+    }
+
+
+def update_metrics(sums: Mapping[str, float], grad_norms: Sequence[float]) -> dict[str, float]:
+    """Means over the updates of a step.
+
+    Args:
+        sums: of ``grpo_loss`` over all updates and ranks.
+        grad_norms: one per update.
+    """
+    updates = len(grad_norms)
+    if not updates:
+        return {"actor/updates": 0.0}
+    means = metric_means({name: torch.tensor(value) for name, value in sums.items()})
+    return {
+        "actor/updates": float(updates),
+        "actor/trained_tokens": means.pop("num_tokens"),
+        "actor/grad_norm": sum(grad_norms) / updates,
+    } | {
+        f"actor/{name}": value / (updates if name in _SHARES else 1)
+        for name, value in means.items()
+    }
+
+
+def token_metrics(
+    config: TrainConfig, tokens: TokenCounts, num_minibatches: int, dp_size: int
+) -> dict[str, float]:
+    """What one pass over the groups of a step encoded, and how full the rows were."""
+    metrics = {
+        "tokens/unique": float(tokens.unique),
+        "tokens/logical": float(tokens.logical),
+        "tokens/padded": float(tokens.padded),
+        "packing/microbatches": float(tokens.rows),
+        "packing/fillers": float(tokens.fillers),
+    }
+    if not num_minibatches:
+        return metrics
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    rows_per_pass = tokens.rows / dp_size / num_minibatches
+    return metrics | {
+        "tokens/reuse_ratio": tokens.logical / tokens.unique,
+        "packing/efficiency": tokens.unique / (tokens.rows * config.run.max_tokens_per_microbatch),
+        # 1F1B: stages - 1 slots idle of every rows_per_pass * chunks + stages - 1.
+        "pipeline/bubble": (stages - 1) / (rows_per_pass * chunks + stages - 1),
+    }
+
+
+def write_summary(
+    path: Path,
+    history: Sequence[Mapping[str, float]],
+    evaluations: Mapping[str, Evaluation],
+    totals: Mapping[str, float],
+) -> None:
+    """``summary.json``: rewards before and after, and totals.
+
+    Rewards are those of the held-out prompts where they were judged, with the standard error of
+    their difference; else those of the first and the last step's samples, without one (null).
+    """
+    before, after = evaluations.get("before"), evaluations.get("after")
+    trained: list[float | None] = [m["reward/mean"] for m in history]
+    error = None
+    if before and after:
+        error = math.hypot(before.standard_error, after.standard_error)
+    summary = {
+        "reward_before": before.mean if before else (trained or [None])[0],
+        "reward_after": after.mean if after else (trained or [None])[-1],
+        "standard_error": error,
+        **totals,
+    }
+    write_atomically(path, json.dumps(summary, indent=1) + "\n")
+
+
+def closing_table(
+    history: Sequence[Mapping[str, float]],
+    totals: Mapping[str, float],
+    attention_calls: Mapping[str, int],
+) -> Any:
+    """A rich table: tokens encoded beside those of an ordinary run, seconds per phase."""
+    from rich.table import Table
+
+    table = Table(title="What sharing saved, and where the time went")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    unique, logical = totals["unique_tokens"], totals["logical_tokens"]
+    table.add_row("tokens an ordinary run encodes", f"{logical:,}")
+    table.add_row("tokens this run encoded", f"{unique:,}")
+    if unique:
+        table.add_row("reuse ratio", f"{logical / unique:.2f}x")
+    for name in sorted({k for m in history for k in m if k.startswith("time/")}):
+        total = sum(m.get(name, 0.0) for m in history)
+        table.add_row(f"seconds: {name.removeprefix('time/')}", f"{total:.1f}")
+    table.add_row("seconds: checkpoints", f"{totals['checkpoint_seconds']:.1f}")
+    for kind, calls in attention_calls.items():
+        table.add_row(f"attention calls, {kind}", f"{calls:,}")
+    return table
+
+
+def plot_reward(
+    history: Sequence[Mapping[str, float]], evaluations: Mapping[str, Evaluation], path: Path
+) -> None:
+    """Curve of the training reward, and the held-out reward before and after, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    steps = [m["step"] for m in history]
+    axes.plot(steps, [m["reward/mean"] for m in history], marker=".", label="training prompts")
+    axes.set(xlabel="step", ylabel="mean reward", title="GRPO on packed groups")
+    judged = [
+        (x, evaluations[k]) for x, k in ((0, "before"), (steps[-1], "after")) if k in evaluations
+    ]
+    if judged:
+        axes.errorbar(
+            [x for x, _ in judged],
+            [e.mean for _, e in judged],
+            yerr=[e.standard_error for _, e in judged],
+            marker="o",
+            linestyle="--",
+            capsize=3,
+            label="held-out prompts, ± standard error",
+        )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
