@@ -161,9 +161,14 @@ def make_task(config: RolloutConfig, tokenizer: Any) -> ReasoningGymTask:
 
 
 def sampling_params(config: TrainConfig, tokenizer: Any) -> SamplingParams:
-    """How responses are sampled; the tokenizer's end token stops them."""
+    """How responses are sampled; the tokenizer's end token stops them.
+
+    A server knows its model's end token, and a plain completions server takes no other.
+    """
     rollout = config.rollout
     stops = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    if rollout.source == "server":
+        stops = ()
     return SamplingParams(
         num_generations=rollout.num_generations,
         max_response_tokens=rollout.max_response_tokens,
