@@ -16,7 +16,7 @@ warnings.filterwarnings("ignore", module="megatron")
 
 import torch  # noqa: E402
 
-from tools.bench import attention  # noqa: E402, F401
+from tools.bench import attention, layer, logprob, memory, pack, step  # noqa: E402, F401
 from tools.bench.machine import describe_machine  # noqa: E402
 from tools.bench.registry import BENCHMARKS, BenchmarkRow, Options  # noqa: E402
 

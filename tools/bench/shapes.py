@@ -121,19 +121,15 @@ FORWARD_BACKWARD = FlopWeights(3, 3.5, 4)
 def flop_bound(shape: Shape, cost: CostModel, weights: FlopWeights) -> float:
     """FLOPs written out over FLOPs packed: tokens, attention pairs and predictions together."""
     tree = shape.tree
-    is_trained = tree.segment_parents >= 0
-    trained = int(tree.segment_lens[is_trained].sum())
-    roots = tree.segment_lens[~is_trained]
-    logical_trained = tree.logical_tokens - int(roots.sum()) * tree.num_samples
+    trained = tree.segment_lens * (tree.segment_parents >= 0)
     token, pair, loss = (
         weights.per_token * cost.per_token,
         weights.per_attention_pair * cost.per_attention_pair,
         weights.per_loss_token * cost.per_loss_token,
     )
-    packed = token * tree.unique_tokens + pair * tree.attention_pairs + loss * trained
-    logical = (
-        token * tree.logical_tokens + pair * tree.logical_attention_pairs + loss * logical_trained
-    )
+    packed = token * tree.unique_tokens + pair * tree.attention_pairs + loss * trained.sum()
+    logical = token * tree.logical_tokens + pair * tree.logical_attention_pairs
+    logical += loss * (trained * tree.segment_multiplicity).sum()
     return float(logical / packed)
 
 
