@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,16 +23,14 @@ Results = tuple[Tensor, ...]
 
 
 @register("attention")
-def attention(options: Options) -> list[BenchmarkRow]:
+def attention(options: Options) -> Iterator[BenchmarkRow]:
     """Forward and backward; the bound is the ratio of visible pairs.
 
     Baselines: the same kernels on the samples written out, packed without padding; and the
     attention of the ``prefix-grouper`` package where it can be imported.
     """
-    rows = []
     for shape in standard_shapes(options):
-        rows += _compare(shape, options)
-    return rows
+        yield from _compare(shape, options)
 
 
 def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
@@ -62,9 +60,7 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     pairs = [("out", shape.packed.expand(out), want_out)]
     # With an output gradient per sample, ours gets the sum over samples that share a row.
     summed = shape.packed.reduce(expanded_dout)
-    _, *grads = _path(
-        lambda *qkv: prefix_grouped_attention(*qkv, plans["ours"]), packed, summed
-    )()
+    _, *grads = _path(lambda *qkv: prefix_grouped_attention(*qkv, plans["ours"]), packed, summed)()
     pairs += [
         (name, got, shape.packed.reduce(want))
         for name, got, want in zip(("dq", "dk", "dv"), grads, want_grads)
@@ -113,7 +109,10 @@ def _prefix_grouper(shape: Shape, options: Options) -> Attend | None:
     if shape.tree.depth != 1 or shape.tree.segment_lens[1:].min() < 1:
         return None
     if importlib.util.find_spec("prefix_grouper") is None:
-        print("attention: prefix-grouper is not installed, its comparison is left out", file=sys.stderr)
+        print(
+            "attention: prefix-grouper is not installed, its comparison is left out",
+            file=sys.stderr,
+        )
         return None
     from prefix_grouper import PrefixGrouper
 

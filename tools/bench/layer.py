@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -10,17 +10,19 @@ from torch import Tensor
 
 from tools.bench.gpt import Work, build_model, make_config, make_dims, make_work, megatron
 from tools.bench.registry import BenchmarkRow, Options, register
-from tools.bench.shapes import FORWARD_BACKWARD, Shape, flop_bound, standard_shapes
+from tools.bench.shapes import Shape, flop_bound, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
+from tools.flops import FORWARD_BACKWARD
 
 
 @register("layer")
-def layer(options: Options) -> list[BenchmarkRow]:
+def layer(options: Options) -> Iterator[BenchmarkRow]:
     """A layer of the benchmarks' model; the bound weighs tokens and attention pairs by FLOPs.
 
     Baseline: the same layer on the samples written out, packed without padding.
     """
-    return [_compare(shape, options) for shape in standard_shapes(options)]
+    for shape in standard_shapes(options):
+        yield _compare(shape, options)
 
 
 def _compare(shape: Shape, options: Options) -> BenchmarkRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,17 +18,19 @@ from tools.bench.gpt import (
     per_sample_token,
 )
 from tools.bench.registry import BenchmarkRow, Options, register
-from tools.bench.shapes import FORWARD, Shape, flop_bound, standard_shapes
+from tools.bench.shapes import Shape, flop_bound, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
+from tools.flops import FORWARD
 
 
 @register("logprob")
-def logprob(options: Options) -> list[BenchmarkRow]:
+def logprob(options: Options) -> Iterator[BenchmarkRow]:
     """The whole model, forward only; the bound weighs tokens, pairs and predictions by FLOPs.
 
     Baseline: the same model on the samples written out, packed without padding.
     """
-    return [_compare(shape, options) for shape in standard_shapes(options)]
+    for shape in standard_shapes(options):
+        yield _compare(shape, options)
 
 
 def _compare(shape: Shape, options: Options) -> BenchmarkRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from tools.bench.training import Trainer
 
 
 @register("memory")
-def memory(options: Options) -> list[BenchmarkRow]:
+def memory(options: Options) -> Iterator[BenchmarkRow]:
     """What forward and backward allocate beside weights, gradients and optimizer state.
 
     The bound is logical over unique tokens. Baseline: the same model on the samples written out.
@@ -22,7 +23,8 @@ def memory(options: Options) -> list[BenchmarkRow]:
     dims = make_dims(options, chunk_tokens=64)
     with megatron(dims):
         trainer = Trainer(dims, options.dtype)
-        return [_compare(shape, trainer, options) for shape in standard_shapes(options)]
+        for shape in standard_shapes(options):
+            yield _compare(shape, trainer, options)
 
 
 def _compare(shape: Shape, trainer: Trainer, options: Options) -> BenchmarkRow:

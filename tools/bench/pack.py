@@ -28,9 +28,7 @@ def pack(options: Options) -> list[BenchmarkRow]:
     return _growth("pack", options, _plan_and_lay_out)
 
 
-def _growth(
-    benchmark: str, options: Options, run: Callable[[Lens], int]
-) -> list[BenchmarkRow]:
+def _growth(benchmark: str, options: Options, run: Callable[[Lens], int]) -> list[BenchmarkRow]:
     """Rows for 4 sizes; ratio is groups per second relative to the smallest size, bound is 1."""
     sizes = (8, 16, 32, 64) if options.quick else (512, 1024, 2048, 4096)
     lens = {n: _random_lens(n) for n in sizes}
@@ -69,7 +67,8 @@ def _random_lens(num_groups: int) -> Lens:
 
 def _shapes(lens: Lens) -> list[GroupShape]:
     return [
-        GroupShape(str(i), PrefixTree.from_group(p, r), np.array(r)) for i, (p, r) in enumerate(lens)
+        GroupShape(str(i), PrefixTree.from_group(p, r), np.array(r))
+        for i, (p, r) in enumerate(lens)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Options:
         threads: threads of one process on the CPU.
         shapes: only shapes whose name contains one of these; empty takes all.
         clock: "wall", or "cpu" for the time that the process got (see ``time_interleaved``).
+        sweep: also the shapes of the plots.
     """
 
     quick: bool = False
@@ -30,6 +31,7 @@ class Options:
     threads: int = field(default_factory=torch.get_num_threads)
     shapes: tuple[str, ...] = ()
     clock: str = "wall"
+    sweep: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +95,7 @@ class BenchmarkRow:
         return {**asdict(self), "share": self.share, "machine": machine}
 
 
-Benchmark = Callable[[Options], list[BenchmarkRow]]
+Benchmark = Callable[[Options], Iterable[BenchmarkRow]]
 BENCHMARKS: dict[str, Benchmark] = {}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.data import CostModel
 from tools.bench.registry import Options
+from tools.flops import FlopWeights, packed_flops, written_out_flops
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +82,60 @@ def two_level(stem: int, branch: int, leaf: int, branches: int, leaves: int) -> 
 
 
 def standard_shapes(options: Options) -> list[Shape]:
-    """Shapes that attention and steps are measured at."""
+    """Shapes that attention and steps are measured at, and those of the plots when asked for."""
     if options.quick:
-        return [star(32, 8, 4), ragged_star(32, 8, 4), two_level(16, 8, 4, 2, 2)]
-    shapes = [
-        star(1024, 128, 8),
-        star(2048, 128, 16),
-        star(1024, 1024, 8),
-        star(4096, 512, 8),
-        star(512, 64, 32),
-        ragged_star(1024, 128, 8),
-        two_level(1024, 256, 128, 4, 4),
-    ]
+        shapes = [star(32, 8, 4), ragged_star(32, 8, 4), two_level(16, 8, 4, 2, 2)]
+    else:
+        shapes = [
+            star(1024, 128, 8),
+            star(2048, 128, 16),
+            star(1024, 1024, 8),
+            star(4096, 512, 8),
+            star(512, 64, 32),
+            ragged_star(1024, 128, 8),
+            two_level(1024, 256, 128, 4, 4),
+        ]
+    shapes += sweep_shapes(options.quick) * options.sweep
     return [s for s in shapes if select(s, options)]
+
+
+def sweep_shapes(quick: bool) -> list[Shape]:
+    """One length varied at a time: prefix, response, group size, depth."""
+    factors, depths = ((1, 2), (1, 2)) if quick else ((1, 2, 4, 8, 16), (1, 2, 3))
+    prefix_len, suffix_len, num_generations = (16, 4, 2) if quick else (256, 64, 2)
+    middle = factors[len(factors) // 2]
+    base = dict(
+        prefix_len=middle * prefix_len,
+        suffix_len=middle * suffix_len,
+        num_generations=4 if quick else 8,
+    )
+    shapes = []
+    for name, smallest in (
+        ("prefix_len", prefix_len),
+        ("suffix_len", suffix_len),
+        ("num_generations", num_generations),
+    ):
+        for factor in factors:
+            shape = star(**{**base, name: smallest * factor})
+            shapes.append(Shape(shape.tree, {**shape.fields, "sweep": name}))
+    return shapes + [binary_tree(base["prefix_len"], depth) for depth in depths]
+
+
+def binary_tree(segment_len: int, depth: int) -> Shape:
+    """A tree whose segments are equally long and have two children each."""
+    lens, parents, ends = [], [], []
+    stack = [(-1, 0)]
+    while stack:
+        parent, level = stack.pop()
+        index = len(lens)
+        lens.append(segment_len)
+        parents.append(parent)
+        if level == depth:
+            ends.append(index)
+        else:
+            stack += [(index, level + 1)] * 2
+    tree = PrefixTree(np.array(lens), np.array(parents), np.array(ends))
+    return Shape(tree, {"name": f"binary {depth}x{segment_len}", "sweep": "depth"})
 
 
 def select(shape: Shape, options: Options) -> bool:
@@ -101,36 +143,16 @@ def select(shape: Shape, options: Options) -> bool:
     return not options.shapes or any(part in shape.name for part in options.shapes)
 
 
-@dataclass(frozen=True)
-class FlopWeights:
-    """FLOPs of one pass relative to the forward FLOPs of ``CostModel``.
-
-    The backward of a matrix product costs twice its forward; that of attention 2.5 times, since
-    scores are computed anew; that of the chunked output layer 3 times, since logits are.
-    """
-
-    per_token: float
-    per_attention_pair: float
-    per_loss_token: float
-
-
-FORWARD = FlopWeights(1, 1, 1)
-FORWARD_BACKWARD = FlopWeights(3, 3.5, 4)
-
-
 def flop_bound(shape: Shape, cost: CostModel, weights: FlopWeights) -> float:
-    """FLOPs written out over FLOPs packed: tokens, attention pairs and predictions together."""
+    """FLOPs written out over FLOPs packed: tokens, attention pairs and predictions together.
+
+    Every token below a root is predicted.
+    """
     tree = shape.tree
     trained = tree.segment_lens * (tree.segment_parents >= 0)
-    token, pair, loss = (
-        weights.per_token * cost.per_token,
-        weights.per_attention_pair * cost.per_attention_pair,
-        weights.per_loss_token * cost.per_loss_token,
-    )
-    packed = token * tree.unique_tokens + pair * tree.attention_pairs + loss * trained.sum()
-    logical = token * tree.logical_tokens + pair * tree.logical_attention_pairs
-    logical += loss * (trained * tree.segment_multiplicity).sum()
-    return float(logical / packed)
+    logical_trained = trained * tree.segment_multiplicity
+    logical = written_out_flops(tree, float(logical_trained.sum()), cost, weights)
+    return logical / packed_flops(tree, float(trained.sum()), cost, weights)
 
 
 def _star_fields(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,13 +16,14 @@ import torch.multiprocessing as multiprocessing
 
 from tools.bench.gpt import Dims, make_dims, make_work, megatron
 from tools.bench.registry import BenchmarkRow, Options, register
-from tools.bench.shapes import FORWARD_BACKWARD, Shape, flop_bound, select, standard_shapes, star
+from tools.bench.shapes import Shape, flop_bound, select, standard_shapes, star
 from tools.bench.timing import check_equal, time_interleaved
 from tools.bench.training import Trainer
+from tools.flops import FORWARD_BACKWARD
 
 
 @register("step")
-def step(options: Options) -> list[BenchmarkRow]:
+def step(options: Options) -> Iterator[BenchmarkRow]:
     """A GPT of 4 layers; the bound weighs tokens, pairs and predictions by FLOPs.
 
     Baseline: the same model, kernels, schedule and optimizer on the samples written out, packed
@@ -30,15 +33,14 @@ def step(options: Options) -> list[BenchmarkRow]:
     lone = star(32, 8, 1) if options.quick else star(1024, 1024, 1)
     shapes = standard_shapes(options) + [lone] * select(lone, options)
     dims = make_dims(options)
-    rows = []
     with megatron(dims):
         trainer = Trainer(dims, options.dtype)
-        rows += [_compare(shape, dims, options, trainer) for shape in shapes]
+        for shape in shapes:
+            yield _compare(shape, dims, options, trainer)
     if not torch.cuda.is_available():
         stars = shapes[:1] if options.quick else [s for s in shapes if s.tree.depth == 1]
         for parallel in ({"tp": 2}, {"pp": 2}):
-            rows += _on_ranks(stars, make_dims(options, **parallel), options)
-    return rows
+            yield from _on_ranks(stars, make_dims(options, **parallel), options)
 
 
 def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
@@ -80,6 +82,7 @@ def _on_ranks(shapes: list[Shape], dims: Dims, options: Options) -> list[Benchma
 def _run_rank(
     rank: int, num_ranks: int, folder: Path, shapes: list[Shape], dims: Dims, options: Options
 ) -> None:
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(folder / "store"), num_ranks)

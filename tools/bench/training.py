@@ -78,6 +78,10 @@ def _forward_step(batches: Iterator[Work], model: Any) -> Any:
     def loss_func(output: Any) -> Any:
         loss = work.loss(output[0])
         # One divisor for both paths, whatever a shared token counts.
-        return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach().clone()}
+        return (
+            loss,
+            torch.ones((), dtype=torch.int, device=loss.device),
+            {"loss": loss.detach().clone()},
+        )
 
     return work.forward(model), loss_func
