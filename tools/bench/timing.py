@@ -48,16 +48,15 @@ class Times:
 def time_interleaved(paths: Mapping[str, Run], rounds: int, clock: str = "wall") -> Times:
     """Run A B A B ..., and in every other round B A B A ..., so that drift hits all alike.
 
-    The clock "cpu" counts the time that this process got from the machine's cores: with one thread
-    on an idle machine it is the wall clock, and on a shared one the neighbours are left out.
+    There is no warm-up: every path has run once when its results were compared. The clock "cpu"
+    counts the time that this process got from the machine's cores: with one thread on an idle
+    machine it is the wall clock, and on a shared one the neighbours are left out.
 
     Under ``torch.distributed`` a round counts from the moment that all ranks are ready to the
     moment that all are done; the clock "cpu" adds up what all ranks got.
     """
     times: dict[str, list[float]] = {name: [] for name in paths}
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    for run in paths.values():
-        run()
     gc.collect()
     gc.disable()
     try:
