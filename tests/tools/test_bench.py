@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,16 @@ pytest.importorskip("megatron.core")
 from tools.bench.run import main  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def run(name: str, folder: Path, *more: str) -> list[dict]:
     file = folder / f"{name}.json"
-    threads = str(torch.get_num_threads())
-    assert main([name, "--quick", "--threads", threads, "--json", str(file), *more]) == 0
+    assert main([name, "--quick", "--threads", "1", "--json", str(file), *more]) == 0
     return json.loads(file.read_text())
 
 
@@ -81,7 +88,7 @@ def test_a_wrong_result_stops_without_a_speed_up(
 
     monkeypatch.setattr(attention, "prefix_grouped_attention", wrong_when_packed)
     file = tmp_path / "rows.json"
-    assert main(["attention", "--quick", "--json", str(file)]) == 1
+    assert main(["attention", "--quick", "--threads", "1", "--json", str(file)]) == 1
     printed = capsys.readouterr()
     assert "out differs by" in printed.err and not printed.out
     assert not file.exists()
@@ -142,7 +149,7 @@ def test_shapes_are_what_their_names_say() -> None:
 def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
     script, file = str(ROOT / "tools/bench/run.py"), tmp_path / "rows.json"
     done = subprocess.run(
-        [sys.executable, script, "layout", "--quick", "--json", str(file)],
+        [sys.executable, script, "layout", "--quick", "--threads", "1", "--json", str(file)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,

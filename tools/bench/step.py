@@ -39,8 +39,7 @@ def step(options: Options) -> Iterator[BenchmarkRow]:
             yield _compare(shape, dims, options, trainer)
     if not torch.cuda.is_available():
         stars = shapes[:1] if options.quick else [s for s in shapes if s.tree.depth == 1]
-        for parallel in ({"tp": 2}, {"pp": 2}):
-            yield from _on_ranks(stars, make_dims(options, **parallel), options)
+        yield from _on_two_ranks(stars, options)
 
 
 def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
@@ -69,31 +68,26 @@ def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> Be
     )
 
 
-def _on_ranks(shapes: list[Shape], dims: Dims, options: Options) -> list[BenchmarkRow]:
-    num_ranks = dims.tp * dims.pp
+def _on_two_ranks(shapes: list[Shape], options: Options) -> list[BenchmarkRow]:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(
-            _run_rank, (num_ranks, Path(folder), shapes, dims, options), nprocs=num_ranks
-        )
+        multiprocessing.spawn(_run_rank, (Path(folder), shapes, options), nprocs=2)
         rows: list[BenchmarkRow] = torch.load(Path(folder) / "rows.pt", weights_only=False)
     return rows
 
 
-def _run_rank(
-    rank: int, num_ranks: int, folder: Path, shapes: list[Shape], dims: Dims, options: Options
-) -> None:
+def _run_rank(rank: int, folder: Path, shapes: list[Shape], options: Options) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(folder / "store"), num_ranks)
+    store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(minutes=30)
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=30)
     )
     rows = []
-    with megatron(dims):
-        trainer = Trainer(dims, options.dtype)
-        for shape in shapes:
-            rows.append(_compare(shape, dims, options, trainer))
+    for dims in (make_dims(options, tp=2), make_dims(options, pp=2)):
+        with megatron(dims):
+            trainer = Trainer(dims, options.dtype)
+            rows += [_compare(shape, dims, options, trainer) for shape in shapes]
     if rank == 0:
         torch.save(rows, folder / "rows.pt")
     dist.barrier()
