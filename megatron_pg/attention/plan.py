@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..tree import PackedLayout
+from ..tree import PackedLayout, PrefixTree
 
 IntArray = npt.NDArray[np.int64]
 
@@ -157,11 +157,13 @@ class AttentionPlan:
 def make_attention_plan(layout: PackedLayout, device: torch.device | str = "cpu") -> AttentionPlan:
     """Passes whose union is the layout's visibility, each visible pair in exactly one of them.
 
-    In pre-order a segment's descendants are the contiguous run ``[end, subtree_end)``. So pass 0
-    attends causally inside every segment, and pass d + 1 lets the descendants of every segment of
-    depth d attend to all of it: ``1 + depth`` passes, nothing gathered, no mask.
+    A segment and its only child stand side by side and attend like one segment, so such chains are
+    joined first: a group of one sample takes one pass. In pre-order a segment's descendants are
+    the contiguous run ``[end, subtree_end)``. So pass 0 attends causally inside every segment, and
+    pass d + 1 lets the descendants of every segment of depth d attend to all of it: ``1 + depth``
+    passes, nothing gathered, no mask.
     """
-    device, forest = torch.device(device), layout.forest
+    device, forest = torch.device(device), _join_chains(layout.forest)
     starts, ends = forest.segment_starts, forest.segment_ends
     subtree_ends, depths = forest.segment_subtree_ends, forest.segment_depths
     own = np.stack([starts, ends], axis=1)
@@ -171,6 +173,23 @@ def make_attention_plan(layout: PackedLayout, device: torch.device | str = "cpu"
         descendants = np.stack([ends[members], subtree_ends[members]], axis=1)
         passes.append(_make_pass(False, descendants, own[members], device))
     return AttentionPlan(layout, tuple(passes), device)
+
+
+def _join_chains(forest: PrefixTree) -> PrefixTree:
+    """The same visibility with every only child joined to its parent."""
+    parents = forest.segment_parents
+    num_children = np.bincount(parents[parents >= 0], minlength=forest.num_segments)
+    is_first = (parents < 0) | (num_children[parents] != 1)
+    if is_first.all():
+        return forest
+    # In pre-order an only child directly follows its parent.
+    joined, first = np.cumsum(is_first) - 1, np.nonzero(is_first)[0]
+    joined_parents = np.where(parents[first] < 0, -1, joined[parents[first]])
+    return PrefixTree(
+        segment_lens=np.add.reduceat(forest.segment_lens, first),
+        segment_parents=joined_parents,
+        sample_segments=joined[forest.sample_segments],
+    )
 
 
 def _make_pass(

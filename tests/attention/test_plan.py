@@ -34,6 +34,15 @@ def covered(plan: AttentionPlan, from_batches: bool) -> torch.Tensor:
     return count
 
 
+def forks_above(layout: PackedLayout) -> list[int]:
+    """Ancestors of every segment that have several children."""
+    parents = layout.forest.segment_parents.tolist()
+    forks: list[int] = []
+    for parent in parents:
+        forks.append(0 if parent < 0 else forks[parent] + (parents.count(parent) > 1))
+    return forks
+
+
 @settings(max_examples=200)
 @given(forests())
 def test_passes_cover_the_mask_once(forest: tuple[PackedLayout, list[list[int]]]) -> None:
@@ -43,7 +52,7 @@ def test_passes_cover_the_mask_once(forest: tuple[PackedLayout, list[list[int]]]
     visible[layout.unique_tokens :] = 0
     assert torch.equal(covered(plan, from_batches=False), visible)
     assert torch.equal(covered(plan, from_batches=True), visible)
-    assert len(plan.passes) == 1 + layout.forest.depth
+    assert len(plan.passes) == 1 + max(forks_above(layout))
     assert sum(p.attention_pairs for p in plan.passes) == layout.forest.attention_pairs
 
 
@@ -84,7 +93,15 @@ def test_a_star_takes_two_dense_passes() -> None:
 
 
 def test_gaps_between_trees_become_empty_sequences() -> None:
-    plan = make_attention_plan(pack_trees([PrefixTree.from_group(2, [3])] * 2))
+    plan = make_attention_plan(pack_trees([PrefixTree.from_group(2, [2, 1])] * 2))
     args = plan.passes[1].varlen
     assert args.cu_seqlens_q.tolist() == [0, 3, 5, 5, 8]
     assert args.cu_seqlens_kv.tolist() == [0, 2, 2, 5, 7]
+
+
+def test_what_forks_nowhere_takes_one_pass() -> None:
+    """One sample of a group, and turns of a conversation that extend each other."""
+    conversation = PrefixTree(np.array([4, 2, 3]), np.array([-1, 0, 1]), np.array([1, 2]))
+    layout = pack_trees([PrefixTree.from_group(5, [7]), conversation])
+    (causal,) = make_attention_plan(layout).passes
+    assert causal.q_spans.tolist() == [[0, 12], [12, 21]]

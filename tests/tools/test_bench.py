@@ -1,0 +1,168 @@
+"""Benchmarks: they run, keep their contract, and report nothing when compared paths differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.utils import ROOT
+from tools.bench import attention, timing
+from tools.bench.registry import BenchmarkMismatch, Options
+from tools.bench.shapes import binary_tree, ragged_star, standard_shapes, star, two_level
+
+FIELDS = {"benchmark", "shape", "baseline", "ratio", "bound", "share", "machine"}
+MEGATRON_FREE = ("attention", "pack", "layout")
+# The tools' own modules need Megatron-Core as soon as all benchmarks are registered.
+pytest.importorskip("megatron.core")
+from tools.bench.run import main  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(name: str, folder: Path, *more: str) -> list[dict]:
+    file = folder / f"{name}.json"
+    assert main([name, "--quick", "--threads", "1", "--json", str(file), *more]) == 0
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", MEGATRON_FREE)
+def test_rows_keep_the_contract(name: str, tmp_path: Path) -> None:
+    check_rows(name, run(name, tmp_path))
+
+
+@pytest.mark.megatron
+@pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
+@pytest.mark.parametrize("name", ["layer", "logprob", "memory"])
+def test_model_rows_keep_the_contract(name: str, tmp_path: Path) -> None:
+    check_rows(name, run(name, tmp_path))
+
+
+@pytest.mark.megatron
+@pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
+def test_step_runs_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    rows = run("step", tmp_path)
+    check_rows("step", rows)
+    assert {(r["shape"]["tp"], r["shape"]["pp"]) for r in rows} == {(1, 1), (2, 1), (1, 2)}
+    (lone,) = (r for r in rows if r["shape"].get("num_generations") == 1)
+    assert lone["bound"] == 1.0
+
+
+def check_rows(name: str, rows: list[dict]) -> None:
+    assert len(rows) > 2
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["benchmark"] == name and row["ratio"] > 0
+        assert row["share"] == pytest.approx(row["ratio"] / row["bound"])
+        assert {"hardware", "versions", "commit"} <= row["machine"].keys()
+        if name not in ("pack", "layout"):
+            assert row["max_error"] <= 1e-3, "results were compared"
+
+
+def test_the_plot_sweeps_lengths(tmp_path: Path) -> None:
+    file = tmp_path / "figure.png"
+    rows = run("attention", tmp_path, "--plot", str(file))
+    swept = {row["shape"].get("sweep") for row in rows}
+    assert swept == {None, "prefix_len", "suffix_len", "num_generations", "depth"}
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_result_stops_without_a_speed_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = attention.prefix_grouped_attention
+
+    def wrong_when_packed(q, k, v, plan):
+        return right(q, k, v, plan) * (1.001 if plan.layout.num_trees == 1 else 1.0)
+
+    monkeypatch.setattr(attention, "prefix_grouped_attention", wrong_when_packed)
+    file = tmp_path / "rows.json"
+    assert main(["attention", "--quick", "--threads", "1", "--json", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert "out differs by" in printed.err and not printed.out
+    assert not file.exists()
+
+
+def test_check_equal_refuses_nan_and_shapes() -> None:
+    one, nan = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert timing.check_equal([("same", one, one)], 0.0) == 0.0
+    for got in (nan, torch.ones(4), one + 1e-3):
+        with pytest.raises(BenchmarkMismatch, match="x"):
+            timing.check_equal([("x", got, one)], 1e-4)
+
+
+def test_rounds_are_interleaved() -> None:
+    order: list[str] = []
+    paths = {name: lambda name=name: order.append(name) for name in ("ours", "a", "b")}
+    times = timing.time_interleaved(paths, 2)
+    assert order == ["ours", "a", "b", "b", "a", "ours"]
+    assert times.rounds == 2
+
+
+def test_medians_and_quartiles() -> None:
+    times = timing.Times({"ours": [1.0, 2.0, 9.0], "base": [3.0, 4.0, 9.0]}, "wall")
+    fields = times.against("base")
+    assert (fields["ours_ms"], fields["baseline_ms"], fields["ratio"]) == (2.0, 4.0, 2.0)
+    assert fields["ratio_spread"] == pytest.approx((1.5, 2.5))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU allocator")
+def test_peak_counts_what_lives_at_once() -> None:
+    size = 1 << 18
+
+    def allocate() -> None:
+        first = torch.zeros(size, dtype=torch.float32)
+        second = first + 1
+        del first
+        third = second + 1
+        del second, third
+
+    assert timing.peak_bytes(allocate) == pytest.approx(2 * 4 * size, rel=0.01)
+
+
+def test_shapes_are_what_their_names_say() -> None:
+    shape = star(32, 8, 4)
+    assert shape.token_ratio == 4 * 40 / 64
+    pairs = 32 * 33 / 2 + 4 * (8 * 32 + 8 * 9 / 2)
+    assert shape.pair_ratio == 4 * (40 * 41 / 2) / pairs
+    ragged = ragged_star(1024, 128, 8).tree
+    assert ragged.unique_tokens == 2048 and len(np.unique(ragged.segment_lens)) == 9
+    assert two_level(16, 8, 4, 2, 2).tree.depth == 2
+    assert binary_tree(4, 3).tree.num_samples == 8
+    assert all(
+        s.written_out.total_tokens == s.tree.logical_tokens
+        for s in standard_shapes(Options(quick=True, sweep=True))
+    )
+
+
+def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
+    script, file = str(ROOT / "tools/bench/run.py"), tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, script, "layout", "--quick", "--threads", "1", "--json", str(file)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(file.read_text())) == 4
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tools/bench/results").glob("*.json")))
+def test_committed_results_name_what_they_were_measured_on(file: Path) -> None:
+    rows = json.loads(file.read_text())
+    assert rows and all(row.keys() >= FIELDS for row in rows)
+    assert all(row["machine"]["commit"] != "unknown" for row in rows)
+    assert file.with_suffix(".md").is_file()

@@ -1,0 +1,119 @@
+"""The predictions of ``plan_sharing`` against numbers computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.plan_sharing import main
+from tools.sharing.model import read_model
+
+HF = dict(
+    model_type="qwen2",
+    num_hidden_layers=2,
+    hidden_size=8,
+    intermediate_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    vocab_size=32,
+)
+MEGATRON = dict(
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    group_query_attention=True,
+    num_query_groups=1,
+    padded_vocab_size=32,
+    swiglu=True,
+)
+
+
+@pytest.fixture
+def rollouts(tmp_path: Path) -> Path:
+    """Group a: prompt of 4, responses of 2 and 3 tokens. Group b: 3 and 1, nothing to share."""
+    rows = [
+        dict(group_id="a", prompt_ids=[1, 2, 3, 4], response_ids=[5, 6], reward=1.0),
+        dict(group_id="a", prompt_ids=[1, 2, 3, 4], response_ids=[7, 8, 9], reward=0.0),
+        dict(group_id="b", prompt_ids=[1, 2, 3], response_ids=[4], reward=1.0),
+    ]
+    file = tmp_path / "rollouts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    return file
+
+
+def report(rollouts: Path, *more: str) -> dict:
+    file = rollouts.with_name("report.json")
+    arguments = [str(rollouts), "--model", str(rollouts.parent), "--json", str(file), *more]
+    assert main(arguments) == 0
+    return json.loads(file.read_text())
+
+
+def test_the_hand_computed_case(rollouts: Path) -> None:
+    got = report(rollouts, "--pp", "2", "--max-tokens", "12")
+    assert (got["groups"], got["samples"], got["depth"]) == (2, 3, 1)
+    assert (got["unique_tokens"], got["logical_tokens"]) == (13, 17)
+    # a: 10 in the prompt, 2*4+3 and 3*4+6 of the responses; b: 10. Written out: 21 + 28 + 10.
+    assert (got["attention_pairs"], got["logical_attention_pairs"]) == (49, 59)
+    # Per token 2*2 layers*(192 + 384), per pair 4*2*8, per predicted token 2*8*32.
+    packed = 3 * 2304 * 13 + 3.5 * 64 * 49 + 4 * 512 * 6
+    logical = 3 * 2304 * 17 + 3.5 * 64 * 59 + 4 * 512 * 6
+    assert got["step_flops"] == {"packed": packed, "written_out": logical}
+    assert got["predicted_step_time_ratio"] == logical / packed
+    assert got["does_not_pay"] == ["b"] and got["pays"]
+    assert got["does_not_fit"] == [] and got["rows"] == 2
+    # One layer a stage, longest row 9 tokens, 116 values a token of 2 bytes, 8 of them K and V.
+    stages = got["memory"]
+    assert [stage["activation_bytes"] for stage in stages] == [2 * 9 * 116 * 2, 9 * 116 * 2]
+    assert [stage["kv_bytes"] for stage in stages] == [2 * 9 * 8 * 2, 9 * 8 * 2]
+
+
+def test_groups_that_do_not_fit(rollouts: Path) -> None:
+    (divided,) = report(rollouts, "--max-tokens", "8")["does_not_fit"]
+    assert (divided["group_id"], divided["parts"], divided["repeated_tokens"]) == ("a", 2, 4)
+    got = report(rollouts, "--max-tokens", "6")
+    (too_long,) = got["does_not_fit"]
+    assert too_long["parts"] is None and "truncate" in too_long["action"]
+    assert not got["pays"], "what remains is group b"
+
+
+def test_the_budget_follows_the_memory(rollouts: Path) -> None:
+    assert report(rollouts)["recommended_max_tokens"] == 1024
+    # 2 layers * 116 values * 2 bytes a token.
+    gib = 100 * 2 * 116 * 2 / 2**30
+    got = report(rollouts, "--activation-gib", str(gib), "--tp", "2")
+    assert got["recommended_max_tokens"] == 200
+
+
+def test_deeper_sharing_predicts_shared_tokens_once(rollouts: Path) -> None:
+    rows = [
+        dict(group_id="a", prompt_ids=[1, 2], response_ids=[3, 4, n], reward=1.0) for n in (5, 6)
+    ]
+    rollouts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    got = report(rollouts, "--min-shared", "1")
+    # Segments of 4, 1 and 1 tokens; 4 of the 6 response tokens are distinct.
+    assert got["unique_tokens"] == 6
+    packed = 3 * 2304 * 6 + 3.5 * 64 * (10 + 5 + 5) + 4 * 512 * 4
+    assert got["step_flops"]["packed"] == packed
+
+
+def test_both_kinds_of_config_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "args.json").write_text(json.dumps(MEGATRON))
+    assert read_model(tmp_path) == read_model(tmp_path / "args.json")
+
+
+def test_unusable_input_is_named(rollouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (rollouts.parent / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
+    assert main([str(rollouts), "--model", str(rollouts.parent)]) == 2
+    assert "num_attention_heads" in capsys.readouterr().err
+    assert main([str(rollouts), "--model", str(rollouts.parent / "nowhere")]) == 2
+
+
+def test_the_page_of_plots(rollouts: Path) -> None:
+    page = rollouts.with_name("page.png")
+    report(rollouts, "--plot", str(page))
+    assert page.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,63 @@
+"""What a result was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "prefix-grouper", "numpy")
+
+
+def describe_machine(threads: int) -> dict[str, Any]:
+    """Hardware, versions, commit and load, as every row of a result file carries them."""
+    cuda = torch.cuda.is_available()
+    return {
+        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "commit": _commit(),
+        "load_at_start": os.getloadavg(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return f"{names[0] if names else platform.machine()}{' AVX-512' * ('avx512f' in flags)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """Commit of the working tree, marked where files differ from it; "unknown" outside of git."""
+    try:
+        name = _git("rev-parse", "--short=12", "HEAD")
+        return name + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

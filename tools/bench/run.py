@@ -1,0 +1,81 @@
+"""Run benchmarks: ``python tools/bench/run.py NAME [--json FILE] [--plot FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+if __name__ == "__main__":
+    # Modules are found from the repository root, not from beside this script.
+    sys.path[0] = str(ROOT)
+warnings.filterwarnings("ignore", module="megatron")
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from tools.bench import attention, layer, logprob, memory, pack, step  # noqa: E402, F401
+from tools.bench.machine import describe_machine  # noqa: E402
+from tools.bench.registry import (  # noqa: E402
+    BENCHMARKS,
+    BenchmarkMismatch,
+    BenchmarkRow,
+    Options,
+)
+from tools.bench.render import make_table, plot_rows  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the named benchmarks, print a table and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="also run the shapes of the figure; its PNG")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds of every comparison")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    options = Options(
+        quick=args.quick,
+        rounds=args.rounds,
+        threads=args.threads,
+        clock=args.clock,
+        sweep=args.plot is not None,
+        shapes=tuple(part for part in args.shapes.split(",") if part),
+    )
+    machine = describe_machine(args.threads)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    rows: list[BenchmarkRow] = []
+    try:
+        for name in BENCHMARKS if args.name == "all" else [args.name]:
+            for row in BENCHMARKS[name](options):
+                rows.append(row)
+                console.print(f"{name}: {row.shape['name']}", style="dim")
+                if args.json:
+                    write_rows(rows, machine, args.json)
+    except BenchmarkMismatch as error:
+        print(f"{args.name}: {error}", file=sys.stderr)
+        return 1
+    console.print(make_table(rows))
+    if args.plot:
+        plot_rows([row.as_json(machine) for row in rows], args.plot)
+    return 0
+
+
+def write_rows(rows: list[BenchmarkRow], machine: dict[str, Any], file: Path) -> None:
+    """Write the rows so far, so that a long run that is cut short leaves what it measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([row.as_json(machine) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

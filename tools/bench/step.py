@@ -1,0 +1,94 @@
+"""A training step: forward, backward, clipping and optimizer, on one rank, tp=2 and pp=2."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from tools.bench.gpt import Dims, make_dims, make_work, megatron
+from tools.bench.registry import BenchmarkRow, Options, register
+from tools.bench.shapes import Shape, flop_bound, select, standard_shapes, star
+from tools.bench.timing import check_equal, time_interleaved
+from tools.bench.training import Trainer
+from tools.flops import FORWARD_BACKWARD
+
+
+@register("step")
+def step(options: Options) -> Iterator[BenchmarkRow]:
+    """A GPT of 4 layers; the bound weighs tokens, pairs and predictions by FLOPs.
+
+    Baseline: the same model, kernels, schedule and optimizer on the samples written out, packed
+    without padding. Parallel ranks are processes of this machine with one thread each; a pipeline
+    gets one microbatch a stage. The shape with one response has nothing to share.
+    """
+    lone = star(32, 8, 1) if options.quick else star(1024, 1024, 1)
+    shapes = standard_shapes(options) + [lone] * select(lone, options)
+    dims = make_dims(options)
+    with megatron(dims):
+        trainer = Trainer(dims, options.dtype)
+        for shape in shapes:
+            yield _compare(shape, dims, options, trainer)
+    if not torch.cuda.is_available():
+        stars = shapes[:1] if options.quick else [s for s in shapes if s.tree.depth == 1]
+        yield from _on_two_ranks(stars, options)
+
+
+def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
+    works = [make_work(shape, dims, options.device, seed) for seed in range(dims.pp)]
+    batches = {name: [work[name] for work in works] for name in works[0]}
+    losses, gradients = {}, {}
+    for name, batch in batches.items():
+        losses[name] = trainer.forward_backward(batch)
+        gradients[name] = trainer.gradients()
+    tight = options.dtype == torch.float32
+    if losses["ours"] is not None:
+        loss, want = (torch.tensor(losses[name]) for name in batches)
+        check_equal([("loss", loss, want)], 1e-5 if tight else 2e-2)
+    pairs = [(name, g, gradients["written out"][name]) for name, g in gradients["ours"].items()]
+    error = check_equal(pairs, 1e-3 if tight else 1e-1)
+    del gradients, pairs
+    paths = {name: partial(trainer.step, batch) for name, batch in batches.items()}
+    times = time_interleaved(paths, options.num_rounds(5), options.clock)
+    return BenchmarkRow(
+        benchmark="step",
+        shape=shape.describe(**dims.describe(), microbatches=dims.pp, dtype=str(options.dtype)),
+        baseline="written out",
+        bound=flop_bound(shape, dims.cost_model, FORWARD_BACKWARD),
+        max_error=error,
+        **times.against("written out"),
+    )
+
+
+def _on_two_ranks(shapes: list[Shape], options: Options) -> list[BenchmarkRow]:
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_run_rank, (Path(folder), shapes, options), nprocs=2)
+        rows: list[BenchmarkRow] = torch.load(Path(folder) / "rows.pt", weights_only=False)
+    return rows
+
+
+def _run_rank(rank: int, folder: Path, shapes: list[Shape], options: Options) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=30)
+    )
+    rows = []
+    for dims in (make_dims(options, tp=2), make_dims(options, pp=2)):
+        with megatron(dims):
+            trainer = Trainer(dims, options.dtype)
+            rows += [_compare(shape, dims, options, trainer) for shape in shapes]
+    if rank == 0:
+        torch.save(rows, folder / "rows.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,87 @@
+"""One optimizer step of the benchmarks' model under Megatron's own schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from tools.bench.gpt import Dims, Work, build_model, make_config
+
+
+class Trainer:
+    """A model with its optimizer. Every step starts from cleared gradients."""
+
+    def __init__(self, dims: Dims, dtype: torch.dtype) -> None:
+        config = make_config(dims, dtype)
+        config.finalize_model_grads_func = finalize_model_grads
+        self.hidden_size = dims.hidden_size
+        self.model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=dtype != torch.float32),
+            build_model(dims, config),
+        )
+        # A rate of zero: the optimizer does all of its work and every step stays comparable.
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=0.0,
+                weight_decay=0.0,
+                clip_grad=1.0,
+                params_dtype=dtype,
+                bf16=dtype == torch.bfloat16,
+            ),
+            [self.model],
+        )
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def forward_backward(self, batches: list[Work]) -> float | None:
+        """Summed loss on the last stage, gradients in ``main_grad``."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=len(batches[0].tokens),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return float(sum(float(r["loss"]) for r in results)) if results else None
+
+    def step(self, batches: list[Work]) -> None:
+        """Forward, backward, clipping and Adam."""
+        self.forward_backward(batches)
+        success, _, _ = self.optimizer.step()
+        if not success:
+            raise RuntimeError("the optimizer skipped the step: a gradient is not finite")
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Copy of every parameter's gradient."""
+        named = self.model.module.named_parameters()
+        return {name: parameter.main_grad.detach().clone() for name, parameter in named}
+
+
+def _forward_step(batches: Iterator[Work], model: Any) -> Any:
+    work = next(batches)
+
+    def loss_func(output: Any) -> Any:
+        loss = work.loss(output[0])
+        # One divisor for both paths, whatever a shared token counts.
+        return (
+            loss,
+            torch.ones((), dtype=torch.int, device=loss.device),
+            {"loss": loss.detach().clone()},
+        )
+
+    return work.forward(model), loss_func

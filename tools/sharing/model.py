@@ -1,0 +1,132 @@
+"""Sizes of a decoder, read from a Hugging Face config or from Megatron-LM's arguments."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_pg.data import CostModel
+
+# Models of these types have two MLP matrices a layer, all others a gate as third.
+UNGATED = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDims:
+    """Sizes that decide FLOPs and memory.
+
+    Attributes:
+        ffn_hidden_size: width of the MLP that one token goes through: of all its experts together.
+        gated: whether the MLP has a gate.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    gated: bool
+
+    @property
+    def cost_model(self) -> CostModel:
+        """Forward FLOPs."""
+        return CostModel.from_model_dims(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            ffn_hidden_size=self.ffn_hidden_size,
+            vocab_size=self.vocab_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            gated_linear_unit=self.gated,
+        )
+
+    @property
+    def activation_elements(self) -> int:
+        """Values that one token leaves in one layer for the backward, nothing recomputed.
+
+        Inputs of two norms and of the four matrix products, q, k and v before and after rotary,
+        and what the activation function reads. The log-sum-exp (one a head) is left out.
+        """
+        q, kv = self.num_attention_heads * self.kv_channels, self.kv_elements
+        mlp = (3 if self.gated else 2) * self.ffn_hidden_size
+        return 4 * self.hidden_size + 3 * q + kv + kv // 2 + mlp
+
+    @property
+    def kv_elements(self) -> int:
+        """Keys and values that one token has in one layer."""
+        return 2 * self.num_query_groups * self.kv_channels
+
+
+def read_model(path: Path) -> ModelDims:
+    """Sizes from ``config.json`` (Hugging Face) or ``args.json`` (Megatron-LM), or such a file.
+
+    Raises:
+        ValueError: if there is no such file or sizes are missing in it.
+    """
+    candidates = [path / "config.json", path / "args.json"] if path.is_dir() else [path]
+    file = next((f for f in candidates if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{path} holds no config.json and no args.json; name the model's folder")
+    values = json.loads(file.read_text())
+    values = values.get("text_config", values)
+    try:
+        if "num_hidden_layers" in values or "n_layer" in values:
+            return _from_hf(values)
+        return _from_megatron(values)
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error}, which FLOPs and memory depend on") from error
+
+
+def _from_hf(values: dict[str, Any]) -> ModelDims:
+    if "n_layer" in values:
+        values = {
+            "num_hidden_layers": values["n_layer"],
+            "hidden_size": values["n_embd"],
+            "num_attention_heads": values["n_head"],
+            "intermediate_size": values.get("n_inner") or 4 * values["n_embd"],
+            **values,
+        }
+    heads = values["num_attention_heads"]
+    if values.get("num_experts_per_tok"):
+        expert = values.get("moe_intermediate_size") or values["intermediate_size"]
+        ffn = expert * values["num_experts_per_tok"]
+        ffn += values.get("shared_expert_intermediate_size") or 0
+    else:
+        ffn = values["intermediate_size"]
+    return ModelDims(
+        num_layers=values["num_hidden_layers"],
+        hidden_size=values["hidden_size"],
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=values.get("num_key_value_heads") or heads,
+        kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
+        vocab_size=values["vocab_size"],
+        gated=values.get("model_type") not in UNGATED,
+    )
+
+
+def _from_megatron(values: dict[str, Any]) -> ModelDims:
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    gated = bool(values.get("swiglu") or values.get("gated_linear_unit"))
+    ffn = values.get("ffn_hidden_size") or (
+        int(4 * hidden * 2 / 3) // 64 * 64 if gated else 4 * hidden
+    )
+    if values.get("num_experts"):
+        ffn = (values.get("moe_ffn_hidden_size") or ffn) * values.get("moe_router_topk", 2)
+        ffn += values.get("moe_shared_expert_intermediate_size") or 0
+    groups = values.get("num_query_groups") if values.get("group_query_attention", True) else None
+    return ModelDims(
+        num_layers=values["num_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups or heads,
+        kv_channels=values.get("kv_channels") or hidden // heads,
+        vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
+        gated=gated,
+    )

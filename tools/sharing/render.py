@@ -1,0 +1,111 @@
+"""The report as tables in the terminal and as a page of plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_report(report: dict[str, Any], console: Console | None = None) -> None:
+    """Tables: what the rollouts share, what a step gains, what does not fit."""
+    console = console or Console()
+    table = Table(title="Sharing in these rollouts", show_header=False)
+    for name, value in _facts(report):
+        table.add_row(name, value)
+    console.print(table)
+    memory = Table(title=f"Memory of one rank, longest of {report['rows']} rows")
+    for column in ("stage", "rows in flight", "activations", "written out", "K and V"):
+        memory.add_column(column, justify="right")
+    for stage in report["memory"]:
+        memory.add_row(
+            str(stage["stage"]),
+            str(stage["rows_in_flight"]),
+            *(
+                f"{stage[name] / 2**30:.2f} GiB"
+                for name in ("activation_bytes", "written_out_activation_bytes", "kv_bytes")
+            ),
+        )
+    console.print(memory)
+    if report["does_not_fit"]:
+        unfit = Table(title=f"Groups longer than a row of {report['max_tokens']} tokens")
+        for column in ("group", "unique tokens", "what would be done"):
+            unfit.add_column(column)
+        for group in report["does_not_fit"][:20]:
+            unfit.add_row(group["group_id"], str(group["unique_tokens"]), group["action"])
+        console.print(unfit)
+    console.print(_verdict(report))
+
+
+def plot_report(
+    report: dict[str, Any], budgets: Sequence[int], ratios: Sequence[float | None], file: Path
+) -> None:
+    """One page: lengths, reuse of the groups, gain over the token budget, memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5))
+    axes[0, 0].hist(report["group_reuse"], bins=30)
+    axes[0, 0].set(xlabel="reuse ratio of a group (logical / unique tokens)", ylabel="groups")
+    axes[0, 1].hist(list(report["group_ratios"].values()), bins=30, color="tab:green")
+    axes[0, 1].set(xlabel="predicted step-time ratio of a group", ylabel="groups")
+    pairs = [(b, r) for b, r in zip(budgets, ratios) if r is not None]
+    axes[1, 0].plot([b for b, _ in pairs], [r for _, r in pairs], "o-")
+    axes[1, 0].axvline(report["max_tokens"], color="grey", linestyle=":")
+    axes[1, 0].set(xlabel="token budget of a row", ylabel="predicted step-time ratio")
+    stages = [str(stage["stage"]) for stage in report["memory"]]
+    for name, offset in (("activation_bytes", -0.2), ("written_out_activation_bytes", 0.2)):
+        heights = [stage[name] / 2**30 for stage in report["memory"]]
+        label = "packed" if offset < 0 else "written out"
+        axes[1, 1].bar([i + offset for i in range(len(stages))], heights, 0.4, label=label)
+    axes[1, 1].set(xlabel="pipeline stage", ylabel="activations, GiB", xticks=range(len(stages)))
+    axes[1, 1].legend()
+    figure.suptitle(
+        f"{report['groups']} groups, reuse ratio {report['reuse_ratio']:.2f}, "
+        f"predicted step-time ratio {report['predicted_step_time_ratio']:.2f}"
+    )
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    flops = report["step_flops"]
+    return [
+        ("groups, samples", f"{report['groups']}, {report['samples']}"),
+        ("prompt tokens", _spread(report["prompt_len"])),
+        ("response tokens", _spread(report["response_len"])),
+        ("depth of the deepest tree", str(report["depth"])),
+        ("tokens unique / written out", f"{report['unique_tokens']} / {report['logical_tokens']}"),
+        ("reuse ratio", f"{report['reuse_ratio']:.3f}"),
+        (
+            "attention pairs",
+            f"{report['attention_pairs']:.3e} / {report['logical_attention_pairs']:.3e}",
+        ),
+        ("FLOPs of a step", f"{flops['packed']:.3e} / {flops['written_out']:.3e}"),
+        ("predicted step-time ratio", f"{report['predicted_step_time_ratio']:.2f}"),
+        ("recommended token budget", str(report["recommended_max_tokens"])),
+        ("token budget used here", str(report["max_tokens"])),
+    ]
+
+
+def _spread(values: dict[str, float]) -> str:
+    return (
+        f"{values['min']:.0f} to {values['max']:.0f}, median {values['median']:.0f}, "
+        f"mean {values['mean']:.0f}"
+    )
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    unpaid = len(report["does_not_pay"])
+    ratio = report["predicted_step_time_ratio"]
+    if report["pays"]:
+        text = f"Sharing pays: a step is predicted to take 1/{ratio:.2f} of its time."
+    else:
+        text = f"Sharing would not pay: predicted step-time ratio {ratio:.2f}."
+    return text + (f" {unpaid} group(s) gain nothing on their own." if unpaid else "")

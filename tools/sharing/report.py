@@ -1,0 +1,227 @@
+"""The arithmetic of ``plan_sharing``: from lengths to reuse, time, memory and a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_pg import PrefixTree
+from megatron_pg.data import Group, GroupShape, group_shape, plan_rows, select_samples, split_group
+from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
+from tools.sharing.model import ModelDims
+
+# Below this a group's own gain is within the noise of a step.
+PAYS_FROM = 1.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the step would be run.
+
+    Attributes:
+        tp, pp: parallel sizes.
+        max_tokens: budget of a row; the recommended one when None.
+        min_shared: share every run of at least that many tokens; None shares the prompt.
+        bytes_per_value: of activations, 2 for bf16.
+        activation_gib: memory of one rank for activations, when known.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    max_tokens: int | None = None
+    min_shared: int | None = None
+    bytes_per_value: int = 2
+    activation_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group on its own."""
+
+    group_id: str
+    prompt_len: int
+    response_lens: tuple[int, ...]
+    shape: GroupShape
+    predicted_tokens: float
+    ratio: float
+
+    @property
+    def tree(self) -> PrefixTree:
+        return self.shape.tree
+
+
+def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) -> dict[str, Any]:
+    """Everything that the command prints, as plain values.
+
+    Raises:
+        ValueError: if layers do not divide into pipeline stages.
+    """
+    if dims.num_layers % settings.pp:
+        raise ValueError(f"{dims.num_layers} layers do not divide into pp={settings.pp} stages")
+    reports = [_report_group(group, dims, settings) for group in groups]
+    trees = [report.tree for report in reports]
+    bytes_per_token = dims.activation_elements * settings.bytes_per_value / settings.tp
+    stage_layers = dims.num_layers // settings.pp
+    recommended = _recommend_max_tokens(trees, bytes_per_token * stage_layers, settings)
+    max_tokens = settings.max_tokens or recommended
+    unfit = [f for r in reports if (f := _why_unfit(r, max_tokens)) is not None]
+    too_long = {f["group_id"] for f in unfit if f["parts"] is None}
+    kept = [r for r in reports if r.group_id not in too_long]
+    packed, logical, rows = _step_flops(kept, dims, max_tokens, settings.tp)
+    pair_sums = [
+        sum(t.attention_pairs for t in trees),
+        sum(t.logical_attention_pairs for t in trees),
+    ]
+    unique, written = (sum(t.unique_tokens for t in trees), sum(t.logical_tokens for t in trees))
+    ratio = logical / packed if packed else 1.0
+    return {
+        "model": asdict(dims),
+        "settings": asdict(settings),
+        "groups": len(groups),
+        "samples": sum(tree.num_samples for tree in trees),
+        "group_size": _summary(tree.num_samples for tree in trees),
+        "prompt_len": _summary(r.prompt_len for r in reports),
+        "response_len": _summary(n for r in reports for n in r.response_lens),
+        "depth": max(tree.depth for tree in trees),
+        "unique_tokens": unique,
+        "logical_tokens": written,
+        "reuse_ratio": written / unique,
+        "attention_pairs": pair_sums[0],
+        "logical_attention_pairs": pair_sums[1],
+        "step_flops": {"packed": packed, "written_out": logical},
+        "predicted_step_time_ratio": ratio,
+        "recommended_max_tokens": recommended,
+        "max_tokens": max_tokens,
+        "rows": len(rows),
+        "memory": _memory(rows, written / unique, dims, settings),
+        "does_not_fit": unfit,
+        "does_not_pay": [r.group_id for r in reports if r.ratio < PAYS_FROM],
+        "pays": ratio >= PAYS_FROM,
+        "group_ratios": {r.group_id: r.ratio for r in reports},
+        "group_reuse": [t.logical_tokens / t.unique_tokens for t in trees],
+    }
+
+
+def predict_at(
+    groups: Sequence[Group], dims: ModelDims, settings: Settings, budgets: Sequence[int]
+) -> list[float | None]:
+    """Predicted step-time ratio for every token budget; None where a sample does not fit."""
+    reports = [_report_group(group, dims, settings) for group in groups]
+    longest = max(int(r.tree.sample_lens.max()) for r in reports)
+    ratios: list[float | None] = []
+    for budget in budgets:
+        if budget < longest:
+            ratios.append(None)
+            continue
+        packed, logical, _ = _step_flops(reports, dims, budget, settings.tp)
+        ratios.append(logical / packed)
+    return ratios
+
+
+def _report_group(group: Group, dims: ModelDims, settings: Settings) -> GroupReport:
+    shape = group_shape(group, settings.min_shared)
+    prompt_len = min(len(sample.prompt_ids) for sample in group.samples)
+    predicted = shape.loss_tokens * _distinct_share(shape.tree, prompt_len)
+    cost = dims.cost_model
+    packed = packed_flops(shape.tree, predicted, cost, FORWARD_BACKWARD)
+    logical = written_out_flops(shape.tree, shape.loss_tokens, cost, FORWARD_BACKWARD)
+    lens = tuple(len(sample.response_ids) for sample in group.samples)
+    return GroupReport(group.group_id, prompt_len, lens, shape, predicted, logical / packed)
+
+
+def _distinct_share(tree: PrefixTree, prompt_len: int) -> float:
+    """Distinct response tokens over response tokens of all samples."""
+    ends = tree.segment_positions + tree.segment_lens
+    lens = np.clip(ends - np.maximum(tree.segment_positions, prompt_len), 0, None)
+    return float(lens.sum() / max((lens * tree.segment_multiplicity).sum(), 1))
+
+
+def _step_flops(
+    reports: Sequence[GroupReport], dims: ModelDims, max_tokens: int, pad_to_multiple: int
+) -> tuple[float, float, list[int]]:
+    """FLOPs packed into rows of the budget and written out, and the tokens of every row."""
+    if not reports:
+        return 0.0, 0.0, []
+    shapes = [report.shape for report in reports]
+    plan = plan_rows(
+        shapes, max_tokens, cost_model=dims.cost_model, pad_to_multiple=pad_to_multiple
+    )
+    cost, packed, rows = dims.cost_model, 0.0, []
+    for row in plan.rows:
+        tokens = 0
+        for part in row:
+            report = reports[part.group]
+            tree = select_samples(report.tree, part.samples)
+            trained = int(report.shape.loss_lens[list(part.samples)].sum())
+            predicted = trained * _distinct_share(tree, report.prompt_len)
+            packed += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
+            tokens += tree.unique_tokens
+        rows.append(-(-tokens // pad_to_multiple) * pad_to_multiple)
+    logical = sum(written_out_flops(s.tree, s.loss_tokens, cost, FORWARD_BACKWARD) for s in shapes)
+    return packed, logical, rows
+
+
+def _recommend_max_tokens(
+    trees: Sequence[PrefixTree], bytes_per_token: float, settings: Settings
+) -> int:
+    """Room for the largest group, or what the memory holds where that is less."""
+    largest = max(tree.unique_tokens for tree in trees)
+    budget = -(-largest // 1024) * 1024
+    if settings.activation_gib is not None:
+        # The first pipeline stage keeps one row for every stage.
+        held = int(settings.activation_gib * 2**30 / (bytes_per_token * settings.pp))
+        budget = min(budget, max(held // settings.tp * settings.tp, settings.tp))
+    return -(-budget // settings.tp) * settings.tp
+
+
+def _why_unfit(report: GroupReport, max_tokens: int) -> dict[str, Any] | None:
+    """What would be done with a group that exceeds the budget; None when it fits."""
+    tree = report.tree
+    if tree.unique_tokens <= max_tokens:
+        return None
+    longest = int(tree.sample_lens.max())
+    fields = {"group_id": report.group_id, "unique_tokens": tree.unique_tokens}
+    if longest > max_tokens:
+        why = f"a sample has {longest} tokens: raise max_tokens or truncate it"
+        return {**fields, "parts": None, "repeated_tokens": None, "action": why}
+    parts = split_group(report.shape, max_tokens).parts
+    total = sum(select_samples(tree, samples).unique_tokens for samples in parts)
+    why = f"divided into {len(parts)} rows, which repeat what they share"
+    repeated = total - tree.unique_tokens
+    return {**fields, "parts": len(parts), "repeated_tokens": repeated, "action": why}
+
+
+def _memory(
+    rows: Sequence[int], reuse_ratio: float, dims: ModelDims, settings: Settings
+) -> list[dict[str, Any]]:
+    """Peak of every pipeline stage under 1F1B, for the longest row; no recompute."""
+    longest = max(rows, default=0)
+    layers = dims.num_layers // settings.pp
+    per_token = layers * settings.bytes_per_value / settings.tp
+    stages = []
+    for stage in range(settings.pp):
+        in_flight = max(min(settings.pp - stage, len(rows)), 1)
+        activation = in_flight * longest * per_token * dims.activation_elements
+        stages.append(
+            {
+                "stage": stage,
+                "rows_in_flight": in_flight,
+                "activation_bytes": int(activation),
+                "written_out_activation_bytes": int(activation * reuse_ratio),
+                "kv_bytes": int(in_flight * longest * per_token * dims.kv_elements),
+            }
+        )
+    return stages
+
+
+def _summary(values: Iterable[int]) -> dict[str, float]:
+    array = np.array(list(values))
+    return {
+        "min": int(array.min()),
+        "median": float(np.median(array)),
+        "mean": float(array.mean()),
+        "max": int(array.max()),
+    }
