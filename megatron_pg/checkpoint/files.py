@@ -115,9 +115,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         ValueError: if ``path`` holds something, cannot be written, or the disk is full.
     """
     path = Path(path)
-    partial = start_folder(path)
+    partial = partial_path(path)
     try:
-        yield partial
+        yield start_folder(path)
         finish_folder(path)
     except OSError as error:
         raise ValueError(f"{path}: writing failed ({error}); nothing was kept") from error

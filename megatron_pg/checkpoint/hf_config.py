@@ -28,21 +28,14 @@ _KNOWN_KEYS = {
     *("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "layer_types"),
     *("sliding_window", "use_sliding_window", "max_window_layers", "partial_rotary_factor"),
 }
-# Keys of generation, initialisation and provenance leave the logits
-# alone; so do token ids and private keys ("_name_or_path").
+# Keys of generation, initialisation and provenance leave the logits alone; so do token ids and
+# private keys ("_name_or_path").
 _NEUTRAL_KEYS = {
-    *("transformers_version", "use_cache"),
-    *("initializer_range", "attention_dropout", "pretraining_tp", "output_router_logits"),
-    *("router_aux_loss_coef", "auto_map", "transformers.js_config"),
-    *("is_llama_config", "unsloth_fixed", "unsloth_version", "_attn_implementation"),
-    *(
-        "_attn_implementation_autoset",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "task_specific_params",
-    ),
-    *("tokenizer_class", "chunk_size_feed_forward", "return_dict", "max_length"),
+    *("transformers_version", "use_cache", "initializer_range", "attention_dropout"),
+    *("pretraining_tp", "output_router_logits", "router_aux_loss_coef", "auto_map"),
+    *("transformers.js_config", "is_llama_config", "unsloth_fixed", "unsloth_version"),
+    *("id2label", "label2id", "problem_type", "task_specific_params", "tokenizer_class"),
+    *("chunk_size_feed_forward", "return_dict", "max_length"),
 }
 
 

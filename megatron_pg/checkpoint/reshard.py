@@ -83,7 +83,7 @@ def reshard_checkpoint(
         if reader is None:
             write_megatron_weights(writer, source, args.padded_vocab_size, None, progress)
         else:
-            _copy(reader, kept, writer, source.model.vocab_size, args.padded_vocab_size, progress)
+            _copy(reader, kept, writer, args.padded_vocab_size, progress)
             _copy_objects(reader, writer, weights_only)
             common = load_torch_file(source.path / "common.pt", trust_pickle=trust_pickle)
         if weights_only:
@@ -150,13 +150,12 @@ def _copy(
     reader: TorchDistReader,
     tensors: dict[str, StoredTensor],
     writer: TorchDistWriter,
-    vocab_size: int,
     padded_vocab_size: int,
     progress: Progress | None,
 ) -> None:
     for done, (key, tensor) in enumerate(tensors.items(), 1):
         if is_vocabulary(key):
-            whole = _padded(reader.read(key), vocab_size, padded_vocab_size)
+            whole = _padded(reader.read(key), padded_vocab_size)
             writer.add(key, whole, tuple(whole.shape), (0,) * whole.dim())
         else:
             for chunk in tensor.chunks:
@@ -176,7 +175,9 @@ def is_vocabulary(key: str) -> bool:
     return key.endswith(("embedding.word_embeddings.weight", "output_layer.weight"))
 
 
-def _padded(tensor: Tensor, vocab_size: int, rows: int) -> Tensor:
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """As many rows as asked for; training may have moved padding rows, so they are kept."""
     padded = torch.zeros(rows, *tensor.shape[1:], dtype=tensor.dtype)
-    padded[:vocab_size] = tensor[:vocab_size]
+    kept = min(rows, len(tensor))
+    padded[:kept] = tensor[:kept]
     return padded

@@ -128,6 +128,7 @@ def initialize(layout: Layout) -> None:
         layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         expert_model_parallel_size=layout.ep,
+        create_gloo_process_groups=dist.get_backend() != "fake",
     )
     model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
 

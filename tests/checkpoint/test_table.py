@@ -1,0 +1,116 @@
+"""The table of shards: at sizes that no test machine has, and against another library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_pg.checkpoint import HfFolder, load_hf
+from megatron_pg.checkpoint.mapping import Mapping
+from megatron_pg.checkpoint.model import iter_hf_tensors
+from megatron_pg.checkpoint.shards import make_shard, merge_shards
+from megatron_pg.mcore import cpu
+from tests.checkpoint import tiny
+from tests.checkpoint.tiny import FAMILIES, Layout
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_shards_partition_the_folder(name: str, tp_size: int, models: Path) -> None:
+    """Every element is in the shards of some rank, and merging them gives it back."""
+    folder = HfFolder(models / name)
+    mapping = Mapping(folder.model, folder.model.padded_vocab_size(tp_size, 16))
+    seen = {}
+    for key in mapping.megatron_names():
+        specs = [mapping.shard(key, rank, tp_size) for rank in range(tp_size)]
+        shards = [make_shard(spec, folder.read, torch.float32, key) for spec in specs]
+        seen |= merge_shards(specs, shards, folder.shapes)
+    assert seen.keys() == folder.shapes.keys()
+    assert all(torch.equal(seen[key], folder.read(key)) for key in seen)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp, pp, vpp, sp=True) for tp in (2, 4) for pp in (2, 4) for vpp in (None, 2)],
+    ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-vpp{layout.vpp or 1}",
+)
+def test_every_rank(name: str, layout: Layout, models: Path) -> None:
+    """Up to sixteen ranks one after the other: each model holds what the table says."""
+    tp_size, num_ranks = layout.tp, layout.tp * layout.pp
+    folder = HfFolder(models / name)
+    parameters: dict[str, dict[int, torch.Tensor]] = {}
+    with cpu.emulate_cuda():
+        for rank in range(num_ranks):
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+            try:
+                tiny.initialize(layout)
+                chunks = tiny.build(folder.model, layout)
+                load_hf(chunks, folder.path)
+                for chunk in chunks:
+                    layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+                    for key, parameter in chunk.named_parameters():
+                        parts = key.split(".")
+                        if parts[1] == "layers":
+                            parts[2] = str(layers[int(parts[2])])
+                        ranks = parameters.setdefault(".".join(parts), {})
+                        ranks[parallel_state.get_tensor_model_parallel_rank()] = parameter.detach()
+            finally:
+                parallel_state.destroy_model_parallel()
+                dist.destroy_process_group()
+    mapping = Mapping(folder.model, folder.model.padded_vocab_size(tp_size, tiny.DIVISIBLE_BY))
+    seen = {}
+    for key, shards in parameters.items():
+        specs = [mapping.shard(key, rank, tp_size) for rank in range(tp_size)]
+        seen |= merge_shards(specs, [shards[rank] for rank in range(tp_size)], folder.shapes)
+    assert seen.keys() == folder.shapes.keys()
+    assert all(torch.equal(seen[key], folder.read(key)) for key in seen)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3", "qwen3_moe"])
+def test_as_modelopt(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At tp=1, modelopt's import gives the same parameters."""
+    export = pytest.importorskip("modelopt.torch.export")
+    monkeypatch.setattr(tiny, "DIVISIBLE_BY", 1)
+    folder = HfFolder(models / name)
+    with cpu.emulate_cuda():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            tiny.initialize(Layout())
+            ours, theirs = (
+                tiny.build(folder.model, Layout(), packed=packed)[0] for packed in (1, 0)
+            )
+            load_hf([ours], folder.path)
+            export.import_mcore_gpt_from_hf(theirs, str(folder.path), dtype=torch.float32)
+            for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+                assert torch.equal(a, b), key
+            assert dict(iter_hf_tensors([ours], folder.model)).keys() == folder.shapes.keys()
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def test_model_of_another_configuration(models: Path) -> None:
+    """Shapes that fit are not enough; the model is left as it was."""
+    folder = HfFolder(models / "llama")
+    other = HfFolder(models / "llama_linear").model
+    assert other != folder.model
+    with cpu.emulate_cuda():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+        try:
+            tiny.initialize(Layout())
+            chunks = tiny.build(HfFolder(models / "llama3_rope").model, Layout())
+            before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
+            with pytest.raises(ValueError, match="rotary_base=500000.0 must be 10000.0"):
+                load_hf(chunks, folder.path)
+            assert all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters()))
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

@@ -1,0 +1,167 @@
+"""The command-line tools and what they share, on one process."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_pg.checkpoint import (
+    HfFolder,
+    MegatronFolder,
+    TorchDistReader,
+    TorchDistWriter,
+    compare_logits,
+    hf_model_from_args,
+    hf_to_megatron,
+    inspect_checkpoint,
+    megatron_to_hf,
+    parse_hf_config,
+    read_hf_config,
+    reshard_checkpoint,
+)
+from tests.checkpoint.round_trip import same_weights
+from tests.checkpoint.tiny import FAMILIES
+from tests.utils import ROOT
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch):
+    """Run a tool in this process; its exit status."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+    def run(name: str, *args: object) -> int:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip(name: str, models: Path, tmp_path: Path) -> None:
+    """HF -> torch_dist -> HF bit-equal, also without the configuration kept beside."""
+    source = models / name
+    converted = MegatronFolder(models / f"{name}-megatron")
+    same_weights(converted, source)
+    assert hf_model_from_args(converted.args, "args") == converted.model == read_hf_config(source)
+    assert parse_hf_config(converted.model.config_json()) == converted.model
+    shutil.copytree(models / f"{name}-megatron/release", tmp_path / "release")
+    megatron_to_hf(tmp_path / "release", tmp_path / "hf", max_shard_bytes=50_000)
+    same_weights(HfFolder(tmp_path / "hf"), source)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    original = transformers.AutoModelForCausalLM.from_pretrained(source)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, original(tokens).logits)
+
+
+def test_commands(models: Path, tmp_path: Path, tool, capsys: pytest.CaptureFixture) -> None:
+    """The documented commands, in the order in which a user runs them."""
+    hf = tmp_path / "hf"
+    shutil.copytree(models / "qwen2", hf)
+    for extra in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (hf / extra).write_text("{}")
+    a, b, back = tmp_path / "a", tmp_path / "b", tmp_path / "back"
+    assert tool("hf_to_megatron", "--hf", hf, "--out", a, "--dry-run") == 0 and not a.exists()
+    assert tool("hf_to_megatron", "--hf", hf, "--out", a, "--tp", 2, "--pp", 2) == 0
+    assert (a / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert tool("hf_to_megatron", "--hf", hf, "--out", a) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert tool("verify_checkpoint", a, hf) == 0
+    assert tool("reshard_checkpoint", "--megatron", a, "--out", b, "--tp", 4, "--pp", 1) == 0
+    assert MegatronFolder(b).args.tensor_model_parallel_size == 4
+    assert MegatronFolder(b).args.padded_vocab_size == 512
+    assert tool("verify_checkpoint", a, b) == 0
+    assert tool("inspect_checkpoint", b, "--tensors") == 0
+    assert "decoder.layers.mlp.linear_fc1.weight [8, 96, 32]" in capsys.readouterr().out
+    assert tool("megatron_to_hf", "--megatron", b, "--out", back) == 0
+    assert (back / "chat_template.jinja").is_file() and (back / "tokenizer.json").is_file()
+    assert json.loads((back / "config.json").read_text()) == json.loads(
+        (hf / "config.json").read_text()
+    )
+    assert tool("verify_checkpoint", back, hf, "--logits") == 0
+    assert "greedy continuation equal" in capsys.readouterr().out
+    assert tool("megatron_to_hf", "--megatron", b, "--out", tmp_path / "bf", "--dtype", "bf16") == 0
+    assert HfFolder(tmp_path / "bf").model.dtype == torch.bfloat16
+    assert tool("verify_checkpoint", tmp_path / "bf", hf, "--limit", 3) == 1
+    assert "more than 3 differences" in capsys.readouterr().out
+    assert tool("verify_checkpoint", tmp_path / "nothing", hf) == 2
+
+
+def test_as_a_program(models: Path, tmp_path: Path) -> None:
+    """A tool runs from any folder, without the package being installed."""
+    command = [sys.executable, ROOT / "tools/inspect_checkpoint.py", models / "llama"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "huggingface" in done.stdout, done.stderr
+
+
+def test_one_value_differs(models: Path, tmp_path: Path, tool, capsys) -> None:
+    """A single changed element is found and named, with the first layer that it changes."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / "qwen3_moe")
+    with torch.no_grad():
+        model.model.layers[5].self_attn.v_proj.weight[3, 4] += 1.0
+    model.save_pretrained(tmp_path / "hf")
+    assert tool("verify_checkpoint", models / "qwen3_moe-megatron", tmp_path / "hf") == 1
+    out = capsys.readouterr().out
+    assert "model.layers.5.self_attn.v_proj.weight: 1 of 512 values differ" in out
+    result = compare_logits(
+        MegatronFolder(models / "qwen3_moe-megatron"), HfFolder(tmp_path / "hf")
+    )
+    assert result.first_layer == 5 and not result.equal and result.kl > 0
+    result = compare_logits(
+        MegatronFolder(models / "qwen3_moe-megatron"), HfFolder(models / "qwen3_moe")
+    )
+    assert result.equal and result.first_layer is None and result.largest_difference < 1e-5
+
+
+def test_optimizer_state_bound_to_a_layout(models: Path, tmp_path: Path) -> None:
+    """Refused with the remedy; the weights alone can go."""
+    shutil.copytree(models / "llama-megatron", tmp_path / "in")
+    reader = TorchDistReader(models / "llama-megatron/release")
+    folder = tmp_path / "in/release"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    writer = TorchDistWriter(folder)
+    for key, tensor in reader.tensors.items():
+        whole = reader.read(key)
+        writer.add(key, whole, tensor.shape, (0,) * whole.dim())
+    moments = torch.ones(8)
+    writer.add("optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg", moments, (8,), (0,))
+    writer.finish(torch.load(models / "llama-megatron/release/common.pt"))
+    assert inspect_checkpoint(tmp_path / "in").facts["optimizer state"]
+    layout = dict(tp_size=1, pp_size=2)
+    with pytest.raises(ValueError, match="fully-reshardable"):
+        reshard_checkpoint(tmp_path / "in", tmp_path / "out", **layout)
+    assert not (tmp_path / "out").exists()
+    reshard_checkpoint(tmp_path / "in", tmp_path / "out", **layout, weights_only=True)
+    assert not inspect_checkpoint(tmp_path / "out").facts["optimizer state"]
+    same_weights(MegatronFolder(tmp_path / "out"), models / "llama")
+
+
+def test_dtype_and_padding(models: Path, tmp_path: Path) -> None:
+    hf_to_megatron(
+        models / "llama",
+        tmp_path / "out",
+        dtype=torch.bfloat16,
+        tp_size=4,
+        make_vocab_size_divisible_by=128,
+    )
+    reader = TorchDistReader(tmp_path / "out/release")
+    embedding = reader.read("embedding.word_embeddings.weight")
+    assert embedding.shape == (512, 32) and embedding.dtype == torch.bfloat16
+    assert embedding[83:].count_nonzero() == 0
+    want = HfFolder(models / "llama").read("model.embed_tokens.weight").to(torch.bfloat16)
+    assert torch.equal(embedding[:83], want)
