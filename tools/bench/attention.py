@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_pg import prefix_grouped_attention
+from megatron_pg import PackedLayout, prefix_grouped_attention
 from megatron_pg.attention import make_attention_plan
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, standard_shapes
@@ -39,28 +39,21 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     *packed, dout = torch.randn(size, generator=generator).to(options.device, options.dtype)
     expanded = [shape.packed.expand(x) for x in packed]
     expanded_dout = shape.packed.expand(dout)
-    plans = {
-        "ours": make_attention_plan(shape.packed, options.device),
-        "written out": make_attention_plan(shape.written_out, options.device),
-    }
+    ours = _attend(shape.packed, options.device)
     paths = {
-        "ours": _path(lambda *qkv: prefix_grouped_attention(*qkv, plans["ours"]), packed, dout),
-        "written out": _path(
-            lambda *qkv: prefix_grouped_attention(*qkv, plans["written out"]),
-            expanded,
-            expanded_dout,
-        ),
+        "ours": _path(ours, packed, dout),
+        "written out": _path(_attend(shape.written_out, options.device), expanded, expanded_dout),
     }
     peer = _prefix_grouper(shape, options)
     if peer is not None:
         paths["prefix-grouper"] = _path(peer, packed, dout)
 
-    out, *grads = paths["ours"]()
+    out, *_ = paths["ours"]()
     want_out, *want_grads = paths["written out"]()
     pairs = [("out", shape.packed.expand(out), want_out)]
     # With an output gradient per sample, ours gets the sum over samples that share a row.
     summed = shape.packed.reduce(expanded_dout)
-    _, *grads = _path(lambda *qkv: prefix_grouped_attention(*qkv, plans["ours"]), packed, summed)()
+    _, *grads = _path(ours, packed, summed)()
     pairs += [
         (name, got, shape.packed.reduce(want))
         for name, got, want in zip(("dq", "dk", "dv"), grads, want_grads)
@@ -88,6 +81,11 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
         for name in paths
         if name != "ours"
     ]
+
+
+def _attend(layout: PackedLayout, device: torch.device) -> Attend:
+    plan = make_attention_plan(layout, device)
+    return lambda q, k, v: prefix_grouped_attention(q, k, v, plan)
 
 
 def _path(attend: Attend, qkv: list[Tensor], dout: Tensor) -> Callable[[], Results]:

@@ -148,7 +148,8 @@ def build_model(dims: Dims, config: TransformerConfig, whole: bool = True) -> Pr
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu", config.params_dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu", config.params_dtype)
+    return model
 
 
 @dataclass(frozen=True, eq=False)

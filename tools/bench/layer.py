@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_pg.mcore import PrefixGroupedGPTModel
 from tools.bench.gpt import Work, build_model, make_config, make_dims, make_work, megatron
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, flop_bound, standard_shapes
@@ -66,7 +67,7 @@ def _compare(shape: Shape, options: Options) -> BenchmarkRow:
 
 
 def _path(
-    model: torch.nn.Module, work: Work, hidden: Tensor, dout: Tensor
+    model: PrefixGroupedGPTModel, work: Work, hidden: Tensor, dout: Tensor
 ) -> Callable[[], tuple[Tensor, ...]]:
     weights = list(model.parameters())
 

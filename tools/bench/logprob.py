@@ -58,5 +58,5 @@ def _compare(shape: Shape, options: Options) -> BenchmarkRow:
 
 @torch.no_grad()
 def _logprobs(model: torch.nn.Module, work: Work) -> Tensor:
-    logprobs, _ = work.forward(model)
+    logprobs: Tensor = work.forward(model)[0]
     return logprobs

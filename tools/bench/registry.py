@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ class Options:
     Attributes:
         quick: tiny shapes and few rounds: proves that everything runs, measures nothing.
         rounds: interleaved rounds; None takes each benchmark's own number.
-        threads: threads of one process on the CPU.
         shapes: only shapes whose name contains one of these; empty takes all.
         clock: "wall", or "cpu" for the time that the process got (see ``time_interleaved``).
         sweep: also the shapes of the plots.
@@ -28,7 +27,6 @@ class Options:
 
     quick: bool = False
     rounds: int | None = None
-    threads: int = field(default_factory=torch.get_num_threads)
     shapes: tuple[str, ...] = ()
     clock: str = "wall"
     sweep: bool = False
@@ -66,7 +64,6 @@ class BenchmarkRow:
         max_error: largest difference between the two paths' results, relative to the largest
             value of a result.
         load: one-minute load average of the machine when the row was measured.
-        extra: further figures of one benchmark.
     """
 
     benchmark: str
@@ -83,7 +80,6 @@ class BenchmarkRow:
     baseline_peak_bytes: int | None = None
     max_error: float | None = None
     load: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def share(self) -> float:

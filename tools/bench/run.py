@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(
         quick=args.quick,
         rounds=args.rounds,
-        threads=args.threads,
         clock=args.clock,
         sweep=args.plot is not None,
         shapes=tuple(part for part in args.shapes.split(",") if part),

@@ -123,7 +123,9 @@ def sweep_shapes(quick: bool) -> list[Shape]:
 
 def binary_tree(segment_len: int, depth: int) -> Shape:
     """A tree whose segments are equally long and have two children each."""
-    lens, parents, ends = [], [], []
+    lens: list[int] = []
+    parents: list[int] = []
+    ends: list[int] = []
     stack = [(-1, 0)]
     while stack:
         parent, level = stack.pop()

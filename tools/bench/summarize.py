@@ -1,0 +1,64 @@
+"""Join result files: ``python tools/bench/summarize.py OUT.json IN.json [IN.json ...]``.
+
+Writes the rows of all inputs to OUT.json and the page that reads them to OUT.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Modules are found from the repository root, not from beside this script.
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from tools.bench.render import make_markdown  # noqa: E402
+
+
+def main(argv: Sequence[str]) -> int:
+    """Join the files named in ``argv``."""
+    if len(argv) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    out = Path(argv[0])
+    rows = [row for file in argv[1:] for row in json.loads(Path(file).read_text())]
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    out.with_suffix(".md").write_text(_page(out.stem, rows))
+    return 0
+
+
+def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
+    lines = [f"# {title.replace('_', ' ')}", ""]
+    seen: list[str] = []
+    for row in rows:
+        machine = row["machine"]
+        versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+        clock = {"cpu": "time that the process got", "wall": "wall clock"}.get(row["clock"] or "")
+        text = (
+            f"{machine['hardware']}, {machine['cores']} cores, {machine['threads']} thread(s) a "
+            f"process, Python {machine['python']}, {versions}; commit {machine['commit']}, "
+            f"{machine['date']}"
+            + (f"; {clock}, medians of {row['rounds']} rounds" if clock else "")
+        )
+        if text not in seen:
+            seen.append(text)
+            names = ", ".join(
+                dict.fromkeys(r["benchmark"] for r in rows if r["machine"] == machine)
+            )
+            lines.append(f"* {names}: {text}.")
+    lines += [
+        "",
+        "ratio is baseline over ours, bound the ratio that arithmetic allows, share what is",
+        "reached of it; load is the machine's one-minute load average when the row was measured.",
+        "The JSON file of the same name holds all rows with quartiles, sizes and peak memory.",
+        "",
+        make_markdown(rows),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
