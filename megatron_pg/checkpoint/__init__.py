@@ -3,8 +3,9 @@
 from .compare import compare_training_state, compare_weights
 from .convert import hf_to_megatron, megatron_to_hf, open_weights
 from .gguf import gguf_to_hf, prepare_smollm2
-from .hf_config import HfModel, parse_hf_config, read_hf_config
+from .hf_config import HfModel
 from .hf_folder import HfFolder
+from .hf_parse import parse_hf_config, read_hf_config
 from .layout import find_iteration
 from .logits import LogitComparison, compare_logits
 from .megatron_args import hf_model_from_args, make_megatron_args

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import read_json
-from .hf_config import HfModel, read_hf_config
+from .hf_config import HfModel
+from .hf_parse import read_hf_config
 from .mapping import Mapping
 
 # Derived from the configuration; old exports stored it.

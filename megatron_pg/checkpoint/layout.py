@@ -17,7 +17,7 @@ import megatron.core  # noqa: F401 (tells torch which types in a checkpoint's ar
 import torch
 
 from .files import copy_side_files, read_json, write_json
-from .hf_config import parse_hf_config
+from .hf_parse import parse_hf_config
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "huggingface"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .files import read_json
-from .hf_config import HfModel, parse_hf_config
+from .hf_config import HfModel
+from .hf_parse import parse_hf_config
 from .layout import find_hf_config, find_iteration, load_torch_file
 from .legacy import LegacyShards
 from .mapping import Mapping, Shard

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .files import finish_folder, partial_path, start_folder
-from .hf_config import HfModel, read_hf_config
+from .hf_config import HfModel
 from .hf_folder import HfFolder
+from .hf_parse import read_hf_config
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
 from .mapping import FUSED_NORMS, Mapping
 from .megatron_folder import WeightSource
@@ -276,6 +277,9 @@ def _check_built_for(chunk: Any, hf_model: HfModel, path: Path) -> None:
     pairs = {key: (getattr(chunk.config, key, None), value) for key, value in want.items()}
     pairs["rotary_base"] = (chunk.rotary_base, hf_model.rotary_base)
     pairs["rope_scaling"] = (bool(chunk.rotary_scaling), hf_model.rope_type == "llama3")
+    linear = hf_model.rope_factor if hf_model.rope_type == "linear" else None
+    interpolation = chunk.rotary_pos_emb.seq_len_interpolation_factor
+    pairs["seq_len_interpolation_factor"] = (interpolation, linear)
     shared = chunk.share_embeddings_and_output_weights
     pairs["share_embeddings_and_output_weights"] = (shared, hf_model.tied)
     wrong = [f"{key}={got!r} must be {need!r}" for key, (got, need) in pairs.items() if got != need]

@@ -100,8 +100,6 @@ def test_as_modelopt(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_model_of_another_configuration(models: Path) -> None:
     """Shapes that fit are not enough; the model is left as it was."""
     folder = HfFolder(models / "llama")
-    other = HfFolder(models / "llama_linear").model
-    assert other != folder.model
     with cpu.emulate_cuda():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
         try:
@@ -110,6 +108,9 @@ def test_model_of_another_configuration(models: Path) -> None:
             before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
             with pytest.raises(ValueError, match="rotary_base=500000.0 must be 10000.0"):
                 load_hf(chunks, folder.path)
+            plain = tiny.build(folder.model, Layout())
+            with pytest.raises(ValueError, match="seq_len_interpolation_factor=None must be 4.0"):
+                load_hf(plain, models / "llama_linear")
             assert all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters()))
         finally:
             parallel_state.destroy_model_parallel()
