@@ -32,7 +32,7 @@ def config_problems(config: TrainConfig) -> list[str]:
         )
     if config.run.export_hf and config.model.hf is None:
         problems.append("run.export_hf needs model.hf, whose configuration and tokenizer it takes")
-    if config.optimizer.min_lr > config.optimizer.lr:
+    if 0 <= config.optimizer.lr < config.optimizer.min_lr:
         problems.append(
             f"optimizer.min_lr={config.optimizer.min_lr:g} must not exceed optimizer.lr="
             f"{config.optimizer.lr:g}"

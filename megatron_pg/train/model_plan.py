@@ -79,11 +79,31 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         config = TransformerConfig(**settings)
     except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"Megatron-Core refuses the model settings: {error}") from error
+    _check_stages(config)
     if model.hf is None:
         spec |= {"qk_layernorm": config.qk_layernorm}
         if config.num_moe_experts:
             spec |= {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
     return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl))
+
+
+def _check_stages(config: TransformerConfig) -> None:
+    """Even stages; Megatron's settings for uneven ones are checked by Megatron."""
+    uneven = (
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+    )
+    stages = config.pipeline_model_parallel_size * (
+        config.virtual_pipeline_model_parallel_size or 1
+    )
+    if config.num_layers % stages and not any(getattr(config, name, None) for name in uneven):
+        raise ValueError(
+            f"num_layers={config.num_layers} is no multiple of {stages} pipeline stages (virtual "
+            "ones included); choose other pipeline sizes"
+        )
 
 
 def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dict[str, Any], int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,31 @@ def save_model(folder: Path, seed: int = 0) -> Any:
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer of digits, signs and a few words, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", *map(str, range(10)), "+", "-", "=", ".", "?", ":", ","]
+    words += ["State", "the", "final", "answer", "to", "following", "arithmetic", "problem"]
+    words += ["user", "assistant"]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    # Split at digits and signs; blanks go.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    assert len(vocab) <= VOCAB
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    fast.save_pretrained(folder)
 
 
 def make_groups(
@@ -101,7 +125,7 @@ def one_sample_groups(groups: Sequence[Group], advantages: torch.Tensor) -> list
 
 def write_config(path: Path, sections: Mapping[str, Any], **overrides: Any) -> Path:
     """A YAML file; keywords ``section__key=value`` override single values."""
-    content = {name: dict(values) for name, values in sections.items()}
+    content = {name: values and dict(values) for name, values in sections.items()}
     for key, value in overrides.items():
         section, name = key.split("__")
         content.setdefault(section, {})[name] = value
@@ -153,14 +177,3 @@ def clean_environment() -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in launcher}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-
-
-@contextmanager
-def fp64_default() -> Iterator[None]:
-    """New tensors are float64 inside the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

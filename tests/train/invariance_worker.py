@@ -1,0 +1,192 @@
+"""Gloo ranks that compare the recipe's loss and gradients with the written-out reference.
+
+``python -m tests.train.invariance_worker FOLDER LAYOUT...``. The layout "one" writes the reference,
+made with the stock model and the stock spec on written-out samples; the others read it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from megatron_pg.checkpoint import iter_hf_tensors, load_hf, read_hf_config  # noqa: E402
+from megatron_pg.data import Group, read_rollouts  # noqa: E402
+from megatron_pg.train import Ranks, TrainConfig, load_config  # noqa: E402
+from megatron_pg.train.batch import make_minibatch, packing_config, written_out  # noqa: E402
+from megatron_pg.train.model import build_trained_model  # noqa: E402
+from megatron_pg.train.model_plan import plan_model  # noqa: E402
+from megatron_pg.train.passes import HeadConfig, compute_logprobs, train_pass  # noqa: E402
+from megatron_pg.train.prepare import compute_advantages, shaped_rewards  # noqa: E402
+from tests.checkpoint import tiny as stock  # noqa: E402
+from tests.train import dense, layouts  # noqa: E402
+from tests.train.tiny import VOCAB  # noqa: E402
+
+BOUND = 1e-10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to lay the same groups into rows."""
+
+    max_tokens: int = 64
+    order: int | None = None
+    is_written_out: bool = False
+    min_shared: int | None = None
+
+
+# "whole": every group fits into a row; "split": groups are divided over rows.
+VARIANTS = {
+    "whole": Variant(),
+    "split": Variant(max_tokens=21),
+    "one_row": Variant(max_tokens=1000),
+    "reordered": Variant(order=1),
+    "reordered_split": Variant(max_tokens=25, order=2),
+    "written_out": Variant(is_written_out=True),
+    "detected": Variant(min_shared=1),
+}
+
+
+def variant_names(layout: str) -> tuple[str, ...]:
+    """All where one rank runs them, fewer where ranks wait for each other."""
+    if layout == "one":
+        return tuple(VARIANTS)
+    return ("whole", "reordered_split") if layout in ("pp2", "dp2") else ("reordered_split",)
+
+
+def hf_tensors(chunks: list[Any], folder: Path, of: str) -> dict[str, torch.Tensor]:
+    """The model's weights or gradients by their Hugging Face names, whole, on every rank."""
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    weights = [p.data for p in parameters]
+    for parameter in parameters if of != "data" else []:
+        parameter.data = getattr(parameter, of).detach()
+    own = {n: t.clone() for n, t in iter_hf_tensors(chunks, read_hf_config(folder))}
+    for parameter, weight in zip(parameters, weights):
+        parameter.data = weight
+    return {name: t for part in layouts.gather(own) for name, t in part.items()}
+
+
+def write_reference(folder: Path, groups: list[Group]) -> None:
+    """Loss and gradients of every loss, from the stock model on written-out samples."""
+    (chunk,) = stock.build(
+        read_hf_config(folder / "model"), stock.Layout(), torch.float64, packed=False
+    )
+    load_hf([chunk], folder / "model")
+
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        n = len(tokens)
+        mask = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)[None, None]
+        return chunk(tokens[None], torch.arange(n)[None], mask)[0]
+
+    reference = {}
+    for name, case in dense.LOSSES.items():
+        chunk.zero_grad()
+        loss = dense.dense_loss(logits_of, groups, case, VOCAB)
+        loss.backward()
+        gradients = hf_tensors([chunk], folder / "model", "grad")
+        assert min(g.abs().max() for g in gradients.values()) > 1e-6, "a gradient vanishes"
+        reference[name] = (float(loss), gradients)
+    torch.save(reference, folder / "reference.pt")
+
+
+def variants_of(layout: str, groups: list[Group]) -> Iterator[tuple[str, Variant, list[Group]]]:
+    for name in variant_names(layout):
+        variant = VARIANTS[name]
+        chosen = list(groups)
+        if variant.order is not None:
+            random.Random(variant.order).shuffle(chosen)
+        yield name, variant, chosen
+
+
+class Subject:
+    """The recipe's model and passes on one layout."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.plan = plan_model(config.model, config.parallel)
+        self.model = build_trained_model(config, self.plan, 1)
+        self.packing = packing_config(config, self.plan)
+        self.head = HeadConfig(temperature=1.0, vocab_size=VOCAB, chunk_tokens=7)
+
+    def minibatch(self, groups: list[Group], variant: Variant, config: TrainConfig) -> Any:
+        advantages = compute_advantages(groups, shaped_rewards(groups, config), config.algorithm)
+        packing = replace(
+            self.packing, max_tokens=variant.max_tokens, min_shared=variant.min_shared
+        )
+        packed = written_out(groups) if variant.is_written_out else groups
+        return make_minibatch(packed, advantages, config.algorithm, packing, self.ranks)
+
+    def loss_and_gradients(self, batch: Any, config: TrainConfig) -> tuple[float, dict[str, Any]]:
+        sums = train_pass(
+            self.model.chunks, batch.microbatches, config.algorithm.policy, self.head, self.ranks
+        )
+        own = sums["loss"] if self.ranks.speaks_for_replica else 0.0
+        bare = [chunk.module for chunk in self.model.chunks]
+        gradients = hf_tensors(bare, Path(str(config.model.hf)), "main_grad")
+        return sum(layouts.gather(own)), gradients
+
+    def first_ratio_is_one(self, groups: list[Group], variant: Variant) -> int:
+        """Old logprobs by the same packing equal the trained ones bit for bit; tokens compared."""
+        plain = [
+            replace(g, samples=tuple(replace(s, old_logprobs=None) for s in g.samples))
+            for g in groups
+        ]
+        batch = self.minibatch(plain, variant, self.config)
+        old = compute_logprobs(self.model.chunks, batch.microbatches, self.head, self.ranks)
+        again = compute_logprobs(self.model.chunks, batch.microbatches, self.head, self.ranks)
+        assert all(torch.equal(a, b) for a, b in zip(old, again))
+        filled = [
+            b.with_logprobs(old_logprobs=old[i] if old else None)
+            for i, b in enumerate(batch.microbatches)
+        ]
+        sums = train_pass(
+            self.model.chunks, filled, self.config.algorithm.policy, self.head, self.ranks
+        )
+        if not self.ranks.is_last_stage:
+            return 0
+        # A sum of ones is exact, and any other ratio would show in the sum of |log ratio| too.
+        assert sums["ratio"] == sums["num_tokens"] == sum(len(o) for o in old)
+        assert sums["ppo_kl"] == 0 and sums["clipfrac_low"] == sums["clipfrac_high"] == 0
+        return int(sums["num_tokens"])
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    config = load_config(folder / "config.yaml")
+    groups = read_rollouts(folder / "rollouts.jsonl", vocab_size=VOCAB)
+    with layouts.cpu_ranks():
+        for layout, ranks in layouts.each_layout(names):
+            if layout == "one":
+                write_reference(folder, groups)
+            reference = torch.load(folder / "reference.pt")
+            subject = Subject(layouts.with_layout(config, layout), ranks)
+            for variant_name, variant, chosen in variants_of(layout, groups):
+                worst = 0.0
+                for loss_name, (loss, gradients) in reference.items():
+                    case = load_config(folder / f"{loss_name}.yaml")
+                    batch = subject.minibatch(chosen, variant, case)
+                    assert len(batch.microbatches) > 1 or variant_name == "one_row"
+                    got, ours = subject.loss_and_gradients(batch, case)
+                    worst = max(worst, abs(got - loss) / abs(loss))
+                    assert ours.keys() == gradients.keys() and len(ours) == 39
+                    for name, want in gradients.items():
+                        error = float((ours[name] - want).abs().max() / want.abs().max())
+                        worst = max(worst, error)
+                        assert error <= BOUND, f"{layout} {variant_name} {name}: {error:.1e}"
+                assert worst <= BOUND, f"{layout} {variant_name}: {worst:.1e}"
+                tokens = sum(layouts.gather(subject.first_ratio_is_one(chosen, variant)))
+                assert tokens > 50
+                if ranks.rank == 0:
+                    print(f"proven {layout} {variant_name}: {worst:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What a configuration file may say, and what every mistake is answered with."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("megatron.core")
+
+from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
+from megatron_pg.train.config_file import config_dict  # noqa: E402
+from tests.train import tiny  # noqa: E402
+from tests.utils import ROOT  # noqa: E402
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+FROM_SCRATCH = {
+    "vocab_size": tiny.VOCAB,
+    "transformer": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4},
+}
+
+
+@pytest.fixture
+def sections(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    return tiny.run_sections(tmp_path)
+
+
+def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig:
+    return load_config(tiny.write_config(folder / "config.yaml", sections), overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # Unknown keys at every level.
+        (["modle.hf=x"], "modle is unknown; did you mean 'model'?"),
+        (["run.num_step=3"], "run.num_step is unknown; did you mean 'num_steps'?"),
+        (["rollout.task.nmae=x"], "rollout.task.nmae is unknown; did you mean 'name'?"),
+        (
+            ["algorithm.policy.clip_ratio_hi=1"],
+            "algorithm.policy.clip_ratio_hi is unknown; did you mean 'clip_ratio_high'?",
+        ),
+        (["rollout.server.base_ulr=x"], "did you mean 'base_url'?"),
+        # Types.
+        (["run.num_steps=ten"], "run.num_steps='ten' must be an integer"),
+        (["run.num_steps=2.5"], "run.num_steps=2.5 must be an integer"),
+        (["run.load=1"], "run.load=1 must be true or false"),
+        (["optimizer.lr=fast"], "optimizer.lr='fast' must be a number"),
+        (["optimizer.lr=true"], "optimizer.lr=True must be a number"),
+        (["rollout.files=a.jsonl"], "rollout.files='a.jsonl' must be a list of text"),
+        (["rollout.files=[1]"], "rollout.files=[1] must be a list of text"),
+        (["model.transformer=3"], "model.transformer=3 must be a mapping"),
+        (["model.hf=3"], "model.hf=3 must be text or null"),
+        (["rollout.source=file"], "must be one of 'recorded', 'model', 'server'"),
+        (["rollout.task=3"], "rollout.task must be a mapping, got 3"),
+        # Ranges.
+        (["run.num_steps=0"], "run.num_steps=0 must be at least 1"),
+        (["algorithm.ppo_epochs=0"], "algorithm.ppo_epochs=0 must be at least 1"),
+        (["optimizer.lr=-1e-3"], "optimizer.lr=-0.001 must be at least 0"),
+        (["optimizer.lr=.nan"], "optimizer.lr=nan must be finite"),
+        (["optimizer.adam_beta2=1"], "optimizer.adam_beta2=1.0 must be below 1"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr=1 must not exceed optimizer.lr=0.002"),
+        (["rollout.temperature=0"], "rollout.temperature=0.0 must be above 0"),
+        (["rollout.top_p=1.5"], "rollout.top_p=1.5 must be at most 1"),
+        (["rollout.num_generations=0"], "rollout.num_generations=0 must be at least 1"),
+        (["run.keep_checkpoints=0"], "run.keep_checkpoints=0 must be at least 1"),
+        # Names that other packages own.
+        (["algorithm.adv_estimator=gpro"], "did you mean 'grpo'?"),
+        (["algorithm.loss_agg_mode=token_mean"], "did you mean 'token-mean'?"),
+        (["algorithm.kl_penalty=k9"], "algorithm.kl_penalty='k9' must be one of k1"),
+        (["algorithm.policy.kl_loss_type=k9"], "kl_loss_type='k9' must be one of"),
+        (["algorithm.policy.policy_loss=ppo"], "policy_loss='ppo' must be one of"),
+        (["algorithm.policy.importance_mode=tis"], "importance mode='tis' must be one of"),
+        (["model.attention_backend=flahs"], "did you mean 'flash"),
+        (["optimizer.optimizer=lion"], "must be one of 'adam', 'sgd'"),
+        (["optimizer.lr_decay_style=step"], "must be one of 'constant', 'linear'"),
+        (["model.position_embedding_type=alibi"], "must be one of 'rope'"),
+        # Combinations.
+        (["algorithm.std_floor=0.1", "algorithm.adv_estimator=rloo"], "std_floor=0.1 needs"),
+        (
+            ["algorithm.norm_adv_by_std_in_grpo=false", "algorithm.adv_estimator=rloo"],
+            "norm_adv_by_std_in_grpo=false needs algorithm.adv_estimator=grpo",
+        ),
+        (["algorithm.loss_scale_factor=3"], "do not belong together"),
+        (["algorithm.loss_agg_mode=seq-mean-token-sum-norm"], "do not belong together"),
+        (["algorithm.num_minibatches=6"], "must not exceed run.groups_per_step=5"),
+        (["algorithm.overlong_buffer_len=11"], "must not exceed rollout.max_response_tokens=10"),
+        (["algorithm.ref_hf=x"], "algorithm.ref_hf would be ignored"),
+        (["rollout.files=[]"], "rollout.files is empty"),
+        (["rollout.reward=a:b"], "rollout.reward='a:b' would be ignored"),
+        (["run.eval_prompts=2"], "run.eval_prompts=2 needs a rollout.source that samples"),
+        (["run.wandb_project=x"], "run.wandb_project needs wandb"),
+        (["rollout.source=model"], "rollout.files would be ignored"),
+        (
+            ["rollout.source=model", "rollout.files=[]", "rollout.max_batch_samples=7"],
+            "rollout.max_batch_samples=7 must be at least 8",
+        ),
+        (
+            ["rollout.source=model", "rollout.files=[]", "rollout.max_response_tokens=48"],
+            "run.max_tokens_per_microbatch=48 must hold a prompt",
+        ),
+        (["rollout.source=server", "rollout.files=[]"], "rollout.server.reload=None must be one"),
+        (
+            ["rollout.source=model", "rollout.files=[]", "rollout.task.extractor=lastnumber"],
+            "did you mean 'last_number'?",
+        ),
+        (["model.hf=null"], "model.vocab_size is needed"),
+        (["model.hf=null", "run.export_hf=true"], "run.export_hf needs model.hf"),
+        (
+            [
+                "rollout.source=model",
+                "rollout.files=[]",
+                "model.hf=null",
+                "algorithm.policy.kl_loss_coef=1",
+            ],
+            "needs its weights: set algorithm.ref_hf",
+        ),
+        (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size above 1"),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "needs parallel.pipeline_model_parallel_size above 1",
+        ),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=1"],
+            "virtual_pipeline_model_parallel_size=1 must be at least 2",
+        ),
+        # Overrides themselves.
+        (["num_steps"], "override 'num_steps' must be section.key=value"),
+        (["num_steps=3"], "override 'num_steps=3' must be section.key=value"),
+        (["run.out=${nothing}"], "no valid YAML configuration"),
+        (["run.out=???"], "Missing mandatory value: run.out"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(
+    tmp_path: Path, sections: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, sections, *overrides)
+    assert message in str(error.value)
+
+
+def test_all_problems_are_in_one_error(tmp_path: Path, sections: dict[str, Any]) -> None:
+    sections["run"] |= {"num_steps": 0, "save_interval": -1}
+    sections["optimizer"]["lr"] = -1.0
+    sections["algorithm"]["adv_estimator"] = "ppo"
+    with pytest.raises(ValueError, match=r"^4 problem\(s\) in .*config.yaml:") as error:
+        load(tmp_path, sections)
+    assert str(error.value).count("\n  - ") == 4
+    sections["run"]["nmu_steps"] = sections["modle"] = {}
+    with pytest.raises(ValueError, match=r"^2 problem\(s\)"):
+        load(tmp_path, sections)
+
+
+def test_what_is_given_is_what_is_read(tmp_path: Path, sections: dict[str, Any]) -> None:
+    sections["algorithm"] = None
+    config = load(tmp_path, sections, "optimizer.lr=1e-6", "run.num_steps=7", "optimizer.min_lr=0")
+    assert config.optimizer.lr == 1e-6 and config.run.num_steps == 7
+    assert config.algorithm == TrainConfig().algorithm
+    content = config_dict(config)
+    assert content["rollout"]["files"] == sections["rollout"]["files"]
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(content))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "run: [unclosed", "just words"])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match="config.yaml"):
+        load_config(tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (3, ["parallel.tensor_model_parallel_size=2"], "3 ranks hold no whole replica"),
+        (3, ["parallel.pipeline_model_parallel_size=3"], "num_layers=4 is no multiple of 3"),
+        (8, ["parallel.tensor_model_parallel_size=8"], "num_attention_heads"),
+        (2, ["parallel.expert_model_parallel_size=4"], "expert_model_parallel_size=4"),
+        (1, ["model.transformer.attention_dropout=0.1"], "attention_dropout=0.1"),
+        (1, ["model.transformer.window_size=[3,0]"], "window_size"),
+        (1, ["model.transformer.num_layer=3"], "did you mean 'num_layers'?"),
+        (1, ["model.transformer.params_dtype=bf16"], "did you mean 'bfloat16'?"),
+        (1, ["model.transformer.activation_func=swish"], "activation_func='swish' must be one"),
+        (1, ["model.transformer.fp16=true"], "fp16 is not supported"),
+        (1, ["model.transformer.sequence_parallel=true"], "is set by parallel.sequence_parallel"),
+        (1, ["model.transformer.variable_seq_lengths=false"], "must stay true"),
+        (1, ["model.hf=/nowhere"], "/nowhere"),
+        (1, ["model.transformer_impl=transformer_engine"], "transformer_impl"),
+        (1, ["rollout.files=[/nowhere.jsonl]"], "/nowhere.jsonl: is missing"),
+        (1, ["run.max_tokens_per_microbatch=12"], "a row holds run.max_tokens_per_microbatch=12"),
+        (
+            1,
+            ["algorithm.policy.importance_mode=token_mask"],
+            "needs rollout_logprobs on every row",
+        ),
+        (1, ["rollout.source=model", "rollout.files=[]"], "has no usable tokenizer"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    tmp_path: Path, sections: dict[str, Any], world_size: int, overrides: list[str], message: str
+) -> None:
+    config = load(tmp_path, sections, *overrides)
+    with pytest.raises(ValueError, match="would stop this run") as error:
+        dry_run(config, world_size)
+    assert message in str(error.value)
+
+
+def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[str, Any]) -> None:
+    config = load(tmp_path, sections)
+    one = dry_run(config, 1)
+    # Embedding and output, four layers of attention, gated MLP and two norms; the last norm aside.
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
+    assert one.parameters_per_rank == 2 * tiny.VOCAB * 32 + 4 * layer
+    assert one.lines[0] == "1 ranks: tp 1 x pp 1 (vpp 1) x dp 1"
+    assert re.search(r"first 5 of 7 groups: \d+ logical tokens, \d+ encoded", one.lines[1])
+    many = dry_run(
+        load(
+            tmp_path,
+            sections,
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.sequence_parallel=true",
+        ),
+        64,
+    )
+    assert many.lines[0] == "64 ranks: tp 2 with sp x pp 2 (vpp 1) x dp 16"
+    assert many.parameters_per_rank < one.parameters_per_rank / 3
+
+
+def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str, Any]) -> None:
+    sections["model"] = {"vocab_size": tiny.VOCAB}
+    with pytest.raises(ValueError, match="needs model.transformer.num_layers, model.transformer."):
+        dry_run(load(tmp_path, sections), 1)
+    sections["model"] = FROM_SCRATCH
+    assert dry_run(load(tmp_path, sections), 1).parameters_per_rank > 10_000
+    sections["algorithm"] = {"policy": {"kl_loss_coef": 0.1}}
+    with pytest.raises(ValueError, match="needs its weights: set algorithm.ref_hf or model.hf"):
+        dry_run(load(tmp_path, sections), 1)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_pass_the_dry_run(
+    tmp_path: Path, example: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comment line ``# dry-run: world_size=N key=value ...`` gives what the file leaves open.
+
+    ``{model}`` and ``{rollouts}`` in it stand for a tiny model with a tokenizer and its rollouts.
+    """
+    monkeypatch.chdir(ROOT)
+    tiny.run_sections(tmp_path)
+    tiny.save_tokenizer(tmp_path / "model")
+    lines = [x for x in example.read_text().splitlines() if x.startswith("# dry-run:")]
+    assert len(lines) == 1, "an example says how it is checked"
+    values = (
+        lines[0]
+        .removeprefix("# dry-run:")
+        .format(model=tmp_path / "model", rollouts=tmp_path / "rollouts.jsonl")
+    )
+    world_size, *overrides = shlex.split(values)
+    size = int(world_size.removeprefix("world_size="))
+    assert dry_run(load_config(example, overrides), size).bytes_per_rank > 0
+
+
+def test_there_are_examples() -> None:
+    assert "quickstart" in {path.stem for path in EXAMPLES}

@@ -1,0 +1,60 @@
+"""Whole runs: packed against written out, stopped against never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.train import tiny
+from tests.utils import run_ranks
+
+
+def prepare(folder: Path, **overrides: object) -> None:
+    """Groups of four samples, so that minibatches are equal however samples are grouped."""
+    groups = [g for g in tiny.make_groups(9, seed=3) if len(g.samples) == 4]
+    assert len(groups) == 8
+    sections = tiny.run_sections(folder, groups)
+    sections["rollout"]["shuffle"] = False
+    sections["algorithm"] = {
+        "ppo_epochs": 2,
+        "num_minibatches": 2,
+        "policy": {"kl_loss_coef": 0.1, "clip_ratio_c": 3.0},
+    }
+    sections["run"] |= {"groups_per_step": 4, "num_steps": 10, "max_tokens_per_microbatch": 70}
+    sections["run"]["self_check_interval"] = None
+    tiny.write_config(folder / "config.yaml", sections, **overrides)
+
+
+def test_ten_steps_end_at_the_weights_of_a_written_out_run(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    output = run_ranks("tests.train.runs_worker", 1, "whole_run", str(tmp_path), timeout=900)
+    assert output.count("of the movement") == 4
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
+    prepare(tmp_path, optimizer__lr_warmup_iters=3, rollout__shuffle=True)
+    output = run_ranks("tests.train.runs_worker", 1, "resume", str(tmp_path), timeout=900)
+    assert output.count("same ") == 2
+
+
+def test_a_run_goes_on_under_another_layout(tmp_path: Path) -> None:
+    prepare(tmp_path, algorithm__ppo_epochs=1)
+    output = run_ranks("tests.train.runs_worker", 1, "layouts", str(tmp_path), timeout=900)
+    assert output.count("near moved") == 1
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    prepare(
+        tmp_path,
+        algorithm__ppo_epochs=1,
+        algorithm__num_minibatches=1,
+        algorithm__policy={},
+        run__groups_per_step=2,
+    )
+    output = run_ranks("tests.train.runs_worker", 1, "kill", str(tmp_path), timeout=900)
+    assert output.count("killed 10 times") == 1
+
+
+def test_checkpoints_written_in_the_background_hold_the_saved_step(tmp_path: Path) -> None:
+    prepare(tmp_path, algorithm__ppo_epochs=1)
+    output = run_ranks("tests.train.runs_worker", 1, "background_save", str(tmp_path), timeout=900)
+    assert output.count("same in the background") == 1
