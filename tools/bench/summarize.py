@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"# {title.replace('_', ' ')}", ""]
-    seen: list[str] = []
+    measured: dict[str, dict[str, None]] = {}
     for row in rows:
         machine = row["machine"]
         versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
@@ -43,12 +43,8 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
             f"{machine['date']}"
             + (f"; {clock}, medians of {row['rounds']} rounds" if clock else "")
         )
-        if text not in seen:
-            seen.append(text)
-            names = ", ".join(
-                dict.fromkeys(r["benchmark"] for r in rows if r["machine"] == machine)
-            )
-            lines.append(f"* {names}: {text}.")
+        measured.setdefault(text, {})[row["benchmark"]] = None
+    lines += [f"* {', '.join(names)}: {text}." for text, names in measured.items()]
     lines += [
         "",
         "ratio is baseline over ours, bound the ratio that arithmetic allows, share what is",
