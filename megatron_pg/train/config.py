@@ -68,7 +68,7 @@ class OptimizerSection:
     a decay over all updates that the run plans.
     """
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam"] = "adam"
     lr: float = 1e-6
     min_lr: float = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"

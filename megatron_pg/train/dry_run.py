@@ -128,7 +128,7 @@ def parameters_per_rank(plan: ModelPlan) -> int:
 def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_size: int) -> int:
     """Weights, fp32 gradients, Adam state and master weights, activations of one microbatch."""
     width = plan.config.params_dtype.itemsize
-    state = {"adam": 8, "sgd": 4}[config.optimizer.optimizer] + (4 if width < 4 else 0)
+    state = 8 + (4 if width < 4 else 0)
     shards = dp_size if config.parallel.use_distributed_optimizer else 1
     model = parameters * (width + max(width, 4)) + parameters * state // shards
     if config.algorithm.needs_reference:

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from .metrics import write_atomically
 from .model import TrainedModel
 from .ranks import from_first_rank
+from .torch_adam import loading_torch_adam
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PARTIAL = ".partial-"
@@ -130,11 +131,11 @@ def load_checkpoint(path: Path, model: TrainedModel) -> dict[str, Any]:
 
     The parallel layout may differ from the one that saved.
     """
-    state = _sharded_state(model, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(path))
-    for name, chunk in _named_chunks(model).items():
-        chunk.load_state_dict(loaded[name])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    with loading_torch_adam(model.optimizer):
+        loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(path))
+        for name, chunk in _named_chunks(model).items():
+            chunk.load_state_dict(loaded[name])
+        model.optimizer.load_state_dict(loaded["optimizer"])
     model.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress

@@ -110,7 +110,8 @@ def dense_loss(logits_of: LogitsOf, groups: Sequence[Group], case: LossCase, voc
         loss = loss * torch.clamp(torch.exp(old - behaviour), max=case.truncate)
     if case.kl:
         delta = padded([s.ref_logprobs for s in samples]) - new
-        loss = loss + case.kl * (torch.exp(delta) - delta - 1)
+        # As documented: no single token counts for more than 10.
+        loss = loss + case.kl * (torch.exp(delta) - delta - 1).clamp(max=10)
     loss = (loss - case.entropy * entropy) * mask
     per_sample = loss.sum(1)
     if case.aggregation == "token-mean":

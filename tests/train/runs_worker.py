@@ -50,7 +50,14 @@ def result(config: TrainConfig) -> tuple[Weights, list]:
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     # Each step once, in order.
     assert [m["step"] for m in steps] == list(range(1, config.run.num_steps + 1))
-    return load_file(out / f"hf_step_{config.run.num_steps}" / "model.safetensors"), steps
+    return load_weights(out / f"hf_step_{config.run.num_steps}"), steps
+
+
+def load_weights(folder: Path) -> Weights:
+    """All tensors of a Hugging Face folder; stages write files of their own."""
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    assert files
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 def assert_near(name: str, ours: Weights, theirs: Weights, start: Weights, bound: float) -> None:
@@ -137,8 +144,7 @@ def whole_run(config: TrainConfig, folder: Path) -> None:
     """Ten steps of two epochs over two minibatches with a KL term."""
     written = folder / "written_out"
     forked.finish(lambda: written_out_run(config, written), 1, folder / "written_out.log")
-    reference = load_file(written / "model.safetensors")
-    start = load_file(Path(str(config.model.hf)) / "model.safetensors")
+    reference, start = load_weights(written), load_weights(Path(str(config.model.hf)))
     for layout in ("one", "tp2_sp", "pp2", "dp2_distributed"):
         weights, steps = run(config, layout, folder / layout)
         clipped = sum(m["actor/clipfrac_low"] + m["actor/clipfrac_high"] for m in steps)
@@ -173,7 +179,7 @@ def layouts(config: TrainConfig, folder: Path) -> None:
     out = folder / "moved"
     for layout, steps in (("tp2_sp", 2), ("pp2", 4), ("dp2_distributed", 6)):
         moved, _ = run(config, layout, out, num_steps=steps, save_interval=2)
-    start = load_file(Path(str(config.model.hf)) / "model.safetensors")
+    start = load_weights(Path(str(config.model.hf)))
     assert_near("moved", moved, straight, start, 2e-3)
 
 

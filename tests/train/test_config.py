@@ -63,7 +63,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["optimizer.lr=-1e-3"], "optimizer.lr=-0.001 must be at least 0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan must be finite"),
         (["optimizer.adam_beta2=1"], "optimizer.adam_beta2=1.0 must be below 1"),
-        (["optimizer.min_lr=1"], "optimizer.min_lr=1 must not exceed optimizer.lr=0.002"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr=1 must not exceed optimizer.lr=0.001"),
         (["rollout.temperature=0"], "rollout.temperature=0.0 must be above 0"),
         (["rollout.top_p=1.5"], "rollout.top_p=1.5 must be at most 1"),
         (["rollout.num_generations=0"], "rollout.num_generations=0 must be at least 1"),
@@ -76,7 +76,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["algorithm.policy.policy_loss=ppo"], "policy_loss='ppo' must be one of"),
         (["algorithm.policy.importance_mode=tis"], "importance mode='tis' must be one of"),
         (["model.attention_backend=flahs"], "did you mean 'flash"),
-        (["optimizer.optimizer=lion"], "must be one of 'adam', 'sgd'"),
+        (["optimizer.optimizer=lion"], "must be one of 'adam'"),
         (["optimizer.lr_decay_style=step"], "must be one of 'constant', 'linear'"),
         (["model.position_embedding_type=alibi"], "must be one of 'rope'"),
         # Combinations.
@@ -132,7 +132,6 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["num_steps"], "override 'num_steps' must be section.key=value"),
         (["num_steps=3"], "override 'num_steps=3' must be section.key=value"),
         (["run.out=${nothing}"], "no valid YAML configuration"),
-        (["run.out=???"], "Missing mandatory value: run.out"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(

@@ -141,7 +141,7 @@ def run_sections(folder: Path, groups: Sequence[Group] | None = None) -> dict[st
     return {
         "model": {"hf": str(folder / "model")},
         # A larger epsilon than usual, which would turn rounding near zero into full steps.
-        "optimizer": {"lr": 2e-3, "adam_eps": 1e-3},
+        "optimizer": {"lr": 1e-3, "adam_eps": 1e-3},
         "rollout": {"files": [str(folder / "rollouts.jsonl")], "max_response_tokens": 10},
         "algorithm": {},
         "run": {

@@ -1,0 +1,58 @@
+"""What Megatron's distributed optimizer misses when its Adam is torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@contextmanager
+def loading_torch_adam(optimizer: Any) -> Iterator[None]:
+    """Load a checkpoint into a fresh ``optimizer`` inside the block; fused Adams pass unchanged.
+
+    Megatron-Core is written for Adams with one step count. Torch's, which it takes where neither
+    Transformer Engine nor Apex is installed, makes its state at its first step only, although the
+    step count is read before loading; its step counts are no part of what is loaded per
+    parameter; and loading leaves one count that all parameters share and that each would advance.
+
+    Args:
+        optimizer: Megatron's, as from ``get_megatron_optimizer``.
+    """
+    parts = [p for p in optimizer.chained_optimizers if isinstance(p.optimizer, torch.optim.AdamW)]
+    with ExitStack() as stack:
+        for part in parts:
+            _make_state(part.optimizer)
+            name = "_set_main_param_and_optimizer_states"
+            if hasattr(part, name):
+                stack.enter_context(mock.patch.object(part, name, _with_step(part, name)))
+        yield
+    for part in parts:
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _make_state(adam: torch.optim.AdamW) -> None:
+    """What torch's Adam makes at its first step."""
+    for parameter in (p for group in adam.param_groups for p in group["params"]):
+        if not adam.state[parameter]:
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _with_step(part: Any, name: str) -> Callable[[Any, dict[str, Any]], None]:
+    """The method ``name`` of ``part``, given the step count that was loaded before."""
+    original = getattr(part, name)
+
+    def set_states(model_param: Any, tensors: dict[str, Any]) -> None:
+        group, place = part.model_param_group_index_map[model_param]
+        main_param = part.optimizer.param_groups[group]["params"][place]
+        original(model_param, {"step": part.optimizer.state[main_param]["step"], **tensors})
+
+    return set_states
