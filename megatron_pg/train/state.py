@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from .metrics import write_atomically
 from .model import TrainedModel
@@ -21,6 +22,7 @@ from .torch_adam import loading_torch_adam
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PARTIAL = ".partial-"
+_DISTRIBUTED = "use_distributed_optimizer"
 
 
 class Checkpoints:
@@ -57,7 +59,8 @@ class Checkpoints:
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        text = json.dumps(dict(progress) | {"step": step})
+        kind = {_DISTRIBUTED: _is_distributed(model)}
+        text = json.dumps(dict(progress) | kind | {"step": step})
         state = _sharded_state(model, is_loading=False) | {
             "iteration": step,
             "checkpoint_version": 3.0,
@@ -130,15 +133,28 @@ def load_checkpoint(path: Path, model: TrainedModel) -> dict[str, Any]:
     """Load weights, optimizer and schedule in place; the saved ``progress`` comes back.
 
     The parallel layout may differ from the one that saved.
+
+    Raises:
+        ValueError: if the optimizer is of the other kind, whose state has other names.
     """
+    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+    if progress[_DISTRIBUTED] != _is_distributed(model):
+        raise ValueError(
+            f"{path} was saved with parallel.{_DISTRIBUTED}={str(progress[_DISTRIBUTED]).lower()}, "
+            "and Megatron does not convert the optimizer's state; set it so, or start in another "
+            "run.out"
+        )
     with loading_torch_adam(model.optimizer):
         loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(path))
         for name, chunk in _named_chunks(model).items():
             chunk.load_state_dict(loaded[name])
         model.optimizer.load_state_dict(loaded["optimizer"])
     model.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress
+
+
+def _is_distributed(model: TrainedModel) -> bool:
+    return any(isinstance(x, DistributedOptimizer) for x in model.optimizer.chained_optimizers)
 
 
 def _named_chunks(model: TrainedModel) -> dict[str, Any]:

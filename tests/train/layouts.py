@@ -27,6 +27,9 @@ LAYOUTS: dict[str, ParallelConfig] = {
     ),
     "dp2": ParallelConfig(),
     "dp2_distributed": ParallelConfig(use_distributed_optimizer=True),
+    "tp2_sp_distributed": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=True
+    ),
     "dp2_overlap": ParallelConfig(overlap_grad_reduce=True),
     "pp4": ParallelConfig(pipeline_model_parallel_size=4),
     "pp2_dp2": ParallelConfig(pipeline_model_parallel_size=2),

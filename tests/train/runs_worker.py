@@ -174,13 +174,23 @@ def resume(config: TrainConfig, folder: Path) -> None:
 
 
 def layouts(config: TrainConfig, folder: Path) -> None:
-    """A run that goes on under another layout, twice, ends where it would have ended."""
+    """A run that goes on under other layouts ends where it would have ended."""
     straight, _ = run(config, "tp2_sp", folder / "straight", num_steps=6)
-    out = folder / "moved"
-    for layout, steps in (("tp2_sp", 2), ("pp2", 4), ("dp2_distributed", 6)):
-        moved, _ = run(config, layout, out, num_steps=steps, save_interval=2)
     start = load_weights(Path(str(config.model.hf)))
-    assert_near("moved", moved, straight, start, 2e-3)
+    chains = {
+        "plain": ("tp2_sp", "pp2", "dp2"),
+        "distributed": ("tp2_sp_distributed", "dp2_distributed"),
+    }
+    for name, chain in chains.items():
+        for number, layout in enumerate(chain, 1):
+            steps = 6 * number // len(chain)
+            moved, _ = run(config, layout, folder / name, num_steps=steps, save_interval=1)
+        assert_near(f"moved {name}", moved, straight, start, 2e-3)
+    other = on_layout(config, "dp2_distributed", folder / "plain", num_steps=7, save_interval=1)
+    log = folder / "refused.log"
+    codes = forked.start(lambda: forked.train(other), 2, log).wait(120)
+    assert set(codes.values()) == {1}
+    assert "was saved with parallel.use_distributed_optimizer=false" in log.read_text()
 
 
 def kill(config: TrainConfig, folder: Path) -> None:
