@@ -6,7 +6,7 @@ from .gguf import gguf_to_hf, prepare_smollm2
 from .hf_config import HfModel
 from .hf_folder import HfFolder
 from .hf_parse import parse_hf_config, read_hf_config
-from .layout import find_iteration
+from .layout import HF_FOLDER, find_iteration, write_hf_metadata_folder
 from .logits import LogitComparison, compare_logits
 from .megatron_args import hf_model_from_args, make_megatron_args
 from .megatron_folder import MegatronFolder, WeightSource
@@ -16,6 +16,8 @@ from .summary import CheckpointSummary, inspect_checkpoint
 from .torch_dist import TorchDistReader, TorchDistWriter
 
 __all__ = [
+    "HF_FOLDER",
+    "write_hf_metadata_folder",
     "CheckpointSummary",
     "HfFolder",
     "HfModel",

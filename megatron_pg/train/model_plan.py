@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..checkpoint import HfModel, read_hf_config
+from ..checkpoint import HfModel, make_megatron_args, read_hf_config
 from ..mcore import cpu
 from .config import ModelConfig, ParallelConfig
 from .config_checks import nearest
@@ -26,6 +28,7 @@ class ModelPlan:
         spec: keyword arguments of the layer spec.
         vocab_size: entries of the vocabulary without padding.
         use_te: whether layers are Transformer Engine's.
+        origin: the Hugging Face folder it comes from; None for a model from scratch.
     """
 
     config: TransformerConfig
@@ -33,6 +36,22 @@ class ModelPlan:
     spec: dict[str, Any]
     vocab_size: int
     use_te: bool
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What lets checkpoints of a run leave again as Hugging Face folders.
+
+    Attributes:
+        folder: the Hugging Face folder.
+        hf: its architecture.
+        megatron_args: what Megatron-LM stores as ``args`` in a checkpoint.
+    """
+
+    folder: Path
+    hf: HfModel
+    megatron_args: Namespace
 
 
 def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
@@ -84,7 +103,18 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         spec |= {"qk_layernorm": config.qk_layernorm}
         if config.num_moe_experts:
             spec |= {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
-    return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl))
+    origin = None
+    if model.hf is not None:
+        args = make_megatron_args(
+            hf,
+            tp_size=tp_size,
+            pp_size=parallel.pipeline_model_parallel_size,
+            vpp_size=vpp,
+            make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+            dtype=config.params_dtype,
+        )
+        origin = Origin(Path(model.hf), hf, args)
+    return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl), origin)
 
 
 def _check_stages(config: TransformerConfig) -> None:

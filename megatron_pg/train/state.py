@@ -15,8 +15,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from ..checkpoint import HF_FOLDER, write_hf_metadata_folder
 from .metrics import write_atomically
 from .model import TrainedModel
+from .model_plan import Origin
 from .ranks import from_first_rank
 from .torch_adam import loading_torch_adam
 
@@ -66,6 +68,9 @@ class Checkpoints:
             "checkpoint_version": 3.0,
             "opt_param_scheduler": model.scheduler.state_dict(),
         }
+        if model.plan.origin is not None:
+            state["args"] = model.plan.origin.megatron_args
+            self._keep_origin(model.plan.origin)
         request = dist_checkpointing.save(
             state,
             str(partial),
@@ -109,6 +114,11 @@ class Checkpoints:
                 "complete one into the tracker, or start in another run.out"
             )
         return path
+
+    def _keep_origin(self, origin: Origin) -> None:
+        """Keep configuration and tokenizer beside the checkpoints, for conversion back."""
+        if dist.get_rank() == 0 and not (self.folder / HF_FOLDER).exists():
+            write_hf_metadata_folder(self.folder, origin.hf.config_json(), origin.folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"iter_{step:07d}"
