@@ -20,7 +20,7 @@ def main() -> None:
         "--dry-run", action="store_true", help="check the config in one process, build nothing"
     )
     parser.add_argument("--world-size", type=int, help="ranks to check for with --dry-run")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size must be at least 1 and belongs to --dry-run")
     try:

@@ -142,7 +142,8 @@ class Checkpoints:
 def load_checkpoint(path: Path, model: TrainedModel) -> dict[str, Any]:
     """Load weights, optimizer and schedule in place; the saved ``progress`` comes back.
 
-    The parallel layout may differ from the one that saved.
+    The parallel layout may differ from the one that saved. Learning rates, betas and their like
+    are those of the running configuration, not the checkpoint's.
 
     Raises:
         ValueError: if the optimizer is of the other kind, whose state has other names.
@@ -154,13 +155,21 @@ def load_checkpoint(path: Path, model: TrainedModel) -> dict[str, Any]:
             "and Megatron does not convert the optimizer's state; set it so, or start in another "
             "run.out"
         )
+    own = [_settings(group) for group in model.optimizer.param_groups]
     with loading_torch_adam(model.optimizer):
         loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(path))
         for name, chunk in _named_chunks(model).items():
             chunk.load_state_dict(loaded[name])
         model.optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(model.optimizer.param_groups, own, strict=True):
+        group.update(settings)
     model.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return progress
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration says about a parameter group; the step count is state."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _is_distributed(model: TrainedModel) -> bool:

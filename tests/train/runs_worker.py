@@ -19,6 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_pg.checkpoint import export_hf, load_hf, read_hf_config  # noqa: E402
 from megatron_pg.data import Group, read_rollouts  # noqa: E402
 from megatron_pg.train import TrainConfig, load_config, parallel_run  # noqa: E402
+from megatron_pg.train.sources import open_sampling  # noqa: E402
 from tests.checkpoint import tiny as stock  # noqa: E402
 from tests.train import dense, forked  # noqa: E402
 from tests.train.layouts import LAYOUTS  # noqa: E402
@@ -232,6 +233,34 @@ def kill(config: TrainConfig, folder: Path) -> None:
     assert_same(result(config), straight)
     assert not list(checkpoints.glob(".partial-*"))
     print(f"killed {NUM_KILLS} times, {num_writes} while writing", flush=True)
+
+
+def sampled(config: TrainConfig, folder: Path) -> None:
+    """Rollouts from the model itself, evaluation before and after."""
+    lines = {}
+    for layout in ("pp2", "dp2"):
+        _, steps = run(config, layout, folder / layout)
+        lines[layout] = steps
+        assert all(m["actor/rollout_logprob_diff"] < 1e-4 for m in steps), steps
+        assert all(m["tokens/reuse_ratio"] > 1.5 for m in steps)
+        assert all(1 < m["response_length/mean"] <= 6 for m in steps)
+        assert max(m["reward/std"] for m in steps) > 0
+        summary = json.loads((folder / layout / "summary.json").read_text())
+        # The learning rate is 0: the same prompts and seeds are answered and judged alike.
+        assert summary["reward_before"] == summary["reward_after"] > 0
+        assert summary["standard_error"] > 0
+    # A sample's randomness is its own, whichever ranks draw it.
+    for name in ("reward/mean", "response_length/mean", "tokens/logical"):
+        assert [m[name] for m in lines["pp2"]] == [m[name] for m in lines["dp2"]]
+    straight = result(on_layout(config, "pp2", folder / "pp2"))
+    out = folder / "resumed"
+    run(config, "pp2", out, num_steps=1, save_interval=1)
+    assert_same(run(config, "pp2", out, num_steps=2, save_interval=1), straight)
+    task = open_sampling(config).task
+    trained = {p.metadata["question"] for p in task.prompts(0, 200)}
+    judged = {p.metadata["question"] for p in task.held_out().prompts(0, config.run.eval_prompts)}
+    assert not trained & judged and len(judged) > 1
+    print("sampled", flush=True)
 
 
 def count_lines(path: Path) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.train import tiny
 from tests.utils import run_ranks
 
@@ -58,3 +60,27 @@ def test_checkpoints_written_in_the_background_hold_the_saved_step(tmp_path: Pat
     prepare(tmp_path, algorithm__ppo_epochs=1)
     output = run_ranks("tests.train.runs_worker", 1, "background_save", str(tmp_path), timeout=900)
     assert output.count("same in the background") == 1
+
+
+def test_rollouts_of_the_model_itself(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    sections = tiny.run_sections(tmp_path)
+    tiny.save_tokenizer(tmp_path / "model")
+    del sections["rollout"]["files"]
+    sections["optimizer"]["lr"] = 0.0
+    sections["rollout"] |= {
+        "source": "model",
+        "reward": "tests.train.rewards:share_of_digits",
+        "num_generations": 4,
+        "max_response_tokens": 6,
+    }
+    sections["run"] |= {
+        "groups_per_step": 4,
+        "num_steps": 2,
+        "max_tokens_per_microbatch": 90,
+        "eval_prompts": 4,
+        "eval_generations": 2,
+    }
+    tiny.write_config(tmp_path / "config.yaml", sections)
+    output = run_ranks("tests.train.runs_worker", 1, "sampled", str(tmp_path), timeout=900)
+    assert output.count("sampled") == 1

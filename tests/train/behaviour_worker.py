@@ -1,0 +1,289 @@
+"""Short runs on one rank whose numbers are known; the argument is an empty folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from megatron_pg.data import Group  # noqa: E402
+from megatron_pg.train import METRICS, Trainer, load_config, parallel_run  # noqa: E402
+from tests.train import dense, tiny  # noqa: E402
+
+CHECKS: list[Callable[[Path], None]] = []
+
+
+def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CHECKS.append(function)
+    return function
+
+
+def run(
+    folder: Path, groups: Sequence[Group] | None = None, **overrides: Any
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Metrics of every step, and the weights at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = tiny.run_sections(folder, groups)
+    sections["rollout"]["shuffle"] = False
+    sections["run"] |= {"num_steps": 1, "max_tokens_per_microbatch": 200}
+    config = load_config(tiny.write_config(folder / "config.yaml", sections, **overrides))
+    with parallel_run(config.parallel, config.run.seed) as ranks:
+        trainer = Trainer(config, ranks)
+        trainer.run()
+        state = trainer.model.chunks[0].module.state_dict()
+        weights = {n: t.clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
+    lines = Path(config.run.out, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], weights
+
+
+def refused(message: str, folder: Path, groups: Any = None, **overrides: Any) -> None:
+    try:
+        run(folder, groups, **overrides)
+    except ValueError as error:
+        assert message in str(error), error
+        assert not (folder / "out" / "metrics.jsonl").exists()
+    else:
+        raise AssertionError(f"nothing was refused: {message}")
+
+
+def with_rewards(groups: Sequence[Group], reward: Callable[[int, int], float]) -> list[Group]:
+    return [
+        Group(
+            g.group_id,
+            tuple(replace(s, reward=reward(n, i)) for i, s in enumerate(g.samples)),
+        )
+        for n, g in enumerate(groups)
+    ]
+
+
+def near(got: float, want: float, bound: float = 1e-5) -> bool:
+    return abs(got - want) <= bound * max(abs(want), 1.0)
+
+
+@check
+def numbers_equal_those_computed_by_hand(folder: Path) -> None:
+    groups = tiny.make_groups(5)
+    (step,), _ = run(folder, groups)
+    samples = [s for g in groups for s in g.samples]
+    unique = sum(
+        len(g.samples[0].prompt_ids) + sum(len(s.response_ids) for s in g.samples) for g in groups
+    )
+    logical = sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+    counts = [int(s.loss_mask.sum()) for s in samples]
+    advantages = dense.advantages_of(groups).tolist()
+    assert step["tokens/unique"] == unique and step["tokens/logical"] == logical > unique
+    assert step["tokens/reuse_ratio"] == logical / unique and step["tokens/padded"] == 0
+    assert step["packing/microbatches"] == 1 and step["packing/fillers"] == 0
+    assert step["packing/efficiency"] == unique / 200 and step["pipeline/bubble"] == 0
+    rewards = [s.reward for s in samples]
+    assert near(step["reward/mean"], sum(rewards) / len(rewards))
+    assert step["reward/max"] == max(rewards) and step["reward/min"] == min(rewards)
+    # One truncated sample in each group of four.
+    assert step["response_length/truncated"] == 4 / 17
+    assert step["groups/without_spread"] == 2 and step["groups/skipped"] == 0
+    assert step["actor/trained_tokens"] == sum(counts) and step["actor/updates"] == 1
+    # On policy the ratio is 1, nothing is clipped, the loss is minus the mean advantage.
+    assert step["actor/ratio"] == 1 and step["actor/ppo_kl"] == 0
+    assert step["actor/clipfrac_low"] == step["actor/clipfrac_high"] == 0
+    loss = -sum(a * n for a, n in zip(advantages, counts)) / sum(counts)
+    assert near(step["actor/loss"], loss) and abs(loss) > 1e-3
+    assert step["check/packed_vs_written_out"] < 1e-5
+    assert step["actor/grad_norm"] > 0 and 0 < step["actor/entropy"] < 4
+    assert near(step["perf/unique_tokens_per_second"] * step["time/step"], unique)
+
+
+@check
+def every_documented_name_is_written_and_no_other(folder: Path) -> None:
+    (step,), _ = run(
+        folder,
+        tiny.make_groups(5, has_rollout_logprobs=True),
+        algorithm__policy={
+            "kl_loss_coef": 0.1,
+            "entropy_coeff": 0.01,
+            "importance_mode": "token_truncate",
+        },
+        algorithm__use_kl_in_reward=True,
+        run__tensorboard=True,
+    )
+    assert step.keys() == METRICS.keys(), step.keys() ^ METRICS.keys()
+    # The reference is the policy itself, computed by the same code.
+    assert step["reward/kl_penalty"] == 0 and step["actor/kl"] == 0
+    assert step["actor/rollout_logprob_diff"] > 0.1
+    assert list((folder / "out" / "tensorboard").glob("events*"))
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert summary["reward_before"] == step["reward/mean"] and summary["standard_error"] is None
+    assert summary["unique_tokens"] < summary["logical_tokens"] and summary["seconds"] > 0
+    assert (folder / "out" / "reward.png").stat().st_size > 1000
+
+
+@check
+def a_reference_of_its_own_is_compared_with(folder: Path) -> None:
+    (folder / "other").mkdir(parents=True)
+    tiny.save_model(folder / "other", seed=5)
+    settings = {
+        "algorithm__ref_hf": str(folder / "other"),
+        "algorithm__use_kl_in_reward": True,
+        "algorithm__kl_coef": 0.1,
+        "algorithm__kl_penalty": "k2",
+    }
+    (step,), _ = run(folder, **settings)
+    assert step["reward/kl_penalty"] > 0.1
+
+
+@check
+def a_step_of_skipped_groups_changes_nothing(folder: Path) -> None:
+    flat = with_rewards(tiny.make_groups(5), lambda group, sample: 0.5)
+    _, start = run(folder / "flat", flat)
+    steps, weights = run(
+        folder / "skipped",
+        flat,
+        algorithm__skip_groups_without_spread=True,
+        run__num_steps=2,
+        run__save_interval=1,
+    )
+    assert [s["step"] for s in steps] == [1, 2]
+    for step in steps:
+        assert step["groups/skipped"] == 5 and step["actor/updates"] == 0
+        assert step["tokens/unique"] == 0 and "actor/loss" not in step
+    (_,), alone = run(folder / "untouched", flat, optimizer__lr=0.0)
+    assert all(torch.equal(weights[n], alone[n]) for n in weights)
+    # A lone sample's advantage is its reward, so that without skipping there is an update.
+    assert any(not torch.equal(start[n], alone[n]) for n in start)
+
+
+@check
+def only_groups_without_spread_are_skipped(folder: Path) -> None:
+    (step,), _ = run(folder, algorithm__skip_groups_without_spread=True)
+    kept = [g for i, g in enumerate(tiny.make_groups(5)) if i not in (2, 3)]
+    assert step["groups/skipped"] == 2 == step["groups/without_spread"]
+    trained = sum(int(s.loss_mask.sum()) for g in kept for s in g.samples)
+    assert step["actor/trained_tokens"] == trained
+
+
+@check
+def equal_rewards_have_no_gradient(folder: Path) -> None:
+    flat = with_rewards([g for g in tiny.make_groups(5) if len(g.samples) > 1], lambda g, s: 0.25)
+    (step,), _ = run(folder, flat, run__groups_per_step=4)
+    assert step["groups/without_spread"] == 4 and step["groups/skipped"] == 0
+    assert step["actor/updates"] == 1 and step["actor/grad_norm"] == 0 == step["actor/loss"]
+
+
+@check
+def groups_of_one_are_trained_on_their_reward(folder: Path) -> None:
+    groups = [Group(g.group_id, g.samples[:1]) for g in tiny.make_groups(5)]
+    (step,), _ = run(folder, groups)
+    counts = [int(g.samples[0].loss_mask.sum()) for g in groups]
+    weighted = sum(g.samples[0].reward * n for g, n in zip(groups, counts)) / sum(counts)
+    assert near(step["actor/loss"], -weighted) and step["tokens/reuse_ratio"] == 1
+
+
+@check
+def one_token_and_equal_responses_are_ordinary(folder: Path) -> None:
+    short = []
+    for group in tiny.make_groups(5):
+        one = group.samples[0].response_ids[:1]
+        samples = tuple(
+            replace(s, response_ids=one, loss_mask=torch.ones(1, dtype=torch.bool))
+            for s in group.samples
+        )
+        short.append(Group(group.group_id, samples))
+    (step,), _ = run(folder, short)
+    assert step["response_length/max"] == 1 and step["actor/trained_tokens"] == 17
+    assert step["tokens/unique"] == sum(
+        len(g.samples[0].prompt_ids) + len(g.samples) for g in short
+    )
+    (detected,), _ = run(folder / "detected", short, rollout__min_shared=1)
+    # Equal responses are encoded once, and trained as often as they were sampled.
+    assert detected["tokens/unique"] == sum(len(g.samples[0].prompt_ids) + 1 for g in short)
+    assert near(detected["actor/loss"], step["actor/loss"])
+    assert near(detected["actor/grad_norm"], step["actor/grad_norm"])
+
+
+@check
+def a_minibatch_of_tool_tokens_is_left_out(folder: Path) -> None:
+    groups = tiny.make_groups(4)
+    masked = [
+        Group(
+            g.group_id,
+            tuple(replace(s, loss_mask=torch.zeros_like(s.loss_mask)) for s in g.samples),
+        )
+        for g in groups[:2]
+    ]
+    settings = {"run__groups_per_step": 4, "algorithm__num_minibatches": 2}
+    (step,), _ = run(folder / "half", [*masked, *groups[2:]], **settings)
+    assert step["actor/updates"] == 1
+    refused("no row has a trained token", folder / "none", masked, run__groups_per_step=2)
+
+
+@check
+def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> None:
+    groups = tiny.make_groups(5)
+    refused("a row holds run.max_tokens", folder / "a", groups, run__max_tokens_per_microbatch=9)
+    refused("reference", folder / "flash", model__attention_backend="flash_attn")
+    refused("float64", folder / "b", model__transformer={"params_dtype": "float64"})
+    own = [
+        Group(
+            g.group_id,
+            tuple(
+                replace(s, advantages=torch.ones(len(s.response_ids)).double()) for s in g.samples
+            ),
+        )
+        for g in tiny.make_groups(5)
+    ]
+    refused(
+        "algorithm.skip_groups_without_spread concerns rewards",
+        folder / "c",
+        own,
+        algorithm__skip_groups_without_spread=True,
+    )
+    (step,), _ = run(folder / "d", own)
+    assert near(step["actor/loss"], -1)
+    mixture = [*own[:2], *groups[2:]]
+    refused("give them for all samples or for none", folder / "e", mixture)
+
+
+@check
+def a_fresh_run_does_not_mix_with_an_old_one(folder: Path) -> None:
+    run(folder, run__save_interval=1)
+    try:
+        run(folder, run__load=False)
+    except ValueError as error:
+        assert "holds checkpoints" in str(error)
+    else:
+        raise AssertionError("checkpoints of another run were ignored")
+
+
+@check
+def a_resumed_run_follows_its_own_schedule(folder: Path) -> None:
+    settings = {"run__save_interval": 1, "optimizer__lr_decay_style": "linear"}
+    run(folder, **settings)
+    steps, _ = run(folder, **settings, optimizer__lr=5e-4, run__num_steps=4)
+    rates = [s["optimizer/lr"] for s in steps]
+    # After updates 2 and 3 of 4, as the second configuration has it.
+    assert near(rates[1], 5e-4 * 2 / 4, 1e-9) and near(rates[2], 5e-4 / 4, 1e-9)
+
+
+@check
+def updates_without_clipping_report_their_norm(folder: Path) -> None:
+    (step,), _ = run(folder, optimizer__clip_grad=0.0)
+    assert step["actor/grad_norm"] > 0
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for function in CHECKS:
+        folder = Path(sys.argv[1]) / function.__name__
+        function(folder)
+        print(f"\nproven {function.__name__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
