@@ -117,7 +117,7 @@ def build_trained_model(config: TrainConfig, plan: ModelPlan, num_updates: int) 
         wrapped,
     )
     if parallel.overlap_grad_reduce:
-        # Without it every microbatch, not only the last, would start the reduction.
+        # Without it the first step's number of microbatches decides when the reduction starts.
         hooks = [chunk.no_sync for chunk in wrapped]
         plan.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     plan.config.finalize_model_grads_func = finalize_model_grads

@@ -21,7 +21,9 @@ class SharedStream:
         is_first: whether this is rank 0.
     """
 
-    def __init__(self, stream: GroupStream | None, *, needs_all_ranks: bool, is_first: bool):
+    def __init__(
+        self, stream: GroupStream | None, *, needs_all_ranks: bool, is_first: bool
+    ) -> None:
         assert stream is not None or not (needs_all_ranks or is_first)
         self.stream = stream
         self.needs_all_ranks = needs_all_ranks

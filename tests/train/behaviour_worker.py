@@ -15,7 +15,14 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from megatron_pg.data import Group  # noqa: E402
+from megatron_pg.rollout import (  # noqa: E402
+    OpenAIServerSource,
+    SampledRollouts,
+    SamplingParams,
+)
 from megatron_pg.train import METRICS, Trainer, load_config, parallel_run  # noqa: E402
+from megatron_pg.train.config import ParallelConfig  # noqa: E402
+from megatron_pg.train.shared_stream import SharedStream  # noqa: E402
 from tests.train import dense, tiny  # noqa: E402
 
 CHECKS: list[Callable[[Path], None]] = []
@@ -275,6 +282,32 @@ def a_resumed_run_follows_its_own_schedule(folder: Path) -> None:
 def updates_without_clipping_report_their_norm(folder: Path) -> None:
     (step,), _ = run(folder, optimizer__clip_grad=0.0)
     assert step["actor/grad_norm"] > 0
+
+
+@check
+def a_server_gets_every_version_once(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    source = OpenAIServerSource("http://127.0.0.1:9", reload="sglang", export_dir=folder / "export")
+    taken: list[tuple[str, int]] = []
+    source.reload_weights = lambda path, version: taken.append((path.name, version))  # type: ignore
+    params = SamplingParams(num_generations=1, max_response_tokens=1)
+    stream = SampledRollouts(None, source, lambda prompt, response: 0.0, params)  # type: ignore
+    left_behind = folder / "export" / "version-2"
+    left_behind.mkdir(parents=True)
+    (left_behind / "torn.safetensors").touch()
+
+    def export(path: Path) -> None:
+        path.mkdir(parents=True)
+        (path / "model.safetensors").touch()
+
+    with parallel_run(ParallelConfig(), 0):
+        shared = SharedStream(stream, needs_all_ranks=False, is_first=True)
+        for version in (1, 2, 3):
+            shared.update_weights(export, version)
+            # What an interrupted run wrote is gone, and so is every earlier version.
+            (only,) = (folder / "export").iterdir()
+            assert [p.name for p in only.iterdir()] == ["model.safetensors"]
+    assert taken == [("version-1", 1), ("version-2", 2), ("version-3", 3)]
 
 
 def main() -> None:

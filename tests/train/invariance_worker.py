@@ -59,7 +59,9 @@ def variant_names(layout: str) -> tuple[str, ...]:
     """All where one rank runs them, fewer where ranks wait for each other."""
     if layout == "one":
         return tuple(VARIANTS)
-    return ("whole", "reordered_split") if layout in ("pp2", "dp2") else ("reordered_split",)
+    # Two in a row, with different numbers of microbatches.
+    two = ("pp2", "dp2", "dp2_overlap")
+    return ("whole", "reordered_split") if layout in two else ("reordered_split",)
 
 
 def hf_tensors(chunks: list[Any], folder: Path, of: str) -> dict[str, torch.Tensor]:
