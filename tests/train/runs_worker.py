@@ -170,7 +170,7 @@ def resume(config: TrainConfig, folder: Path) -> None:
         assert_same(run(config, layout, out, num_steps=6, save_interval=2), straight)
         names = sorted(p.name for p in (out / "checkpoints").iterdir())
         tracker = "latest_checkpointed_iteration.txt"
-        assert names == ["iter_0000004", "iter_0000006", tracker], names
+        assert names == ["huggingface", "iter_0000004", "iter_0000006", tracker], names
         print(f"same {layout}", flush=True)
 
 
