@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
 
+from megatron.core import parallel_state  # noqa: E402
+
 from megatron_pg.mcore import cpu  # noqa: E402
 from tests.mcore import harness  # noqa: E402
 
@@ -28,3 +30,5 @@ def one_rank(process_group: None) -> Iterator[None]:
     with cpu.emulate_cuda():
         harness.initialize(harness.Case())
         yield
+        # Later tests of this process lay out groups of their own.
+        parallel_state.destroy_model_parallel()
