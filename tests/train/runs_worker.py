@@ -26,6 +26,7 @@ from tests.train.layouts import LAYOUTS  # noqa: E402
 from tests.train.tiny import VOCAB  # noqa: E402
 
 NUM_KILLS = 10
+TIMEOUT_MINUTES = 3.0
 Weights = dict[str, torch.Tensor]
 
 
@@ -37,7 +38,8 @@ def run(config: TrainConfig, layout: str, out: Path, **changes: object) -> tuple
 
 
 def on_layout(config: TrainConfig, layout: str, out: Path, **changes: object) -> TrainConfig:
-    parallel = replace(LAYOUTS[layout], distributed_timeout_minutes=1.0)
+    # Long enough for a machine that is busy with other things.
+    parallel = replace(LAYOUTS[layout], distributed_timeout_minutes=TIMEOUT_MINUTES)
     values = {"out": str(out), "export_hf": True, **changes}
     return replace(config, parallel=parallel, run=replace(config.run, **values))
 
@@ -225,7 +227,7 @@ def kill(config: TrainConfig, folder: Path) -> None:
         assert not ranks.poll(), "the run ended before it was killed"
         victims = [0, 1] if number % 2 else [chance.randrange(2)]
         ranks.kill(victims)
-        codes = ranks.wait(timeout=90)
+        codes = ranks.wait(timeout=60 * TIMEOUT_MINUTES + 30)
         assert all(codes[rank] == -9 for rank in victims) and 0 not in codes.values()
         alone, together = alone + (len(victims) == 1), together + (len(victims) == 2)
     assert num_writes >= 3 and alone == together == NUM_KILLS // 2
