@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..merge import accumulation_dtype
 from ..plan import AttentionPass, SpanBatch
+from ..resident import accumulation_dtype
 from .base import MergingBackend
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
