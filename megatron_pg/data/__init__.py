@@ -3,7 +3,15 @@
 from .balance import balance_groups, equalize_num_microbatches
 from .cost import CostModel
 from .pack import carried_fields, make_microbatch, make_microbatches, make_wave, pack_groups
-from .plan import GroupSplit, PackPlan, RowPart, part_tree, plan_rows, split_group
+from .plan import (
+    GroupSplit,
+    PackPlan,
+    RowPart,
+    part_shape,
+    part_tree,
+    plan_rows,
+    split_group,
+)
 from .readers import read_rollouts, write_rollouts
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .shape import GroupShape, group_shape, group_tree, select_samples
@@ -31,6 +39,7 @@ __all__ = [
     "make_microbatches",
     "make_wave",
     "pack_groups",
+    "part_shape",
     "part_tree",
     "plan_rows",
     "plan_waves",

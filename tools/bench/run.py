@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", module="megatron")
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from tools.bench import attention, layer, logprob, memory, pack, step  # noqa: E402, F401
+from tools.bench import attention, layer, logprob, memory, pack, resident, step  # noqa: E402, F401
 from tools.bench.machine import describe_machine  # noqa: E402
 from tools.bench.registry import (  # noqa: E402
     BENCHMARKS,
