@@ -118,7 +118,7 @@ class Checkpoints:
     def _keep_origin(self, origin: Origin) -> None:
         """Keep configuration and tokenizer beside the checkpoints, for conversion back."""
         if dist.get_rank() == 0 and not (self.folder / HF_FOLDER).exists():
-            write_hf_metadata_folder(self.folder, origin.hf.config_json(), origin.folder)
+            write_hf_metadata_folder(self.folder, origin.folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"iter_{step:07d}"
