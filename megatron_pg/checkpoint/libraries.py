@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from .convert import Progress, hf_to_megatron, megatron_to_hf, write_hf
 from .files import read_json, write_json
 from .hf_folder import HfFolder
+from .hf_parse import read_hf_config
 from .hf_writer import MAX_SHARD_BYTES
 from .layout import iteration_name, write_hf_metadata_folder, write_tracker
+from .mapping import Mapping
 from .megatron_args import make_megatron_args
 from .megatron_folder import MegatronFolder, WeightSource, common_state
 from .one_rank import build_gpt, one_rank
@@ -67,9 +69,16 @@ class MegatronBridge:
 
     def export(self, gpt_model: Any, hf_dir: Path, out: Path, dtype: torch.dtype) -> None:
         """See ``WeightLibrary.export``."""
-        bridge = self._bridge.from_hf_config(_hf_config(hf_dir))
+        # It takes the names, not the weights, from a folder that has both.
+        names = out / "names"
+        names.mkdir()
+        write_json(names / "config.json", read_json(hf_dir / "config.json"))
+        shapes = Mapping(read_hf_config(hf_dir)).hf_shapes()
+        index = {"weight_map": dict.fromkeys(shapes, "model.safetensors")}
+        write_json(names / "model.safetensors.index.json", index)
+        bridge = self._bridge.from_hf_pretrained(str(names))
         tensors = bridge.export_hf_weights([gpt_model], cpu=True, show_progress=False)
-        whole = {name: tensor.to(dtype).contiguous() for name, tensor in tensors}
+        whole = {name: tensor.to(dtype).contiguous() for name, tensor in tensors if name in shapes}
         save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -201,12 +210,6 @@ def _explained(backend: str, source: WeightSource) -> Iterator[None]:
             f"{source.path}: {backend} does not convert this {source.model.architecture} "
             f"({reason}); use --backend direct"
         ) from error
-
-
-def _hf_config(hf_dir: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(hf_dir)
 
 
 @contextmanager
