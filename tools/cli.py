@@ -26,6 +26,17 @@ def dtype(name: str) -> torch.dtype:
     return found
 
 
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """``--backend``: whose mapping moves the weights."""
+    parser.add_argument(
+        "--backend",
+        default="direct",
+        metavar="NAME",
+        help="direct (ours, one tensor in memory at a time), modelopt or megatron-bridge (the "
+        "library's mapping at tp=1 with the model in memory, then resharded)",
+    )
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A ``progress(done, total)`` that draws a bar on a terminal's standard error."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from cli import dtype, progress_bar, report_errors
+from cli import add_backend, dtype, progress_bar, report_errors
 
-from megatron_pg.checkpoint import hf_to_megatron
+from megatron_pg.checkpoint import hf_to_megatron, hf_to_megatron_by
 
 
 def main() -> None:
@@ -20,9 +21,12 @@ def main() -> None:
     parser.add_argument("--dtype", type=dtype, help="of the written weights (default: as stored)")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    add_backend(parser)
     args = parser.parse_args()
+    is_direct = args.backend == "direct"
+    convert = hf_to_megatron if is_direct else partial(hf_to_megatron_by, args.backend)
     with report_errors(), progress_bar("parameters") as progress:
-        folder = hf_to_megatron(
+        folder = convert(
             args.hf,
             args.out,
             tp_size=args.tp,

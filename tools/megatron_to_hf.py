@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from cli import dtype, progress_bar, report_errors
+from cli import add_backend, dtype, progress_bar, report_errors
 
-from megatron_pg.checkpoint import megatron_to_hf
+from megatron_pg.checkpoint import megatron_to_hf, megatron_to_hf_by
 
 
 def main() -> None:
@@ -27,9 +28,12 @@ def main() -> None:
         help="unpickle legacy .pt files: this runs code that they may contain",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    add_backend(parser)
     args = parser.parse_args()
+    is_direct = args.backend == "direct"
+    convert = megatron_to_hf if is_direct else partial(megatron_to_hf_by, args.backend)
     with report_errors(), progress_bar("tensors") as progress:
-        has_tokenizer = megatron_to_hf(
+        has_tokenizer = convert(
             args.megatron,
             args.out,
             hf_config=args.hf_config,

@@ -7,6 +7,7 @@ from .hf_config import HfModel
 from .hf_folder import HfFolder
 from .hf_parse import parse_hf_config, read_hf_config
 from .layout import HF_FOLDER, find_iteration, write_hf_metadata_folder
+from .libraries import LIBRARIES, hf_to_megatron_by, megatron_to_hf_by
 from .logits import LogitComparison, compare_logits
 from .megatron_args import hf_model_from_args, make_megatron_args
 from .megatron_folder import MegatronFolder, WeightSource
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointSummary",
     "HfFolder",
     "HfModel",
+    "LIBRARIES",
     "LogitComparison",
     "MegatronFolder",
     "TorchDistReader",
@@ -34,12 +36,14 @@ __all__ = [
     "gguf_to_hf",
     "hf_model_from_args",
     "hf_to_megatron",
+    "hf_to_megatron_by",
     "inspect_checkpoint",
     "iter_hf_tensors",
     "load_hf",
     "load_weights",
     "make_megatron_args",
     "megatron_to_hf",
+    "megatron_to_hf_by",
     "open_weights",
     "parse_hf_config",
     "prepare_smollm2",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .files import atomic_folder, read_json, require_absent
+from .files import atomic_folder, require_absent
 from .hf_folder import HfFolder
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
 from .layout import iteration_name, write_hf_metadata_folder, write_tracker
@@ -78,8 +78,7 @@ def hf_to_megatron(
         writer = TorchDistWriter(folder)
         write_megatron_weights(writer, source, args.padded_vocab_size, dtype, progress)
         writer.finish(common_state(args, None))
-        config = read_json(source.path / "config.json")
-        write_hf_metadata_folder(partial, config, source.path)
+        write_hf_metadata_folder(partial, source.path)
         write_tracker(partial, None)
     return target
 

@@ -58,13 +58,12 @@ def write_tracker(root: Path, iteration: int | None) -> None:
     (root / TRACKER).write_text("release" if iteration is None else str(iteration))
 
 
-def write_hf_metadata_folder(root: Path, config: dict[str, Any], source: Path | None) -> None:
-    """Keep configuration and tokenizer beside the weights, so that they can leave again."""
+def write_hf_metadata_folder(root: Path, source: Path) -> None:
+    """Keep a model folder's configuration and tokenizer beside the weights, to leave with them."""
     folder = root / HF_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-    if source is not None:
-        copy_side_files(source, folder)
+    write_json(folder / "config.json", read_json(source / "config.json"))
+    copy_side_files(source, folder)
 
 
 def find_hf_config(iteration_folder: Path, hf_config: str | Path | None) -> Path | None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..mcore import cpu, with_prefix_grouped_attention, with_sequence_parallel_norms
 from .hf_folder import HfFolder
 from .megatron_folder import WeightSource
 from .model import load_weights
+from .one_rank import build_gpt, one_rank
 
 # tokens [L] -> logits [L, vocab_size]
 Forward = Callable[[Tensor], Tensor]
@@ -133,23 +127,8 @@ def _transformers(source: WeightSource) -> Iterator[tuple[Forward, Any]]:
 
 @contextmanager
 def _megatron(source: WeightSource) -> Iterator[tuple[Forward, Any]]:
-    with ExitStack() as stack:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            stack.enter_context(cpu.emulate_cuda())
-        if not dist.is_initialized():
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-            stack.callback(dist.destroy_process_group)
-        if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel()
-            stack.callback(parallel_state.destroy_model_parallel)
-        model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
-        settings = source.model.transformer_config() | cpu.transformer_config_defaults()
-        config = TransformerConfig(**settings, params_dtype=torch.float32)
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **source.model.spec())
-        spec = with_prefix_grouped_attention(with_sequence_parallel_norms(layer, config))
-        model = GPTModel(config, spec, **source.model.gpt_model()).to(device).eval()
+    with one_rank() as device:
+        model = build_gpt(source.model, torch.float32, device)
         load_weights([model], source)
 
         def forward(tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .convert import Progress, write_megatron_weights
-from .files import atomic_folder, read_json, require_absent
+from .files import atomic_folder, require_absent
 from .layout import iteration_name, load_torch_file, write_hf_metadata_folder, write_tracker
 from .megatron_args import check_layout, make_megatron_args
 from .megatron_folder import MegatronFolder
@@ -39,7 +40,9 @@ def reshard_checkpoint(
 
     Equals the source value for value. Tensors of torch_dist are the whole model's, so they are
     copied part by part; the vocabulary is padded for ``tp_size``, ``args`` name the new layout,
-    and the ranks' random states are left out. A legacy checkpoint becomes torch_dist (weights).
+    and the ranks' random states are left out. JSON files beside the tensors (a training loop's
+    progress) go along, so that a run continues from either. A legacy checkpoint becomes
+    torch_dist (weights).
 
     Args:
         megatron_dir: folder with the tracker file, or one iteration's folder.
@@ -85,13 +88,14 @@ def reshard_checkpoint(
         else:
             _copy(reader, kept, writer, args.padded_vocab_size, progress)
             _copy_objects(reader, writer, weights_only)
+            if not weights_only:
+                _copy_records(source.path, folder)
             common = load_torch_file(source.path / "common.pt", trust_pickle=trust_pickle)
         if weights_only:
             common = {k: v for k, v in common.items() if not k.startswith(("optimizer", "opt_"))}
         writer.finish(common | {"args": args})
         if source.hf_config is not None:
-            config = read_json(source.hf_config / "config.json")
-            write_hf_metadata_folder(partial, config, source.hf_config)
+            write_hf_metadata_folder(partial, source.hf_config)
         write_tracker(partial, iteration)
     return out / name
 
@@ -168,6 +172,13 @@ def _copy_objects(reader: TorchDistReader, writer: TorchDistWriter, weights_only
     for key in reader.objects:
         if not key.startswith(_PER_RANK) and not (weights_only and key.startswith("optimizer.")):
             writer.add_bytes(key, reader.read_bytes(key))
+
+
+def _copy_records(source: Path, folder: Path) -> None:
+    """What a training loop keeps beside the tensors, its progress, goes along."""
+    for record in source.glob("*.json"):
+        # metadata.json is among them; the writer's own replaces it.
+        shutil.copyfile(record, folder / record.name)
 
 
 def is_vocabulary(key: str) -> bool:

@@ -13,7 +13,10 @@ class ModelConfig:
     """The model, in Megatron's own argument names.
 
     Attributes:
-        hf: Hugging Face folder that gives architecture and weights; None trains from scratch.
+        hf: Hugging Face folder that gives architecture, weights and tokenizer; None trains from
+            scratch.
+        pretrained_checkpoint: Megatron checkpoint (torch_dist, of any layout) that gives the
+            weights instead; ``hf`` may be its ``huggingface/``.
         vocab_size: for a model from scratch.
         max_position_embeddings: for a model from scratch.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
@@ -27,6 +30,7 @@ class ModelConfig:
     """
 
     hf: str | None = None
+    pretrained_checkpoint: str | None = None
     vocab_size: int | None = None
     max_position_embeddings: int = 4096
     make_vocab_size_divisible_by: int = 1

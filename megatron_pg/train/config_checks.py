@@ -30,6 +30,11 @@ def config_problems(config: TrainConfig) -> list[str]:
             "model.vocab_size is needed for a model from scratch; or set model.hf to a Hugging "
             "Face folder"
         )
+    if config.model.pretrained_checkpoint is not None and config.model.hf is None:
+        problems.append(
+            "model.pretrained_checkpoint needs model.hf, whose configuration and tokenizer it "
+            "takes: set it to the checkpoint's huggingface/ folder"
+        )
     if config.run.export_hf and config.model.hf is None:
         problems.append("run.export_hf needs model.hf, whose configuration and tokenizer it takes")
     if 0 <= config.optimizer.lr < config.optimizer.min_lr:

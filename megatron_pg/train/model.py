@@ -20,7 +20,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from ..checkpoint import load_hf
+from ..checkpoint import load_weights, open_weights
 from ..mcore import (
     PrefixGroupedGPTModel,
     with_prefix_grouped_attention,
@@ -83,7 +83,7 @@ def build_trained_model(config: TrainConfig, plan: ModelPlan, num_updates: int) 
         plan: ``plan_model`` of it.
         num_updates: after which the learning rate has decayed.
     """
-    chunks = _initial_chunks(config, plan, config.model.hf)
+    chunks = _initial_chunks(config, plan, _initial_weights(config))
     parallel, section = config.parallel, config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=plan.config.params_dtype.itemsize < 4,
@@ -145,19 +145,23 @@ def build_reference(config: TrainConfig) -> list[Any]:
     """The frozen reference model on this rank: ``algorithm.ref_hf``, or the initial policy."""
     # A plan of its own: the trained model's holds the hooks of its gradients.
     plan = plan_model(config.model, config.parallel)
-    chunks = _initial_chunks(config, plan, config.algorithm.ref_hf or config.model.hf)
+    chunks = _initial_chunks(config, plan, config.algorithm.ref_hf or _initial_weights(config))
     for chunk in chunks:
         chunk.requires_grad_(False)
         chunk.eval()
     return chunks
 
 
-def _initial_chunks(config: TrainConfig, plan: ModelPlan, hf: str | None) -> list[Any]:
-    """Chunks with the weights of a Hugging Face folder, or those that the seed gives."""
+def _initial_weights(config: TrainConfig) -> str | None:
+    return config.model.pretrained_checkpoint or config.model.hf
+
+
+def _initial_chunks(config: TrainConfig, plan: ModelPlan, weights: str | None) -> list[Any]:
+    """Chunks with the weights of a folder of either kind, or those that the seed gives."""
     seed_everything(config.run.seed)
     chunks: list[Any] = build_chunks(plan, config.model.attention_backend)
-    if hf is not None:
-        load_hf(chunks, hf)
+    if weights is not None:
+        load_weights(chunks, open_weights(weights))
     if torch.cuda.is_available():
         chunks = [chunk.cuda() for chunk in chunks]
     if plan.config.bf16 or plan.config.fp16:

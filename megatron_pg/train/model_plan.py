@@ -45,12 +45,10 @@ class Origin:
 
     Attributes:
         folder: the Hugging Face folder.
-        hf: its architecture.
         megatron_args: what Megatron-LM stores as ``args`` in a checkpoint.
     """
 
     folder: Path
-    hf: HfModel
     megatron_args: Namespace
 
 
@@ -113,7 +111,7 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
             dtype=config.params_dtype,
         )
-        origin = Origin(Path(model.hf), hf, args)
+        origin = Origin(Path(model.hf), args)
     return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl), origin)
 
 

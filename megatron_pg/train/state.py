@@ -120,7 +120,7 @@ class Checkpoints:
         final = self.folder / HF_FOLDER
         if dist.get_rank() == 0 and not final.exists():
             partial = self.folder / f"{_PARTIAL}origin-{uuid.uuid4().hex[:8]}"
-            write_hf_metadata_folder(partial, origin.hf.config_json(), origin.folder)
+            write_hf_metadata_folder(partial, origin.folder)
             os.replace(partial / HF_FOLDER, final)
             partial.rmdir()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,16 +38,44 @@ def test_shards_partition_the_folder(name: str, tp_size: int, models: Path) -> N
     assert all(torch.equal(seen[key], folder.read(key)) for key in seen)
 
 
+def layouts(
+    tp_sizes: tuple[int, ...], pp_sizes: tuple[int, ...], vpp_sizes: tuple[int | None, ...]
+) -> Any:
+    """Every combination that Megatron allows: several chunks take several stages."""
+    return pytest.mark.parametrize(
+        "layout",
+        [
+            Layout(tp, pp, vpp, sp=tp > 1)
+            for tp, pp, vpp in product(tp_sizes, pp_sizes, vpp_sizes)
+            if vpp is None or pp > 1
+        ],
+        ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-vpp{layout.vpp or 1}",
+    )
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(
-    "layout",
-    [Layout(tp, pp, vpp, sp=True) for tp in (2, 4) for pp in (2, 4) for vpp in (None, 2)],
-    ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-vpp{layout.vpp or 1}",
-)
+@layouts((1, 2, 4), (1, 2, 4), (None, 2))
 def test_every_rank(name: str, layout: Layout, models: Path) -> None:
-    """Up to sixteen ranks one after the other: each model holds what the table says."""
+    """Up to sixteen ranks one after the other: together they hold the folder, bit by bit."""
+    round_trip_over_ranks(models / name, layout)
+
+
+@layouts((1, 3), (1, 2, 3), (None,))
+def test_every_rank_of_nine_heads(layout: Layout, nine_heads: Path) -> None:
+    round_trip_over_ranks(nine_heads, layout)
+
+
+@pytest.fixture(scope="module")
+def nine_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nine_heads")
+    tiny.save_hf(tiny.SMOLLM2, folder)
+    return folder
+
+
+def round_trip_over_ranks(path: Path, layout: Layout) -> None:
+    """Hugging Face -> the models of all ranks, in one process -> Hugging Face."""
     tp_size, num_ranks = layout.tp, layout.tp * layout.pp
-    folder = HfFolder(models / name)
+    folder = HfFolder(path)
     parameters: dict[str, dict[int, torch.Tensor]] = {}
     with cpu.emulate_cuda():
         for rank in range(num_ranks):

@@ -80,6 +80,17 @@ FAMILIES = {
         ),
     ),
 }
+# SmolLM2's relations: nine heads over three groups, tied; six layers for one to three stages.
+SMOLLM2 = Family(
+    "Llama",
+    dict(
+        num_hidden_layers=6,
+        hidden_size=72,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+)
 
 
 def make_hf(family: Family, seed: int = 0, num_layers: int = 8) -> Any:
