@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from tools.bench.gpt import Dims, make_dims, make_work, megatron
+from tools.bench.machine import keep_freed_memory
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, flop_bound, select, standard_shapes, star
 from tools.bench.timing import check_equal, time_interleaved
@@ -32,12 +33,13 @@ def step(options: Options) -> Iterator[BenchmarkRow]:
     """
     lone = star(32, 8, 1) if options.quick else star(1024, 1024, 1)
     shapes = standard_shapes(options) + [lone] * select(lone, options)
-    dims = make_dims(options)
-    with megatron(dims):
-        trainer = Trainer(dims, options.dtype)
-        for shape in shapes:
-            yield _compare(shape, dims, options, trainer)
-    if not torch.cuda.is_available():
+    if 1 in options.ranks:
+        dims = make_dims(options)
+        with megatron(dims):
+            trainer = Trainer(dims, options.dtype)
+            for shape in shapes:
+                yield _compare(shape, dims, options, trainer)
+    if 2 in options.ranks and not torch.cuda.is_available():
         stars = shapes[:1] if options.quick else [s for s in shapes if s.tree.depth == 1]
         yield from _on_two_ranks(stars, options)
 
@@ -77,6 +79,7 @@ def _on_two_ranks(shapes: list[Shape], options: Options) -> list[BenchmarkRow]:
 
 def _run_rank(rank: int, folder: Path, shapes: list[Shape], options: Options) -> None:
     warnings.filterwarnings("ignore")
+    keep_freed_memory()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(folder / "store"), 2)
