@@ -79,7 +79,7 @@ def test_the_blocks_of_a_span() -> None:
 def attend(layout: PackedLayout, inputs: list[Tensor], dout: Tensor, min_block: int):
     leaves = [x.detach().requires_grad_() for x in inputs]
     kernel, plan = CpuFlashKernel(min_block), make_attention_plan(layout)
-    out = LseMergeAttention.apply(*leaves, plan, kernel, 0.37)
+    out = LseMergeAttention.apply(*leaves, plan, kernel, 0.37, ())
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -147,9 +147,9 @@ def test_parts_are_made_once_a_plan_and_go_with_it() -> None:
     (q, k, v), _ = make_inputs(layout.total_tokens, 2, 2)
     kernel, plan = CpuFlashKernel(4), make_attention_plan(layout)
     for _ in range(2):
-        LseMergeAttention.apply(q, k, v, plan, kernel, 0.37)
+        LseMergeAttention.apply(q, k, v, plan, kernel, 0.37, ())
     (parts,) = kernel._parts_of.values()
-    LseMergeAttention.apply(q, k, v, plan, kernel, 0.37)
+    LseMergeAttention.apply(q, k, v, plan, kernel, 0.37, ())
     assert list(kernel._parts_of.values()) == [parts] and kernel._parts_of[plan.passes[0]] is parts
     del plan
     gc.collect()

@@ -20,7 +20,7 @@ Measure = Callable[[Options], list[BenchmarkRow]]
 
 
 def on_two_ranks(measure: Measure, options: Options) -> list[BenchmarkRow]:
-    """What ``measure`` returns on rank 0 of two; a function of a module (or a ``partial`` of one), called on both."""
+    """What ``measure``, called on both ranks, returns on the first; it must be picklable."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_run_rank, (Path(folder), measure, options), nprocs=2)
         rows: list[BenchmarkRow] = torch.load(Path(folder) / "rows.pt", weights_only=False)

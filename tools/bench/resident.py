@@ -83,9 +83,10 @@ def resident(options: Options) -> Iterator[BenchmarkRow]:
     encodes by FLOPs, the second forward pass of "recompute" included and idle pipeline time not.
     """
     dims = make_dims(options)
-    with megatron(dims):
-        yield from _compare_modes(dims, options)
-    if not torch.cuda.is_available():
+    if 1 in options.ranks:
+        with megatron(dims):
+            yield from _compare_modes(dims, options)
+    if 2 in options.ranks and not torch.cuda.is_available():
         yield from on_two_ranks(_on_two_stages, options)
 
 

@@ -45,7 +45,7 @@ class AttentionBackend(Protocol):
         v: Tensor,
         plan: AttentionPlan,
         softmax_scale: float,
-        resident: Sequence[ResidentKV],
+        resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
         """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
 
@@ -76,7 +76,7 @@ class MergingBackend:
         v: Tensor,
         plan: AttentionPlan,
         softmax_scale: float,
-        resident: Sequence[ResidentKV],
+        resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
         """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
         out: Tensor = LseMergeAttention.apply(q, k, v, plan, self.kernel, softmax_scale, resident)

@@ -29,7 +29,7 @@ class ReferenceBackend:
         v: Tensor,
         plan: AttentionPlan,
         softmax_scale: float,
-        resident: Sequence[ResidentKV],
+        resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
         """``[T, Hq, D]`` output, computed in fp32 for 16-bit types."""
         dtype, repeats = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
