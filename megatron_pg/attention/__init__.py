@@ -3,11 +3,13 @@
 from .backends import ATTENTION_BACKENDS, AttentionInputs
 from .interface import available_backends, prefix_grouped_attention, select_backend
 from .plan import AttentionPlan, make_attention_plan
+from .resident import ResidentKV
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "AttentionInputs",
     "AttentionPlan",
+    "ResidentKV",
     "available_backends",
     "make_attention_plan",
     "prefix_grouped_attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..tree import PackedLayout
 from .backends import ATTENTION_BACKENDS, AttentionBackend, AttentionInputs
 from .plan import AttentionPlan, make_attention_plan
+from .resident import ResidentKV
 
 
 def prefix_grouped_attention(
@@ -19,6 +21,7 @@ def prefix_grouped_attention(
     layout: PackedLayout | AttentionPlan,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    resident: Sequence[ResidentKV] = (),
 ) -> Tensor:
     """Attention of every sample over its own path in the tree, each shared token computed once.
 
@@ -35,6 +38,8 @@ def prefix_grouped_attention(
         layout: where every token stands, or a plan made from it once for many calls.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
         backend: a name from ``available_backends()`` or "auto" (see ``select_backend``).
+        resident: keys and values of the prefix rows that ``layout.resident_spans`` name. The
+            backward pass adds to their ``dk`` and ``dv``.
 
     Returns:
         ``[total_tokens, num_heads, head_dim]``, differentiable once in q, k and v.
@@ -58,7 +63,26 @@ def prefix_grouped_attention(
             f"the attention plan was made for {plan.device}, q is on {q.device}; "
             "pass device=q.device when it is made"
         )
-    return chosen(q, k, v, plan, softmax_scale)
+    _check_resident(k, plan, resident)
+    return chosen(q, k, v, plan, softmax_scale, resident)
+
+
+def _check_resident(k: Tensor, plan: AttentionPlan, resident: Sequence[ResidentKV]) -> None:
+    if len(resident) < plan.num_prefix_rows:
+        raise ValueError(
+            f"the layout continues {plan.num_prefix_rows} resident prefix row(s), {len(resident)} "
+            "given; pass resident=, one per prefix row"
+        )
+    for p in plan.passes:
+        if p.prefix_row is None:
+            continue
+        kept = resident[p.prefix_row].k
+        if kept.shape[1:] != k.shape[1:] or len(kept) < p.kv_end or kept.dtype != k.dtype:
+            raise ValueError(
+                f"resident[{p.prefix_row}] holds {kept.dtype} keys of shape {tuple(kept.shape)}; "
+                f"the row has {k.dtype} keys of shape {tuple(k.shape)} and sees "
+                f"{p.kv_end} of its tokens"
+            )
 
 
 def select_backend(inputs: AttentionInputs, backend: str = "auto") -> AttentionBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .plan import AttentionPass, AttentionPlan
+from .resident import ResidentKV, accumulation_dtype
 
 
 class VarlenKernel(Protocol):
@@ -38,11 +40,6 @@ class VarlenKernel(Protocol):
 
         out and lse are the merged ones, so each pass returns its exact share of the gradient.
         """
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for 16-bit types, else the type itself."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def merge_out_lse(
@@ -84,6 +81,7 @@ class LseMergeAttention(torch.autograd.Function):
         plan: AttentionPlan,
         kernel: VarlenKernel,
         softmax_scale: float,
+        resident: Sequence[ResidentKV],
     ) -> Tensor:
         tokens = plan.unique_tokens
         first, *others = plan.passes
@@ -92,7 +90,10 @@ class LseMergeAttention(torch.autograd.Function):
             out = out.to(accumulation_dtype(q.dtype))
         for p in others:
             queries, keys = slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end)
-            pass_out, pass_lse = kernel.forward(q[queries], k[keys], v[keys], p, softmax_scale)
+            pass_k, pass_v = _keys_and_values(k, v, p, resident)
+            pass_out, pass_lse = kernel.forward(
+                q[queries], pass_k[keys], pass_v[keys], p, softmax_scale
+            )
             merge_out_lse(out[queries], lse[:, queries], pass_out, pass_lse, p.q_rows)
         out = out.to(q.dtype)
         if tokens < len(q):
@@ -100,6 +101,7 @@ class LseMergeAttention(torch.autograd.Function):
             out = torch.cat([out, v[tokens:].repeat_interleave(q.shape[1] // v.shape[1], dim=1)])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.kernel, ctx.softmax_scale = plan, kernel, softmax_scale
+        ctx.resident = resident
         return out
 
     @staticmethod
@@ -125,26 +127,40 @@ class LseMergeAttention(torch.autograd.Function):
         )
         for p in plan.passes[1:]:
             queries, keys = slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end)
+            pass_k, pass_v = _keys_and_values(k, v, p, ctx.resident)
             pass_dq, pass_dk, pass_dv = kernel.backward(
                 dout[queries],
                 q[queries],
-                k[keys],
-                v[keys],
+                pass_k[keys],
+                pass_v[keys],
                 out[queries],
                 lse[:, queries],
                 p,
                 softmax_scale,
             )
             _add_rows(dq[queries], pass_dq, p.q_rows)
-            _add_rows(dk[keys], pass_dk, p.kv_rows)
-            _add_rows(dv[keys], pass_dv, p.kv_rows)
+            total_dk, total_dv = (
+                (dk, dv) if p.prefix_row is None else ctx.resident[p.prefix_row].grads()
+            )
+            _add_rows(total_dk[keys], pass_dk, p.kv_rows)
+            _add_rows(total_dv[keys], pass_dv, p.kv_rows)
         grads = [grad.to(q.dtype) for grad in (dq, dk, dv)]
         if tokens < len(q):
             padding = v[tokens:]
             dvalue = dout[tokens:].unflatten(1, (v.shape[1], -1)).sum(2)
             tails = [torch.zeros_like(q[tokens:]), torch.zeros_like(padding), dvalue]
             grads = [torch.cat([grad, tail]) for grad, tail in zip(grads, tails)]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
+
+
+def _keys_and_values(
+    k: Tensor, v: Tensor, attention_pass: AttentionPass, resident: Sequence[ResidentKV]
+) -> tuple[Tensor, Tensor]:
+    """What the pass's key spans index: the row's own keys and values, or a prefix row's."""
+    if attention_pass.prefix_row is None:
+        return k, v
+    kept = resident[attention_pass.prefix_row]
+    return kept.k, kept.v
 
 
 def _add_rows(total: Tensor, share: Tensor, rows: Tensor | None) -> None:

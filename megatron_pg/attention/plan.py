@@ -50,6 +50,7 @@ class AttentionPass:
         q_begin, q_end, kv_begin, kv_end: slice of the row that the kernel gets.
         q_spans, kv_spans: ``[num_spans, 2]`` half-open, relative to the slices.
         device: where the kernel's integer arguments live.
+        prefix_row: the keys and values are those of this resident prefix row; None takes the row's.
     """
 
     causal: bool
@@ -60,6 +61,7 @@ class AttentionPass:
     q_spans: IntArray
     kv_spans: IntArray
     device: torch.device
+    prefix_row: int | None = None
 
     @cached_property
     def q_rows(self) -> Tensor | None:
@@ -137,7 +139,7 @@ class AttentionPass:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All passes of one row: pass 0 causal within segments, then one per ancestor depth.
+    """All passes of one row: causal within segments, one per ancestor depth, one per prefix row.
 
     Attributes:
         layout: the row the plan was made from.
@@ -153,6 +155,12 @@ class AttentionPlan:
     def unique_tokens(self) -> int:
         return self.layout.unique_tokens
 
+    @cached_property
+    def num_prefix_rows(self) -> int:
+        """Resident prefix rows that attention needs at least."""
+        rows = [p.prefix_row for p in self.passes if p.prefix_row is not None]
+        return max(rows, default=-1) + 1
+
 
 def make_attention_plan(layout: PackedLayout, device: torch.device | str = "cpu") -> AttentionPlan:
     """Passes whose union is the layout's visibility, each visible pair in exactly one of them.
@@ -161,7 +169,8 @@ def make_attention_plan(layout: PackedLayout, device: torch.device | str = "cpu"
     joined first: a group of one sample takes one pass. In pre-order a segment's descendants are
     the contiguous run ``[end, subtree_end)``. So pass 0 attends causally inside every segment, and
     pass d + 1 lets the descendants of every segment of depth d attend to all of it: ``1 + depth``
-    passes, nothing gathered, no mask.
+    passes, nothing gathered, no mask. Trees whose prefix is resident add one pass for each prefix
+    row that they continue.
     """
     device, forest = torch.device(device), _join_chains(layout.forest)
     starts, ends = forest.segment_starts, forest.segment_ends
@@ -172,6 +181,8 @@ def make_attention_plan(layout: PackedLayout, device: torch.device | str = "cpu"
         members = np.nonzero((depths == depth) & (subtree_ends > ends))[0]
         descendants = np.stack([ends[members], subtree_ends[members]], axis=1)
         passes.append(_make_pass(False, descendants, own[members], device))
+    for spans in layout.resident_spans:
+        passes.append(_make_pass(False, spans.q_spans, spans.kv_spans, device, spans.row))
     return AttentionPlan(layout, tuple(passes), device)
 
 
@@ -193,7 +204,11 @@ def _join_chains(forest: PrefixTree) -> PrefixTree:
 
 
 def _make_pass(
-    causal: bool, q_spans: IntArray, kv_spans: IntArray, device: torch.device
+    causal: bool,
+    q_spans: IntArray,
+    kv_spans: IntArray,
+    device: torch.device,
+    prefix_row: int | None = None,
 ) -> AttentionPass:
     q_begin, kv_begin = int(q_spans[0, 0]), int(kv_spans[0, 0])
     return AttentionPass(
@@ -205,4 +220,5 @@ def _make_pass(
         q_spans=q_spans - q_begin,
         kv_spans=kv_spans - kv_begin,
         device=device,
+        prefix_row=prefix_row,
     )

@@ -2,11 +2,20 @@
 
 from .balance import balance_groups, equalize_num_microbatches
 from .cost import CostModel
-from .pack import carried_fields, make_microbatch, make_microbatches, pack_groups
-from .plan import GroupSplit, PackPlan, RowPart, plan_rows, split_group
+from .pack import carried_fields, make_microbatch, make_microbatches, make_wave, pack_groups
+from .plan import (
+    GroupSplit,
+    PackPlan,
+    RowPart,
+    part_shape,
+    part_tree,
+    plan_rows,
+    split_group,
+)
 from .readers import read_rollouts, write_rollouts
+from .residency import ResidencyConfig, plan_waves, step_cost
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import Group, Microbatch, Sample, Status
+from .types import Group, Microbatch, PrefixRow, Sample, Status, Wave
 
 __all__ = [
     "CostModel",
@@ -15,9 +24,12 @@ __all__ = [
     "GroupSplit",
     "Microbatch",
     "PackPlan",
+    "PrefixRow",
+    "ResidencyConfig",
     "RowPart",
     "Sample",
     "Status",
+    "Wave",
     "balance_groups",
     "carried_fields",
     "equalize_num_microbatches",
@@ -25,10 +37,15 @@ __all__ = [
     "group_tree",
     "make_microbatch",
     "make_microbatches",
+    "make_wave",
     "pack_groups",
+    "part_shape",
+    "part_tree",
     "plan_rows",
+    "plan_waves",
     "read_rollouts",
     "select_samples",
     "split_group",
+    "step_cost",
     "write_rollouts",
 ]

@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 from .cost import CostModel
-from .plan import PackPlan, RowPart, row_cost
+from .plan import PackPlan, RowPart, part_shape, row_cost
 from .shape import GroupShape, group_shape
 from .types import Group
 
@@ -72,6 +72,8 @@ def equalize_num_microbatches(
 ) -> list[PackPlan]:
     """Plans of all ranks with one number of rows: the greatest, rounded up to ``multiple_of``.
 
+    Prefix rows likewise, but they are never divided.
+
     A rank that has too few rows divides its dearest rows: first rows that hold several parts,
     which repeats nothing, then parts that hold several samples, which repeats what they share. Only
     when every row holds one sample does it get fillers, rows that contribute nothing;
@@ -92,7 +94,14 @@ def equalize_num_microbatches(
         )
     cost_model = cost_model or CostModel()
     num_rows = -(-max(len(plan.rows) for plan in plans) // multiple_of) * multiple_of
-    return [_with_num_rows(plan, num_rows, cost_model) for plan in plans]
+    num_prefix_rows = -(-max(len(plan.prefix_rows) for plan in plans) // multiple_of) * multiple_of
+    return [
+        replace(
+            _with_num_rows(plan, num_rows, cost_model),
+            prefix_rows=plan.prefix_rows + ((),) * (num_prefix_rows - len(plan.prefix_rows)),
+        )
+        for plan in plans
+    ]
 
 
 def _with_num_rows(plan: PackPlan, num_rows: int, cost_model: CostModel) -> PackPlan:
@@ -136,9 +145,9 @@ def _halve_row(plan: PackPlan, row: Row, cost_model: CostModel) -> tuple[Row, Ro
 
 def _halve_part(plan: PackPlan, part: RowPart) -> tuple[Row, Row]:
     """Two rows with neighbours in the tree kept together, cut where half of the tokens stand."""
-    tree = plan.shapes[part.group].tree
+    tree = part_shape(plan.shapes, part).tree
     order = sorted(part.samples, key=lambda sample: (tree.sample_segments[sample], sample))
     before = np.cumsum(tree.sample_lens[order])[:-1]
     cut = 1 + int(np.abs(2 * before - tree.sample_lens[order].sum()).argmin())
     first, second = tuple(sorted(order[:cut])), tuple(sorted(order[cut:]))
-    return (RowPart(part.group, first),), (RowPart(part.group, second),)
+    return (replace(part, samples=first),), (replace(part, samples=second),)

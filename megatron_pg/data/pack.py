@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..tree import PackedLayout
 from .cost import CostModel
-from .plan import PackPlan, plan_rows
+from .plan import PackPlan, RowPart, plan_rows
 from .shape import group_shape
-from .types import OPTIONAL_TOKEN_VALUES, Group, Microbatch, Sample
+from .types import OPTIONAL_TOKEN_VALUES, Group, Microbatch, PrefixRow, Sample, Wave
 
 Groups = Sequence[Group] | Mapping[int, Group]
 
@@ -109,6 +110,26 @@ def make_microbatch(
     return _build_row(plan, row, groups, values, pad_id)
 
 
+def make_wave(
+    plan: PackPlan,
+    groups: Groups,
+    *,
+    sample_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    pad_id: int = 0,
+) -> Wave:
+    """All rows of ``plan`` with the prefix rows that they attend to.
+
+    Raises:
+        ValueError: as ``pack_groups``.
+    """
+    microbatches = make_microbatches(
+        plan, groups, sample_weights=sample_weights, advantages=advantages, pad_id=pad_id
+    )
+    prefix_rows = [_build_prefix_row(plan, i, groups, pad_id) for i in range(len(plan.prefix_rows))]
+    return Wave(tuple(prefix_rows), tuple(microbatches))
+
+
 @dataclass(frozen=True, eq=False)
 class _TrainingValues:
     """Values per sample of the global batch, and which per-token values the samples carry."""
@@ -178,8 +199,10 @@ def _build_row(
         return _build_filler(layout, values, pad_id)
     places = [int(plan.sample_offsets[p.group]) + i for p in parts for i in p.samples]
     sample_numbers = torch.tensor(places)
-    tokens = layout.pack_tokens([sample.tokens for sample in samples], pad_id)
-    masks = [_logical_mask(sample) for sample in samples]
+    # What stands in the row of every sample: all of it, or what follows its resident prefix.
+    starts = [_first_token(plan, part, i) for part in parts for i in part.samples]
+    tokens = layout.pack_tokens([s.tokens[start:] for s, start in zip(samples, starts)], pad_id)
+    masks = [_logical_mask(s)[start:] for s, start in zip(samples, starts)]
     packed, edge_ids = torch.unique(layout.logical_to_packed[torch.cat(masks)], return_inverse=True)
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
     sample_ids = torch.repeat_interleave(counts)
@@ -200,6 +223,24 @@ def _build_row(
         weights=values.weights[sample_numbers[sample_ids]],
         **own,
     )
+
+
+def _first_token(plan: PackPlan, part: RowPart, sample: int) -> int:
+    shape = plan.shapes[part.group]
+    return int(shape.resident_lens[shape.sample_roots[sample]]) if part.is_resident else 0
+
+
+def _build_prefix_row(plan: PackPlan, number: int, groups: Groups, pad_id: int) -> PrefixRow:
+    layout, prefixes = plan.prefix_layout(number), []
+    for group in plan.prefix_rows[number]:
+        shape = plan.shapes[group]
+        roots, samples = np.unique(shape.sample_roots, return_index=True)
+        for root, sample in zip(roots, samples):
+            if length := int(shape.resident_lens[root]):
+                prefixes.append(groups[group].samples[int(sample)].tokens[:length])
+    if not prefixes:
+        return PrefixRow(torch.full((layout.total_tokens,), pad_id), layout)
+    return PrefixRow(layout.pack_tokens(prefixes, pad_id), layout)
 
 
 def _build_filler(layout: PackedLayout, values: _TrainingValues, pad_id: int) -> Microbatch:

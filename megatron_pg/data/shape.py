@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..tree import PrefixTree
 from .cost import CostModel
-from .types import Group
+from .types import Group, Sample
 
 IntArray = npt.NDArray[np.int64]
 
@@ -24,11 +24,14 @@ class GroupShape:
         group_id: names the group in messages.
         tree: what its samples share; lengths only.
         loss_lens: ``[num_samples]`` trained tokens of every sample.
+        untrained_lens: ``[num_samples]`` tokens before the first trained one of every sample; None
+            when unknown, which keeps nothing resident.
     """
 
     group_id: str
     tree: PrefixTree
     loss_lens: IntArray
+    untrained_lens: IntArray | None = None
 
     @property
     def num_samples(self) -> int:
@@ -38,6 +41,46 @@ class GroupShape:
     def loss_tokens(self) -> int:
         """Trained (sample, token) pairs of the group."""
         return int(self.loss_lens.sum())
+
+    @cached_property
+    def resident_lens(self) -> IntArray:
+        """``[num_segments]`` tokens at the start of each root that can stay resident, 0 elsewhere.
+
+        Nothing in them is trained. The token before the first trained one predicts it, so it stands
+        with what follows: it is encoded once more in every row instead of handing its hidden state
+        from row to row.
+        """
+        lens = np.zeros(self.tree.num_segments, dtype=np.int64)
+        if self.untrained_lens is not None:
+            roots = self.sample_roots
+            lens[roots] = self.tree.segment_lens[roots]
+            np.minimum.at(lens, roots, self.untrained_lens)
+            lens[roots] -= 1
+        return lens
+
+    @cached_property
+    def sample_roots(self) -> IntArray:
+        """``[num_samples]`` root of every sample."""
+        parents, roots = self.tree.segment_parents, self.tree.sample_segments
+        while (parents[roots] >= 0).any():
+            roots = np.where(parents[roots] >= 0, parents[roots], roots)
+        return roots
+
+    @property
+    def resident_tokens(self) -> int:
+        """Tokens that can stay resident."""
+        return int(self.resident_lens.sum())
+
+    @cached_property
+    def prefixes(self) -> PrefixTree:
+        """What can stay resident, one root for each root that has something."""
+        lens = self.resident_lens[self.resident_lens > 0]
+        return PrefixTree(lens, np.full(len(lens), -1), np.arange(len(lens)))
+
+    @cached_property
+    def suffixes(self) -> GroupShape:
+        """The group without what can stay resident."""
+        return replace(self, tree=self.tree.without_prefix(self.resident_lens), untrained_lens=None)
 
     def cost(self, cost_model: CostModel, samples: Sequence[int] | None = None) -> float:
         """Cost of the group, or of some of its ``samples`` standing alone."""
@@ -92,7 +135,15 @@ def group_shape(group: Group, min_shared: int | None = None) -> GroupShape:
     if tree.token_ids is not None:
         tree = replace(tree, token_ids=None)
     loss_lens = np.array([sample.num_loss_tokens for sample in group.samples], dtype=np.int64)
-    return GroupShape(group.group_id, tree, loss_lens)
+    untrained_lens = np.array([_untrained_len(sample) for sample in group.samples], dtype=np.int64)
+    return GroupShape(group.group_id, tree, loss_lens, untrained_lens)
+
+
+def _untrained_len(sample: Sample) -> int:
+    """Tokens before the first trained one; all tokens when none is trained."""
+    if not sample.num_loss_tokens:
+        return len(sample.tokens)
+    return len(sample.prompt_ids) + int(sample.loss_mask.int().argmax())
 
 
 def select_samples(tree: PrefixTree, samples: Sequence[int]) -> PrefixTree:
@@ -112,4 +163,5 @@ def select_samples(tree: PrefixTree, samples: Sequence[int]) -> PrefixTree:
         segment_lens=tree.segment_lens[kept],
         segment_parents=np.where(parents >= 0, number[parents], -1),
         sample_segments=number[ends],
+        resident_lens=None if tree.resident_lens is None else tree.resident_lens[kept],
     )

@@ -190,3 +190,32 @@ class Microbatch:
                 f"{name} has shape {tuple(values.shape)}, its first dim must be "
                 f"{self.num_loss_tokens}, one entry per trained (sample, token) pair"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixRow:
+    """A row of shared prefixes that stays resident while microbatches attend to it.
+
+    Nothing in it is trained or predicted; its gradient comes from the keys and values that the
+    microbatches saw.
+
+    Attributes:
+        tokens: ``[total_tokens]`` int64 row.
+        layout: where every token stands.
+    """
+
+    tokens: Tensor
+    layout: PackedLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """What runs together: prefix rows, and the microbatches that may attend to them.
+
+    Attributes:
+        prefix_rows: resident at once; none where every group stands whole in its rows.
+        microbatches: ``layout.resident_spans`` of each name the prefix rows by index.
+    """
+
+    prefix_rows: tuple[PrefixRow, ...]
+    microbatches: tuple[Microbatch, ...]

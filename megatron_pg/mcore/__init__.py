@@ -12,6 +12,8 @@ from .norm import (
 )
 from .params import PrefixGroupedSeqParams
 from .predictions import Predictions
+from .prefix_kv import PrefixKV
+from .schedule import ScheduledRow, prefix_resident_forward_backward
 from .spec import with_prefix_grouped_attention
 from .validate import validate_config
 
@@ -21,12 +23,15 @@ __all__ = [
     "Predictions",
     "PrefixGroupedGPTModel",
     "PrefixGroupedSeqParams",
+    "PrefixKV",
+    "ScheduledRow",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
     "count_attention_calls",
     "cpu",
     "gpt_builder",
     "generate",
+    "prefix_resident_forward_backward",
     "validate_config",
     "with_prefix_grouped_attention",
     "with_sequence_parallel_norms",

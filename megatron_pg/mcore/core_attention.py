@@ -82,9 +82,17 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         if isinstance(packed_seq_params, DecodeSeqParams):
             out = packed_seq_params.cache.attend(self, query, key, value, scale)
         else:
-            plan, backend = packed_seq_params.plan, self.attention_backend
+            params = packed_seq_params
+            if params.prefix_kv is not None:
+                key, value = params.prefix_kv.keep(self, key, value)
             out = prefix_grouped_attention(
-                query, key, value, plan, softmax_scale=scale, backend=backend
+                query,
+                key,
+                value,
+                params.plan,
+                softmax_scale=scale,
+                backend=self.attention_backend,
+                resident=[kept.of(self) for kept in params.resident],
             )
         if isinstance(packed_seq_params, PrefillSeqParams):
             packed_seq_params.cache.store_prompts(self, key, value)

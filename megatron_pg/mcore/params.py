@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..attention import AttentionPlan, make_attention_plan
 from ..tree import PackedLayout
 from .predictions import Predictions
+from .prefix_kv import PrefixKV
 
 
 @dataclass(kw_only=True)
@@ -69,11 +71,15 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         layout: where every token stands.
         plan: the passes of attention, made once and used by every layer.
         predictions: what ``PrefixGroupedGPTModel`` returns on the last stage instead of logits.
+        prefix_kv: keeps the row's keys and values, when it is a prefix row.
+        resident: kept by the prefix rows that ``layout.resident_spans`` name.
     """
 
     layout: PackedLayout
     plan: AttentionPlan
     predictions: Predictions | None = None
+    prefix_kv: PrefixKV | None = None
+    resident: tuple[PrefixKV, ...] = ()
 
     @classmethod
     def from_layout(
@@ -83,6 +89,8 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         *,
         predictions: Predictions | None = None,
         config: TransformerConfig | None = None,
+        prefix_kv: PrefixKV | None = None,
+        resident: Sequence[PrefixKV] = (),
     ) -> PrefixGroupedSeqParams:
         """Prepare one microbatch for the device its tokens live on.
 
@@ -91,6 +99,8 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             device: where the model runs.
             predictions: tokens to predict (see ``PrefixGroupedGPTModel``).
             config: when given, the row's length is checked against its parallel layout.
+            prefix_kv: see the class; the resident schedule hands it out.
+            resident: see the class; the resident schedule hands it out.
 
         Raises:
             ValueError: if sequence parallelism cannot split the row evenly.
@@ -109,6 +119,8 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             plan=make_attention_plan(layout, device),
             position_ids=layout.position_ids.to(device, non_blocking=True),
             predictions=predictions,
+            prefix_kv=prefix_kv,
+            resident=tuple(resident),
         )
 
 

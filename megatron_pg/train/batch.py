@@ -15,12 +15,14 @@ from ..data import (
     GroupShape,
     Microbatch,
     PackPlan,
+    ResidencyConfig,
+    Wave,
     balance_groups,
     equalize_num_microbatches,
     group_shape,
-    make_microbatches,
-    plan_rows,
-    select_samples,
+    make_wave,
+    part_tree,
+    plan_waves,
 )
 from ..loss import aggregation_weights
 from .config import AlgorithmConfig, TrainConfig
@@ -40,6 +42,7 @@ class PackingConfig:
         num_microbatches_multiple: pipeline size under an interleaved schedule, else 1.
         min_shared: see ``data.group_tree``.
         cost_model: balances ranks and rows.
+        residency: what becomes of groups that are larger than a row.
     """
 
     max_tokens: int
@@ -47,6 +50,7 @@ class PackingConfig:
     num_microbatches_multiple: int
     min_shared: int | None
     cost_model: CostModel
+    residency: ResidencyConfig
 
 
 def packing_config(config: TrainConfig, plan: ModelPlan) -> PackingConfig:
@@ -68,6 +72,13 @@ def packing_config(config: TrainConfig, plan: ModelPlan) -> PackingConfig:
             kv_channels=model.kv_channels,
             gated_linear_unit=model.gated_linear_unit,
         ),
+        residency=ResidencyConfig(
+            choice=config.run.prefix_resident,
+            mode=config.run.prefix_resident_mode,
+            max_resident_tokens=config.run.max_resident_tokens
+            or config.run.max_tokens_per_microbatch,
+            num_stages=parallel.pipeline_model_parallel_size,
+        ),
     )
 
 
@@ -77,13 +88,27 @@ class Minibatch:
 
     Attributes:
         groups: all groups of the minibatch, the same on every rank.
-        microbatches: this rank's rows with their training values.
+        waves: this rank's rows with their training values.
         tokens: over the rows of all ranks.
     """
 
     groups: tuple[Group, ...]
-    microbatches: tuple[Microbatch, ...]
+    waves: tuple[Wave, ...]
     tokens: TokenCounts
+
+    @property
+    def microbatches(self) -> tuple[Microbatch, ...]:
+        """The rows that train, wave by wave."""
+        return tuple(batch for wave in self.waves for batch in wave.microbatches)
+
+    def with_microbatches(self, microbatches: Sequence[Microbatch]) -> Minibatch:
+        """Copy with other values for ``microbatches``, in their order."""
+        numbered = iter(microbatches)
+        waves = (
+            replace(wave, microbatches=tuple(next(numbered) for _ in wave.microbatches))
+            for wave in self.waves
+        )
+        return replace(self, waves=tuple(waves))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +119,12 @@ class TokenCounts:
         unique: tokens encoded.
         logical: tokens of the written-out samples.
         padded: padding at the end of rows.
-        rows: microbatches, fillers included.
+        rows: microbatches, prefix rows and fillers included.
         fillers: rows that contribute nothing; their tokens are not counted.
+        resident: tokens of resident prefixes, counted in ``unique`` too.
+        resident_groups: groups whose prefix is resident.
+        repeated_groups: groups that are divided and repeat their prefix.
+        waves: of one rank.
     """
 
     unique: int = 0
@@ -103,6 +132,10 @@ class TokenCounts:
     padded: int = 0
     rows: int = 0
     fillers: int = 0
+    resident: int = 0
+    resident_groups: int = 0
+    repeated_groups: int = 0
+    waves: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         return TokenCounts(**{name: n + getattr(other, name) for name, n in self.__dict__.items()})
@@ -110,38 +143,55 @@ class TokenCounts:
 
 def plan_all_ranks(
     shapes: Sequence[GroupShape], dp_size: int, packing: PackingConfig
-) -> list[PackPlan]:
-    """Rows of every data-parallel rank, equally many, from lengths alone."""
+) -> list[list[PackPlan]]:
+    """Waves of every data-parallel rank with equally many rows each, from lengths alone."""
     plans = [
-        plan_rows(
+        plan_waves(
             shapes,
             packing.max_tokens,
+            packing.residency,
             members=members,
             cost_model=packing.cost_model,
             pad_to_multiple=packing.pad_to_multiple,
         )
         for members in balance_groups(shapes, dp_size, packing.cost_model)
     ]
-    return equalize_num_microbatches(
-        plans, multiple_of=packing.num_microbatches_multiple, cost_model=packing.cost_model
+    empty = PackPlan(tuple(shapes), (), packing.pad_to_multiple)
+    waves = [
+        equalize_num_microbatches(
+            [plan[i] if i < len(plan) else empty for plan in plans],
+            multiple_of=packing.num_microbatches_multiple,
+            cost_model=packing.cost_model,
+        )
+        for i in range(max(map(len, plans)))
+    ]
+    return [list(plan) for plan in zip(*waves)]
+
+
+def count_tokens(plans: Sequence[Sequence[PackPlan]]) -> TokenCounts:
+    """Tokens of the waves of all ranks, fillers' left out."""
+    total = TokenCounts(waves=len(plans[0]))
+    places: dict[int, int] = {}
+    for wave in (wave for plan in plans for wave in plan):
+        for row in wave.rows:
+            unique = sum(part_tree(wave.shapes, part).unique_tokens for part in row)
+            total += _row_counts(unique, wave, bool(row))
+            for part in row:
+                samples = list(part.samples)
+                lens = wave.shapes[part.group].tree.sample_lens[samples]
+                total += TokenCounts(logical=int(lens.sum()))
+                places[part.group] = places.get(part.group, 0) + (not part.is_resident)
+        for prefix_row in wave.prefix_rows:
+            unique = sum(wave.shapes[group].resident_tokens for group in prefix_row)
+            total += _row_counts(unique, wave, bool(prefix_row))
+            total += TokenCounts(resident=unique, resident_groups=len(prefix_row))
+    return total + TokenCounts(repeated_groups=sum(count > 1 for count in places.values()))
+
+
+def _row_counts(unique: int, wave: PackPlan, is_used: bool) -> TokenCounts:
+    return TokenCounts(
+        unique=unique, padded=-unique % wave.pad_to_multiple, rows=1, fillers=int(not is_used)
     )
-
-
-def count_tokens(plans: Sequence[PackPlan]) -> TokenCounts:
-    """Tokens of the rows of all ranks, fillers' left out."""
-    total = TokenCounts()
-    for plan in plans:
-        for row in plan.rows:
-            trees = [select_samples(plan.shapes[part.group].tree, part.samples) for part in row]
-            unique = sum(tree.unique_tokens for tree in trees)
-            total += TokenCounts(
-                unique=unique,
-                logical=sum(int(tree.sample_lens.sum()) for tree in trees),
-                padded=-unique % plan.pad_to_multiple,
-                rows=1,
-                fillers=int(not row),
-            )
-    return total
 
 
 def make_minibatch(
@@ -166,12 +216,11 @@ def make_minibatch(
     weights = aggregation_weights(
         counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
     )
-    microbatches = make_microbatches(
-        plans[ranks.dp_rank], groups, sample_weights=weights, advantages=advantages
-    )
-    return Minibatch(
-        groups=tuple(groups), microbatches=tuple(microbatches), tokens=count_tokens(plans)
-    )
+    waves = [
+        make_wave(plan, groups, sample_weights=weights, advantages=advantages)
+        for plan in plans[ranks.dp_rank]
+    ]
+    return Minibatch(groups=tuple(groups), waves=tuple(waves), tokens=count_tokens(plans))
 
 
 def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:

@@ -215,6 +215,13 @@ class RunConfig:
         num_steps: rollout-and-train steps.
         groups_per_step: groups of one step, over all data-parallel ranks.
         max_tokens_per_microbatch: budget of a packed row in unique tokens.
+        prefix_resident: what becomes of a group that is larger than a row: "never" repeats its
+            prompt in each of its rows, "always" encodes it once and keeps it resident on every
+            pipeline stage, "auto" does what the cost model finds cheaper.
+        prefix_resident_mode: "retain" keeps the graph of resident prompts, "recompute" encodes them
+            once more in the backward pass.
+        max_resident_tokens: prompt tokens that are resident at once; more take several waves.
+            ``max_tokens_per_microbatch`` when None.
         logprob_chunk_tokens: predictions whose logits exist at once.
         seed: of initialisation, sampling and order.
         save_interval: steps between checkpoints; 0 saves none.
@@ -236,6 +243,9 @@ class RunConfig:
     num_steps: int = 100
     groups_per_step: int = 8
     max_tokens_per_microbatch: int = 8192
+    prefix_resident: Literal["auto", "always", "never"] = "auto"
+    prefix_resident_mode: Literal["retain", "recompute"] = "retain"
+    max_resident_tokens: int | None = None
     logprob_chunk_tokens: int = 1024
     seed: int = 1234
     save_interval: int = 0

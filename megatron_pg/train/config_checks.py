@@ -107,6 +107,7 @@ _AT_LEAST: dict[str, float] = {
     "run.num_steps": 1,
     "run.groups_per_step": 1,
     "run.max_tokens_per_microbatch": 1,
+    "run.max_resident_tokens": 1,
     "run.logprob_chunk_tokens": 1,
     "run.seed": 0,
     "run.save_interval": 0,

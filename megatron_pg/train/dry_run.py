@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ..data import group_shape
 from ..mcore import validate_config
-from .batch import count_tokens, packing_config, plan_all_ranks
+from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
 from .config_checks import config_problems, launch_problems, raise_problems
 from .model_plan import ModelPlan, plan_model
@@ -100,7 +100,16 @@ def _packing_line(config: TrainConfig, plan: ModelPlan, recording: Recording, dp
     return (
         f"first {len(groups)} of {len(recording.groups)} groups: {tokens.logical:,} logical "
         f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / tokens.unique:.2f}x), "
-        f"{len(plans[0].rows)} microbatches a rank"
+        f"{sum(len(wave.rows) for wave in plans[0])} microbatches a rank" + _resident_clause(tokens)
+    )
+
+
+def _resident_clause(tokens: TokenCounts) -> str:
+    if not tokens.resident_groups:
+        return ""
+    return (
+        f"; prompts of {tokens.resident_groups} groups ({tokens.resident:,} tokens) are resident, "
+        f"in {tokens.waves} wave(s)"
     )
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ..data import Microbatch
+from ..data import Microbatch, PrefixRow, Wave
 from ..loss import PolicyLossConfig, grpo_loss
-from ..mcore import Predictions, PrefixGroupedSeqParams
+from ..mcore import (
+    Predictions,
+    PrefixGroupedSeqParams,
+    ScheduledRow,
+    prefix_resident_forward_backward,
+)
 from .ranks import Ranks
 
 
@@ -24,15 +28,17 @@ class HeadConfig:
         temperature: of the logprobs; the sampling temperature.
         vocab_size: entries of the vocabulary without padding.
         chunk_tokens: predictions whose logits exist at once.
+        resident_mode: how gradients of resident prefixes are made.
     """
 
     temperature: float
     vocab_size: int
     chunk_tokens: int
+    resident_mode: Literal["retain", "recompute"] = "retain"
 
 
 def compute_logprobs(
-    chunks: Sequence[Any], microbatches: Sequence[Microbatch], head: HeadConfig, ranks: Ranks
+    chunks: Sequence[Any], waves: Sequence[Wave], head: HeadConfig, ranks: Ranks
 ) -> list[Tensor]:
     """Logprobs ``[M]`` of every microbatch's trained tokens, without a graph.
 
@@ -43,9 +49,12 @@ def compute_logprobs(
         One float64 CPU tensor per microbatch on last-stage ranks, nothing on the others.
     """
 
-    def forward_step(batches: Iterator[Microbatch], model: Any) -> Any:
-        batch = next(batches)
-        output = _forward(model, batch, head, ranks, with_entropy=False)
+    def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
+        scheduled = next(rows)
+        batch = scheduled.row
+        output = _forward(model, scheduled, head, ranks, with_entropy=False)
+        if isinstance(batch, PrefixRow):
+            return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
             logprobs = output[0][batch.edge_ids.to(ranks.device)]
@@ -55,13 +64,13 @@ def compute_logprobs(
         return output, loss_func
 
     with torch.no_grad():
-        results = _run_schedule(chunks, microbatches, forward_step, forward_only=True)
+        results = _run_schedule(chunks, waves, forward_step, head, forward_only=True)
     return [result["logprobs"] for result in results]
 
 
 def train_pass(
     chunks: Sequence[Any],
-    microbatches: Sequence[Microbatch],
+    waves: Sequence[Wave],
     policy: PolicyLossConfig,
     head: HeadConfig,
     ranks: Ranks,
@@ -76,9 +85,12 @@ def train_pass(
         ranks that do not predict.
     """
 
-    def forward_step(batches: Iterator[Microbatch], model: Any) -> Any:
-        batch = next(batches)
-        output = _forward(model, batch, head, ranks, with_entropy=True)
+    def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
+        scheduled = next(rows)
+        batch = scheduled.row
+        output = _forward(model, scheduled, head, ranks, with_entropy=True)
+        if isinstance(batch, PrefixRow):
+            return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
             edge_ids = batch.edge_ids.to(ranks.device)
@@ -100,43 +112,58 @@ def train_pass(
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    results = _run_schedule(chunks, microbatches, forward_step, forward_only=False)
+    results = _run_schedule(chunks, waves, forward_step, head, forward_only=False)
     names = results[0] if results else {}
     return {name: float(sum(float(r[name]) for r in results)) for name in names}
 
 
 def _forward(
-    model: Any, batch: Microbatch, head: HeadConfig, ranks: Ranks, with_entropy: bool
+    model: Any, scheduled: ScheduledRow, head: HeadConfig, ranks: Ranks, with_entropy: bool
 ) -> Any:
+    row: Microbatch | PrefixRow = scheduled.row
+    if isinstance(row, Microbatch):
+        predictor_ids, target_tokens = row.predictor_ids, row.target_tokens
+    else:
+        predictor_ids = target_tokens = torch.empty(0, dtype=torch.int64)
     params = PrefixGroupedSeqParams.from_layout(
-        batch.layout,
+        row.layout,
         ranks.device,
         predictions=Predictions(
-            predictor_ids=batch.predictor_ids,
-            target_tokens=batch.target_tokens,
+            predictor_ids=predictor_ids,
+            target_tokens=target_tokens,
             temperature=head.temperature,
             vocab_size=head.vocab_size,
             with_entropy=with_entropy,
             chunk_tokens=head.chunk_tokens,
         ),
+        prefix_kv=scheduled.prefix_kv,
+        resident=scheduled.resident,
     )
-    tokens = batch.tokens.to(ranks.device, non_blocking=True)
+    tokens = row.tokens.to(ranks.device, non_blocking=True)
     return model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
 
 
+def _prefix_loss(ranks: Ranks) -> Any:
+    """Loss function of a row that predicts nothing: a zero with a graph."""
+    return lambda output: (output[0].sum(), _no_tokens(ranks), {})
+
+
 def _run_schedule(
-    chunks: Sequence[Any], microbatches: Sequence[Microbatch], forward_step: Any, forward_only: bool
+    chunks: Sequence[Any],
+    waves: Sequence[Wave],
+    forward_step: Any,
+    head: HeadConfig,
+    forward_only: bool,
 ) -> list[dict[str, Any]]:
-    iterators = [iter(microbatches) for _ in chunks]
-    interleaved = len(chunks) > 1
-    results = get_forward_backward_func()(
+    layouts = [row.layout for wave in waves for row in wave.prefix_rows]
+    layouts += [row.layout for wave in waves for row in wave.microbatches]
+    results = prefix_resident_forward_backward(
         forward_step_func=forward_step,
-        data_iterator=iterators if interleaved else iterators[0],
-        model=list(chunks) if interleaved else chunks[0],
-        num_microbatches=len(microbatches),
+        waves=waves,
+        model=list(chunks),
         # Only read where stages do not exchange shapes; ours always do.
-        seq_length=max(batch.layout.total_tokens for batch in microbatches),
-        micro_batch_size=1,
+        seq_length=max(layout.total_tokens for layout in layouts),
+        mode=head.resident_mode,
         forward_only=forward_only,
     )
     return [result for result in results if result]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,13 +114,14 @@ class Preparation:
             old = self._logprobs(self.chunks, minibatch)
         if self.reference is not None and batches[0].ref_logprobs is None:
             ref = self._logprobs(self.reference, minibatch)
-        filled = tuple(
-            batch.with_logprobs(
-                old_logprobs=old[i] if old else None, ref_logprobs=ref[i] if ref else None
-            )
-            for i, batch in enumerate(batches)
+        return minibatch.with_microbatches(
+            [
+                batch.with_logprobs(
+                    old_logprobs=old[i] if old else None, ref_logprobs=ref[i] if ref else None
+                )
+                for i, batch in enumerate(batches)
+            ]
         )
-        return replace(minibatch, microbatches=filled)
 
     def _kl_of_samples(self, groups: Sequence[Group]) -> Tensor:
         """``[N]`` ``kl_coef`` times the KL of every sample to the reference, on every rank."""
@@ -172,7 +172,7 @@ class Preparation:
         return {sample: values for part in parts for sample, values in part.items()}
 
     def _logprobs(self, chunks: Sequence[Any], minibatch: Minibatch) -> list[Tensor]:
-        return compute_logprobs(chunks, minibatch.microbatches, self.head, self.ranks)
+        return compute_logprobs(chunks, minibatch.waves, self.head, self.ranks)
 
 
 def shaped_rewards(groups: Sequence[Group], config: TrainConfig) -> Tensor:

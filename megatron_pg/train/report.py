@@ -55,6 +55,10 @@ METRICS: dict[str, str] = {
     "packing/microbatches": "rows of all data-parallel ranks, fillers included",
     "packing/fillers": "rows that only keep ranks in step",
     "packing/efficiency": "unique tokens / (rows * token budget)",
+    "packing/resident_groups": "groups larger than a row whose prompt is resident",
+    "packing/repeated_groups": "groups larger than a row that repeat their prompt",
+    "packing/waves": "waves of a minibatch; above 1 when not all prompts are resident at once",
+    "tokens/resident": "tokens of resident prompts, counted in tokens/unique too",
     "pipeline/bubble": "estimated idle share of a pipeline stage (1F1B)",
     "time/rollout": "seconds for rollouts",
     "time/self_check": "seconds for the self-check; when checked",
@@ -125,6 +129,9 @@ def token_metrics(
         "tokens/padded": float(tokens.padded),
         "packing/microbatches": float(tokens.rows),
         "packing/fillers": float(tokens.fillers),
+        "packing/resident_groups": float(tokens.resident_groups),
+        "packing/repeated_groups": float(tokens.repeated_groups),
+        "tokens/resident": float(tokens.resident),
     }
     if not num_minibatches:
         return metrics
@@ -132,6 +139,7 @@ def token_metrics(
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     rows_per_pass = tokens.rows / dp_size / num_minibatches
     return metrics | {
+        "packing/waves": tokens.waves / num_minibatches,
         "tokens/reuse_ratio": tokens.logical / tokens.unique,
         "packing/efficiency": tokens.unique / (tokens.rows * config.run.max_tokens_per_microbatch),
         # 1F1B: stages - 1 slots idle of every rows_per_pass * chunks + stages - 1.

@@ -117,8 +117,12 @@ class Checkpoints:
 
     def _keep_origin(self, origin: Origin) -> None:
         """Keep configuration and tokenizer beside the checkpoints, for conversion back."""
-        if dist.get_rank() == 0 and not (self.folder / HF_FOLDER).exists():
-            write_hf_metadata_folder(self.folder, origin.folder)
+        final = self.folder / HF_FOLDER
+        if dist.get_rank() == 0 and not final.exists():
+            partial = self.folder / f"{_PARTIAL}origin-{uuid.uuid4().hex[:8]}"
+            write_hf_metadata_folder(partial, origin.folder)
+            os.replace(partial / HF_FOLDER, final)
+            partial.rmdir()
 
     def _path(self, step: int) -> Path:
         return self.folder / f"iter_{step:07d}"

@@ -155,6 +155,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             vocab_size=plan.vocab_size,
             chunk_tokens=config.run.logprob_chunk_tokens,
+            resident_mode=config.run.prefix_resident_mode,
         )
         self.preparation = Preparation(config, self.model.chunks, reference, head, packing, ranks)
         self.stream = make_stream(config, inputs, self.model.chunks, plan.vocab_size, ranks)
@@ -169,7 +170,7 @@ class Trainer:
                 with timer.phase("train"):
                     update = train_pass(
                         self.model.chunks,
-                        minibatch.microbatches,
+                        minibatch.waves,
                         algorithm.policy,
                         self.preparation.head,
                         self.ranks,

@@ -1,7 +1,14 @@
 """What is shared: prefix trees and the packed row."""
 
-from .layout import PackedLayout, pack_trees
-from .mask import dense_mask
+from .layout import PackedLayout, ResidentSpans, pack_trees
+from .mask import dense_mask, resident_mask
 from .tree import PrefixTree
 
-__all__ = ["PackedLayout", "PrefixTree", "dense_mask", "pack_trees"]
+__all__ = [
+    "PackedLayout",
+    "PrefixTree",
+    "ResidentSpans",
+    "dense_mask",
+    "pack_trees",
+    "resident_mask",
+]

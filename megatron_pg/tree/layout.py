@@ -15,6 +15,33 @@ from .tree import IntArray, PrefixTree, as_length
 
 
 @dataclass(frozen=True, eq=False)
+class ResidentSpans:
+    """What tokens of a row see of one prefix row: span i of the queries all of span i of the keys.
+
+    Attributes:
+        row: which of the resident prefix rows that run beside the row.
+        q_spans: ``[num_spans, 2]`` half-open, packed indices of the row, ascending.
+        kv_spans: ``[num_spans, 2]`` half-open, packed indices of the prefix row, ascending.
+
+    Raises:
+        ValueError: if spans are empty, overlap or do not ascend.
+    """
+
+    row: int
+    q_spans: IntArray
+    kv_spans: IntArray
+
+    def __post_init__(self) -> None:
+        for name in ("q_spans", "kv_spans"):
+            bounds = getattr(self, name)
+            if bounds.shape != self.q_spans.shape or bounds.ndim != 2 or bounds.shape[1] != 2:
+                raise ValueError(f"{name} must be [num_spans, 2], got {bounds.shape}")
+            flat = bounds.ravel()
+            if (bounds[:, 0] >= bounds[:, 1]).any() or (flat[1:] < flat[:-1]).any():
+                raise ValueError(f"{name} must ascend without overlap, got {bounds.tolist()}")
+
+
+@dataclass(frozen=True, eq=False)
 class PackedLayout:
     """One row: the segments of several trees in pre-order, then padding.
 
@@ -37,12 +64,26 @@ class PackedLayout:
         tree_segment_offsets: ``[num_trees + 1]`` first segment of every tree.
         tree_sample_offsets: ``[num_trees + 1]`` first sample of every tree.
         total_tokens: length of the row, padding included.
+        resident_spans: what trees whose prefix is resident see of the prefix rows.
     """
 
     forest: PrefixTree
     tree_segment_offsets: IntArray
     tree_sample_offsets: IntArray
     total_tokens: int
+    resident_spans: tuple[ResidentSpans, ...] = ()
+
+    def __post_init__(self) -> None:
+        lens = self.forest.resident_lens
+        expected = 0 if lens is None else int((lens * self._subtree_lens).sum())
+        pairs = sum(
+            int((np.diff(s.q_spans) * np.diff(s.kv_spans)).sum()) for s in self.resident_spans
+        )
+        if pairs != expected:
+            raise ValueError(
+                f"resident_spans hold {pairs} pairs, the resident prefixes of the trees "
+                f"{expected}; name for every root the prefix row that it continues"
+            )
 
     @property
     def num_trees(self) -> int:
@@ -251,6 +292,10 @@ class PackedLayout:
         row[: self.unique_tokens] = torch.from_numpy(self.forest.token_ids)
         return row
 
+    @property
+    def _subtree_lens(self) -> IntArray:
+        return self.forest.segment_subtree_ends - self.forest.segment_starts
+
     def _per_token(self, per_segment: IntArray, padding: int) -> Tensor:
         row = np.full(self.total_tokens, padding, dtype=np.int64)
         row[: self.unique_tokens] = np.repeat(per_segment, self.forest.segment_lens)
@@ -262,16 +307,22 @@ class PackedLayout:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, its first dim must be {rows}")
 
 
-def pack_trees(trees: Sequence[PrefixTree], pad_to_multiple: int = 1) -> PackedLayout:
+def pack_trees(
+    trees: Sequence[PrefixTree],
+    pad_to_multiple: int = 1,
+    resident_spans: Sequence[ResidentSpans] = (),
+) -> PackedLayout:
     """Lay several trees in one row, in the order given, padded at the tail.
 
     Args:
         trees: at least one tree. Trees never share tokens with each other.
         pad_to_multiple: the row's length becomes a multiple of this (tp_size under sequence
             parallelism).
+        resident_spans: for trees ``without_prefix``, where their prefixes stand.
 
     Raises:
-        ValueError: on no trees or ``pad_to_multiple < 1``.
+        ValueError: on no trees, ``pad_to_multiple < 1``, or resident spans that do not belong to
+            the trees.
     """
     as_length("pad_to_multiple", pad_to_multiple)
     trees = list(trees)
@@ -288,6 +339,22 @@ def pack_trees(trees: Sequence[PrefixTree], pad_to_multiple: int = 1) -> PackedL
         sample_segments=np.concatenate([tree.sample_segments for tree in trees])
         + np.repeat(segment_offsets[:-1], np.diff(sample_offsets)),
         token_ids=None if any(t is None for t in tokens) else np.concatenate(tokens),  # type: ignore[arg-type]
+        resident_lens=_joined_resident_lens(trees),
     )
     total_tokens = -(-forest.unique_tokens // pad_to_multiple) * pad_to_multiple
-    return PackedLayout(forest, segment_offsets, sample_offsets, total_tokens)
+    return PackedLayout(
+        forest, segment_offsets, sample_offsets, total_tokens, tuple(resident_spans)
+    )
+
+
+def _joined_resident_lens(trees: Sequence[PrefixTree]) -> IntArray | None:
+    if all(tree.resident_lens is None for tree in trees):
+        return None
+    return np.concatenate(
+        [
+            np.zeros(tree.num_segments, dtype=np.int64)
+            if tree.resident_lens is None
+            else tree.resident_lens
+            for tree in trees
+        ]
+    )

@@ -22,13 +22,16 @@ class PrefixTree:
 
     Sample ``i`` equals the concatenation of the segments on the path from a root to
     ``sample_segments[i]``. A sample may end at any segment, several samples may end at the same
-    one, and a tree may have several roots (samples of one group whose first tokens differ).
+    one, and a tree may have several roots (samples of one group whose first tokens differ). A tree
+    may also hold only what follows a resident prefix (see ``without_prefix``).
 
     Attributes:
         segment_lens: ``[num_segments]`` tokens per segment, all positive.
         segment_parents: ``[num_segments]`` index of the parent, -1 for a root.
         sample_segments: ``[num_samples]`` segment at whose end the sample ends, caller's order.
         token_ids: ``[unique_tokens]`` tokens in packed order, or None when only lengths are known.
+        resident_lens: ``[num_segments]`` tokens that stand before a root in another row and that
+            all its tokens see, 0 for other segments; None when there are none.
 
     Raises:
         ValueError: if the arrays do not describe a tree in pre-order whose every segment belongs
@@ -39,9 +42,12 @@ class PrefixTree:
     segment_parents: IntArray
     sample_segments: IntArray
     token_ids: IntArray | None = None
+    resident_lens: IntArray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("segment_lens", "segment_parents", "sample_segments"):
+        for name in ("segment_lens", "segment_parents", "sample_segments", "resident_lens"):
+            if getattr(self, name) is None:
+                continue
             array = np.asarray(getattr(self, name), dtype=np.int64)
             if array.ndim != 1:
                 raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
@@ -90,6 +96,31 @@ class PrefixTree:
         runs = [_as_tokens(i, tokens) for i, tokens in enumerate(sequences)]
         return cls(*build_radix_segments(runs, min_shared))
 
+    def without_prefix(self, lens: Sequence[int] | IntArray) -> PrefixTree:
+        """What follows the first tokens of every root, which stay resident in another row.
+
+        Args:
+            lens: ``[num_segments]`` tokens to be left out at the start of a segment; 0 for all
+                that are no roots, and less than the length of the root.
+
+        Raises:
+            ValueError: if a length does not fit.
+        """
+        resident = np.asarray(lens, dtype=np.int64)
+        if resident.shape != self.segment_lens.shape or (resident >= self.segment_lens).any():
+            raise ValueError(
+                f"lens={resident.tolist()} must leave at least one token of each of the segments "
+                f"of {self.segment_lens.tolist()} tokens"
+            )
+        if self.resident_lens is not None:
+            raise ValueError("the tree has lost its prefix already; cut the whole tree")
+        return PrefixTree(
+            segment_lens=self.segment_lens - resident,
+            segment_parents=self.segment_parents,
+            sample_segments=self.sample_segments,
+            resident_lens=resident,
+        )
+
     @property
     def num_segments(self) -> int:
         return len(self.segment_lens)
@@ -106,7 +137,10 @@ class PrefixTree:
     @cached_property
     def segment_positions(self) -> IntArray:
         """``[num_segments]`` logical position of the segment's first token."""
-        return ancestor_sums(self.segment_parents, self.segment_lens)
+        if self.resident_lens is None:
+            return ancestor_sums(self.segment_parents, self.segment_lens)
+        before = ancestor_sums(self.segment_parents, self.segment_lens + self.resident_lens)
+        return before + self.resident_lens
 
     @cached_property
     def segment_starts(self) -> IntArray:
@@ -130,8 +164,8 @@ class PrefixTree:
 
     @cached_property
     def sample_lens(self) -> IntArray:
-        """``[num_samples]`` tokens of every written-out sample."""
-        ends = self.segment_positions + self.segment_lens
+        """``[num_samples]`` tokens of every written-out sample, a resident prefix left out."""
+        ends = ancestor_sums(self.segment_parents, self.segment_lens) + self.segment_lens
         return ends[self.sample_segments]
 
     @property
@@ -149,7 +183,7 @@ class PrefixTree:
 
     @property
     def attention_pairs(self) -> int:
-        """Visible (q, kv) pairs after sharing, each token with itself included."""
+        """Visible (q, kv) pairs after sharing, with itself and a resident prefix included."""
         lens = self.segment_lens
         return int((lens * self.segment_positions + lens * (lens + 1) // 2).sum())
 
@@ -193,6 +227,11 @@ class PrefixTree:
             raise ValueError(f"segment {bad} lies on the path of no sample; leave it out")
         if self.token_ids is not None and len(self.token_ids) != self.unique_tokens:
             raise ValueError(f"{len(self.token_ids)} token_ids for {self.unique_tokens} tokens")
+        resident = self.resident_lens
+        if resident is not None and (len(resident) != len(lens) or resident.min() < 0):
+            raise ValueError(f"resident_lens={resident} must be one length per segment, 0 or more")
+        if resident is not None and (resident[child] > 0).any():
+            raise ValueError("only a root can follow a resident prefix")
 
 
 def ancestor_sums(parents: IntArray, values: npt.NDArray[Any]) -> IntArray:

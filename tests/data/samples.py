@@ -64,3 +64,31 @@ def random_groups(
 
 def shapes_of(groups: Sequence[Group], min_shared: int | None = None) -> list[GroupShape]:
     return [group_shape(group, min_shared) for group in groups]
+
+
+def make_large_groups(seed: int = 2, vocab_size: int = 50) -> list[Group]:
+    """Ragged groups that fill 1, 2, 3, 7 and 2 rows of 18 tokens beside a resident prompt."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(2, vocab_size, (length,), generator=generator)
+
+    groups = []
+    lens = [[3, 4], [8, 7, 6, 5], [9, 8, 1, 8, 4, 7], [8, 7] * 7, [10, 6, 5]]
+    for number, (prompt_len, responses) in enumerate(zip([5, 11, 9, 12, 7], lens)):
+        prompt, samples = tokens(prompt_len), []
+        for place, length in enumerate(responses):
+            mask = torch.ones(length, dtype=torch.bool)
+            if place == 1 and length > 4:
+                mask[:2] = False
+            reward = float(torch.rand(1, generator=generator))
+            samples.append(
+                Sample(
+                    prompt_ids=prompt,
+                    response_ids=tokens(length),
+                    reward=reward,
+                    loss_mask=mask,
+                )
+            )
+        groups.append(Group(f"large{number}", tuple(samples)))
+    return groups

@@ -84,3 +84,26 @@ TRAINING = {
     "pp2_tied_full": Case(pp=2, tied=True, dtype=torch.float32, config=FULL_RECOMPUTE, bound=1e-4),
     "dp2_distributed": Case(dp=2, dtype=torch.float32, distributed_optimizer=True, bound=1e-4),
 }
+
+# Resident prefixes, each in both modes.
+SCHEDULE = {
+    "plain": Case(),
+    "tied": Case(tied=True),
+    "selective": Case(config=SELECTIVE_RECOMPUTE),
+    "full": Case(config=FULL_RECOMPUTE),
+    "averaged": Case(config=dict(calculate_per_token_loss=False)),
+    "tp2_sp": Case(tp=2, sp=True),
+    "pp2": Case(pp=2),
+    "pp2_tied": Case(pp=2, tied=True),
+    "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),
+    "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),
+    "dp2": Case(dp=2),
+    "pp4": Case(pp=4, num_layers=4),
+    "pp4_vpp2": Case(pp=4, vpp=2, num_layers=8),
+    "tp2_sp_pp2": Case(tp=2, sp=True, pp=2),
+    "tp2_sp_pp2_vpp2_full": Case(tp=2, sp=True, pp=2, vpp=2, num_layers=4, config=FULL_RECOMPUTE),
+    "tp2_sp_dp2": Case(tp=2, sp=True, dp=2),
+    "pp2_dp2": Case(pp=2, dp=2),
+    "pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, num_layers=4),
+    "tp2_sp_pp2_dp2": Case(tp=2, sp=True, pp=2, dp=2),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from tests.utils import ROOT
 from tools.bench import attention, timing
 from tools.bench.registry import BenchmarkMismatch, Options
+from tools.bench.render import make_panels
 from tools.bench.shapes import binary_tree, ragged_star, standard_shapes, star, two_level
 
 FIELDS = {"benchmark", "shape", "baseline", "ratio", "bound", "share", "machine"}
@@ -78,6 +80,32 @@ def test_the_plot_sweeps_lengths(tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_panels_draw_time_and_memory_with_their_bounds() -> None:
+    def row(prefix_len: int, baseline: str, ratio: float, peaks: tuple[int, int] | None) -> dict:
+        shape = dict(prefix_len=prefix_len, suffix_len=8, num_generations=4, sweep="prefix_len")
+        tokens = dict(unique_tokens=32 + prefix_len, logical_tokens=4 * (8 + prefix_len))
+        fields = dict(benchmark="layer", baseline=baseline, ratio=ratio, bound=2 * ratio)
+        ours, theirs = peaks or (None, None)
+        peak = dict(ours_peak_bytes=ours, baseline_peak_bytes=theirs)
+        return {**fields, **peak, "shape": {**shape, **tokens}, "ours_ms": 1.0}
+
+    rows = [
+        row(64, "written out", 3.0, (10, 25)),
+        row(32, "written out", 2.0, (10, 20)),
+        row(32, "peer", 1.0, (10, 30)),
+        row(64, "peer", 1.5, None),
+    ]
+    not_swept = {**rows[0], "shape": {"name": "alone"}}
+    panels = make_panels([*rows, not_swept])
+    assert panels.keys() == {("layer", q, "prefix_len") for q in ("time", "memory")}
+    (memory,) = panels["layer", "memory", "prefix_len"]
+    assert (memory.x, memory.ratios) == ([32, 64], [2.0, 2.5])
+    assert memory.bounds == [160 / 64, 288 / 96]
+    peer, written_out = panels["layer", "time", "prefix_len"]
+    assert (peer.label, written_out.label) == ("peer, R8 G4", "written out, R8 G4")
+    assert (peer.ratios, written_out.bounds) == ([1.0, 1.5], [4.0, 6.0])
+
+
 def test_a_wrong_result_stops_without_a_speed_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +157,32 @@ def test_peak_counts_what_lives_at_once() -> None:
         del second, third
 
     assert timing.peak_bytes(allocate) == pytest.approx(2 * 4 * size, rel=0.01)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left alone")
+def test_freed_memory_is_kept() -> None:
+    """A tensor of 64 MiB allocated again costs its 16,384 page faults only without the setting."""
+    script = """if True:
+        import resource, sys, torch
+        from tools.bench.machine import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(16, 1 << 20)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    faults = {}
+    for name in ("keep", "return"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, name],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        faults[name] = int(done.stdout)
+    assert faults["keep"] < 100 and faults["keep"] < faults["return"] / 2
 
 
 def test_shapes_are_what_their_names_say() -> None:

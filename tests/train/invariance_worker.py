@@ -1,7 +1,7 @@
 """Gloo ranks that compare the recipe's loss and gradients with the written-out reference.
 
-``python -m tests.train.invariance_worker FOLDER LAYOUT...``. The layout "one" writes the reference,
-made with the stock model and the stock spec on written-out samples; the others read it.
+``python -m tests.train.invariance_worker FOLDER SUITE LAYOUT...``. The layout "one" writes the
+reference, made with the stock model and the stock spec on written-out samples; the others read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 warnings.filterwarnings("ignore")
 
@@ -41,6 +41,13 @@ class Variant:
     order: int | None = None
     is_written_out: bool = False
     min_shared: int | None = None
+    residency: Literal["never", "retain", "recompute"] = "never"
+    max_resident_tokens: int = 64
+
+    @property
+    def has_waves(self) -> bool:
+        """Whether the prefixes are not all resident at once."""
+        return self.residency != "never" and self.max_resident_tokens < 64
 
 
 # "whole": every group fits into a row; "split": groups are divided over rows.
@@ -53,12 +60,24 @@ VARIANTS = {
     "written_out": Variant(is_written_out=True),
     "detected": Variant(min_shared=1),
 }
+RESIDENT_VARIANTS = {
+    "retained": Variant(max_tokens=18, residency="retain"),
+    "recomputed": Variant(max_tokens=18, residency="recompute"),
+    "waves": Variant(max_tokens=18, order=3, residency="retain", max_resident_tokens=14),
+    "waves_recomputed": Variant(
+        max_tokens=18, order=4, residency="recompute", max_resident_tokens=14
+    ),
+    "detected": Variant(max_tokens=18, min_shared=1, residency="retain"),
+}
+SUITES = {"packing": VARIANTS, "resident": RESIDENT_VARIANTS}
 
 
-def variant_names(layout: str) -> tuple[str, ...]:
+def variant_names(suite: str, layout: str) -> tuple[str, ...]:
     """All where one rank runs them, fewer where ranks wait for each other."""
     if layout == "one":
-        return tuple(VARIANTS)
+        return tuple(SUITES[suite])
+    if suite == "resident":
+        return ("waves", "waves_recomputed")
     # Two in a row, with different numbers of microbatches.
     two = ("pp2", "dp2", "dp2_overlap")
     return ("whole", "reordered_split") if layout in two else ("reordered_split",)
@@ -99,9 +118,11 @@ def write_reference(folder: Path, groups: list[Group]) -> None:
     torch.save(reference, folder / "reference.pt")
 
 
-def variants_of(layout: str, groups: list[Group]) -> Iterator[tuple[str, Variant, list[Group]]]:
-    for name in variant_names(layout):
-        variant = VARIANTS[name]
+def variants_of(
+    suite: str, layout: str, groups: list[Group]
+) -> Iterator[tuple[str, Variant, list[Group]]]:
+    for name in variant_names(suite, layout):
+        variant = SUITES[suite][name]
         chosen = list(groups)
         if variant.order is not None:
             random.Random(variant.order).shuffle(chosen)
@@ -120,15 +141,25 @@ class Subject:
 
     def minibatch(self, groups: list[Group], variant: Variant, config: TrainConfig) -> Any:
         advantages = compute_advantages(groups, shaped_rewards(groups, config), config.algorithm)
+        resident = variant.residency != "never"
         packing = replace(
-            self.packing, max_tokens=variant.max_tokens, min_shared=variant.min_shared
+            self.packing,
+            max_tokens=variant.max_tokens,
+            min_shared=variant.min_shared,
+            residency=replace(
+                self.packing.residency,
+                choice="always" if resident else "never",
+                mode=variant.residency if resident else "retain",
+                max_resident_tokens=variant.max_resident_tokens,
+            ),
         )
+        self.head = replace(self.head, resident_mode=packing.residency.mode)
         packed = written_out(groups) if variant.is_written_out else groups
         return make_minibatch(packed, advantages, config.algorithm, packing, self.ranks)
 
     def loss_and_gradients(self, batch: Any, config: TrainConfig) -> tuple[float, dict[str, Any]]:
         sums = train_pass(
-            self.model.chunks, batch.microbatches, config.algorithm.policy, self.head, self.ranks
+            self.model.chunks, batch.waves, config.algorithm.policy, self.head, self.ranks
         )
         own = sums["loss"] if self.ranks.speaks_for_replica else 0.0
         bare = [chunk.module for chunk in self.model.chunks]
@@ -142,15 +173,17 @@ class Subject:
             for g in groups
         ]
         batch = self.minibatch(plain, variant, self.config)
-        old = compute_logprobs(self.model.chunks, batch.microbatches, self.head, self.ranks)
-        again = compute_logprobs(self.model.chunks, batch.microbatches, self.head, self.ranks)
+        old = compute_logprobs(self.model.chunks, batch.waves, self.head, self.ranks)
+        again = compute_logprobs(self.model.chunks, batch.waves, self.head, self.ranks)
         assert all(torch.equal(a, b) for a, b in zip(old, again))
-        filled = [
-            b.with_logprobs(old_logprobs=old[i] if old else None)
-            for i, b in enumerate(batch.microbatches)
-        ]
+        filled = batch.with_microbatches(
+            [
+                b.with_logprobs(old_logprobs=old[i] if old else None)
+                for i, b in enumerate(batch.microbatches)
+            ]
+        )
         sums = train_pass(
-            self.model.chunks, filled, self.config.algorithm.policy, self.head, self.ranks
+            self.model.chunks, filled.waves, self.config.algorithm.policy, self.head, self.ranks
         )
         if not self.ranks.is_last_stage:
             return 0
@@ -161,7 +194,7 @@ class Subject:
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    folder, suite, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     config = load_config(folder / "config.yaml")
     groups = read_rollouts(folder / "rollouts.jsonl", vocab_size=VOCAB)
     with layouts.cpu_ranks():
@@ -170,12 +203,14 @@ def main() -> None:
                 write_reference(folder, groups)
             reference = torch.load(folder / "reference.pt")
             subject = Subject(layouts.with_layout(config, layout), ranks)
-            for variant_name, variant, chosen in variants_of(layout, groups):
+            for variant_name, variant, chosen in variants_of(suite, layout, groups):
                 worst = 0.0
                 for loss_name, (loss, gradients) in reference.items():
                     case = load_config(folder / f"{loss_name}.yaml")
                     batch = subject.minibatch(chosen, variant, case)
                     assert len(batch.microbatches) > 1 or variant_name == "one_row"
+                    assert (batch.tokens.resident_groups > 2) == (variant.residency != "never")
+                    assert (batch.tokens.waves > 1) == variant.has_waves
                     got, ours = subject.loss_and_gradients(batch, case)
                     worst = max(worst, abs(got - loss) / abs(loss))
                     assert ours.keys() == gradients.keys() and len(ours) == 39

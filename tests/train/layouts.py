@@ -33,10 +33,12 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "dp2_overlap": ParallelConfig(overlap_grad_reduce=True),
     "pp4": ParallelConfig(pipeline_model_parallel_size=4),
     "pp2_dp2": ParallelConfig(pipeline_model_parallel_size=2),
-    "tp2_sp_dp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-    "pp2_vpp2_dp2": ParallelConfig(
-        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    "pp2_vpp2_dp2_overlap": ParallelConfig(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        overlap_grad_reduce=True,
     ),
+    "tp2_sp_dp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
 
 

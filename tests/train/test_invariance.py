@@ -8,24 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_pg.data import Group
+from megatron_pg.data import Group, ResidencyConfig, group_shape, plan_waves
+from tests.data.samples import make_large_groups
 from tests.train import dense, tiny
-from tests.train.invariance_worker import VARIANTS, variant_names
+from tests.train.invariance_worker import RESIDENT_VARIANTS, variant_names
 from tests.utils import run_ranks
 
 LAYOUTS = {
-    1: ["one"],
-    2: ["pp2", "dp2", "pp2_vpp2", "tp2_sp", "dp2_overlap"],
-    4: ["pp4", "pp2_dp2", "tp2_sp_dp2"],
+    "packing": {
+        1: ["one"],
+        2: ["pp2", "dp2", "pp2_vpp2", "tp2_sp", "dp2_overlap"],
+        4: ["pp4", "pp2_dp2", "tp2_sp_dp2"],
+    },
+    "resident": {
+        1: ["one"],
+        2: ["pp2", "dp2_overlap"],
+        4: ["pp2_vpp2_dp2_overlap"],
+    },
 }
+GROUPS = {"packing": tiny.make_groups, "resident": make_large_groups}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepare(folder: Path, groups: list[Group]) -> None:
     """Model, rollouts with every kind of logprobs around the model's own, and configurations."""
-    folder = tmp_path_factory.mktemp("invariance")
     model = tiny.save_model(folder / "model").double()
-    groups = tiny.make_groups()
     with torch.no_grad():
         logprobs = iter(
             dense.sample_logprobs(lambda t: model(t[None]).logits[0], groups, tiny.VOCAB)
@@ -56,18 +62,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in dense.LOSSES.items():
         sections["algorithm"] = case.algorithm()
         tiny.write_config(folder / f"{name}.yaml", sections)
-    return folder
 
 
-def test_loss_and_gradients_do_not_depend_on_the_packing_or_the_layout(folder: Path) -> None:
-    for world_size, names in LAYOUTS.items():
+@pytest.mark.parametrize("suite", ["packing", "resident"])
+def test_loss_and_gradients_do_not_depend_on_the_packing_or_the_layout(
+    suite: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path, GROUPS[suite]())
+    for world_size, names in LAYOUTS[suite].items():
         output = run_ranks(
-            "tests.train.invariance_worker", world_size, str(folder), *names, timeout=600
+            "tests.train.invariance_worker", world_size, str(tmp_path), suite, *names, timeout=600
         )
         proven = {
             " ".join(line.split(":")[0].split()[1:])
             for line in output.splitlines()
             if line.startswith("proven")
         }
-        assert proven == {f"{name} {v}" for name in names for v in variant_names(name)}
-    assert len(VARIANTS) == len(variant_names("one")) == 7
+        assert proven == {f"{name} {v}" for name in names for v in variant_names(suite, name)}
+
+
+def test_the_large_groups_take_from_one_row_to_seven() -> None:
+    shapes = [group_shape(group) for group in make_large_groups()]
+    variant = RESIDENT_VARIANTS["retained"]
+    residency = ResidencyConfig(choice="always", max_resident_tokens=variant.max_resident_tokens)
+    rows = [
+        len(plan_waves(shapes, variant.max_tokens, residency, members=[i])[0].rows)
+        for i in range(len(shapes))
+    ]
+    assert rows == [1, 2, 3, 7, 2]

@@ -23,6 +23,7 @@ class Options:
         shapes: only shapes whose name contains one of these; empty takes all.
         clock: "wall", or "cpu" for the time that the process got (see ``time_interleaved``).
         sweep: also the shapes of the plots.
+        ranks: ``step`` on one process, on two (tp=2 and pp=2), or both.
     """
 
     quick: bool = False
@@ -30,6 +31,7 @@ class Options:
     shapes: tuple[str, ...] = ()
     clock: str = "wall"
     sweep: bool = False
+    ranks: tuple[int, ...] = (1, 2)
 
     @property
     def device(self) -> torch.device:

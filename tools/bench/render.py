@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SWEEPS = {
     "depth": "depth of the tree",
     "groups": "groups",
 }
+LETTERS = {"prefix_len": "P", "suffix_len": "R", "num_generations": "G"}
 
 
 def make_table(rows: Sequence[BenchmarkRow]) -> Table:
@@ -38,53 +40,84 @@ def make_markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in rows)]) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One curve of a panel, ascending in x: measured ratios and what arithmetic allows."""
+
+    label: str
+    x: list[int]
+    ratios: list[float]
+    bounds: list[float]
+
+
 def plot_rows(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """One panel a benchmark and swept length: the measured ratio, and its bound dashed."""
+    """A column a swept size, a row of panels a benchmark and quantity, the bounds dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = _panels(rows)
-    columns = min(len(panels), 3)
-    shape = math.ceil(len(panels) / columns), columns
-    figure, axes = pyplot.subplots(*shape, figsize=(4.6 * columns, 3.6 * shape[0]), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, ((benchmark, sweep), lines) in zip(axes.flat, panels.items()):
-        for (baseline, fixed), points in sorted(lines.items()):
-            points.sort(key=lambda row: row["shape"][sweep])
-            x = [row["shape"][sweep] for row in points]
-            label = f"{baseline}, {fixed}" if fixed else baseline
-            (drawn,) = axis.plot(x, [row["ratio"] for row in points], "o-", label=label)
-            bounds = [row["bound"] for row in points]
-            axis.plot(x, bounds, "--", color=drawn.get_color(), alpha=0.6)
+    panels = make_panels(rows)
+    names = list(dict.fromkeys((benchmark, quantity) for benchmark, quantity, _ in panels))
+    sweeps = [sweep for sweep in SWEEPS if any(key[2] == sweep for key in panels)]
+    size = (3.4 * len(sweeps), 2.9 * len(names))
+    figure, axes = pyplot.subplots(len(names), len(sweeps), figsize=size, squeeze=False)
+    for (name, sweep), axis in zip(product(names, sweeps), axes.flat):
+        lines = panels.get((*name, sweep))
+        if lines is None:
+            axis.axis("off")
+            continue
+        for line in lines:
+            (drawn,) = axis.plot(line.x, line.ratios, "o-", label=line.label)
+            axis.plot(line.x, line.bounds, "--", color=drawn.get_color(), alpha=0.6)
         axis.set_xscale("log", base=2)
-        axis.set(title=benchmark, xlabel=SWEEPS[sweep], ylabel="baseline / ours (dashed: bound)")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(SWEEPS[sweep])
+        axis.set_title(", ".join(name), fontsize=9)
         axis.legend(fontsize=6)
         axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("baseline / ours (dashed: bound)", fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
 
 
-def _panels(
-    rows: Sequence[dict[str, Any]],
-) -> dict[tuple[str, str], dict[tuple[str, str], list[dict[str, Any]]]]:
-    """Rows by (benchmark, swept length), then by baseline and the lengths that are held."""
-    panels: dict[tuple[str, str], dict[tuple[str, str], list[dict[str, Any]]]] = {}
+def make_panels(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[Line]]:
+    """Lines by (benchmark, "time" or "memory", swept size), one for each baseline.
+
+    Peak memory against the written-out baseline is drawn wherever it was measured; its bound is
+    logical over unique tokens.
+    """
+    points: dict[tuple[str, str, str], dict[str, list[tuple[int, float, float]]]] = {}
     for row in rows:
         shape = row["shape"]
         sweep = shape.get("sweep") or ("groups" if "groups" in shape else None)
         if sweep is None:
             continue
-        letters = {"prefix_len": "P", "suffix_len": "R", "num_generations": "G"}
-        held = [f"{letters[n]}{shape[n]}" for n in letters if n != sweep and "prefix_len" in shape]
-        fixed = " ".join(held)
-        lines = panels.setdefault((row["benchmark"], sweep), {})
-        lines.setdefault((row["baseline"], fixed), []).append(row)
-    return panels
+        held = [
+            f"{s}{shape[n]}" for n, s in LETTERS.items() if n != sweep and "prefix_len" in shape
+        ]
+        label = " ".join([row["baseline"] + "," * bool(held), *held])
+        measured = {}
+        if row["ours_ms"] is not None:
+            measured["time"] = (row["ratio"], row["bound"])
+        if row["ours_peak_bytes"] is not None and row["baseline"] == "written out":
+            peaks = row["baseline_peak_bytes"] / row["ours_peak_bytes"]
+            measured["memory"] = (peaks, shape["logical_tokens"] / shape["unique_tokens"])
+        for quantity, point in measured.items():
+            lines = points.setdefault((row["benchmark"], quantity, sweep), {})
+            lines.setdefault(label, []).append((shape[sweep], *point))
+    return {
+        key: [_line(label, sorted(line)) for label, line in sorted(lines.items())]
+        for key, lines in points.items()
+    }
+
+
+def _line(label: str, points: list[tuple[int, float, float]]) -> Line:
+    x, ratios, bounds = (list(column) for column in zip(*points))
+    return Line(label=label, x=x, ratios=ratios, bounds=bounds)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

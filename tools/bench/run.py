@@ -1,4 +1,4 @@
-"""Run benchmarks: ``python tools/bench/run.py NAME [--json FILE] [--plot FILE]``."""
+"""Run benchmarks: ``python tools/bench/run.py NAME [NAME ...] [--json FILE] [--plot FILE]``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ warnings.filterwarnings("ignore", module="megatron")
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from tools.bench import attention, layer, logprob, memory, pack, step  # noqa: E402, F401
-from tools.bench.machine import describe_machine  # noqa: E402
+from tools.bench import attention, layer, logprob, memory, pack, resident, step  # noqa: E402, F401
+from tools.bench.machine import describe_machine, keep_freed_memory  # noqa: E402
 from tools.bench.registry import (  # noqa: E402
     BENCHMARKS,
     BenchmarkMismatch,
@@ -32,13 +32,14 @@ from tools.bench.render import make_table, plot_rows  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     """Run the named benchmarks, print a table and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="also run the shapes of the figure; its PNG")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--rounds", type=int, help="interleaved rounds of every comparison")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
+    parser.add_argument("--ranks", type=int, choices=(1, 2), help="step: only on so many processes")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
     )
@@ -50,19 +51,20 @@ def main(argv: list[str] | None = None) -> int:
         clock=args.clock,
         sweep=args.plot is not None,
         shapes=tuple(part for part in args.shapes.split(",") if part),
+        ranks=(args.ranks,) if args.ranks else (1, 2),
     )
     machine = describe_machine(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)
     rows: list[BenchmarkRow] = []
     try:
-        for name in BENCHMARKS if args.name == "all" else [args.name]:
+        for name in BENCHMARKS if "all" in args.names else args.names:
             for row in BENCHMARKS[name](options):
                 rows.append(row)
                 console.print(f"{name}: {row.shape['name']}", style="dim")
                 if args.json:
                     write_rows(rows, machine, args.json)
     except BenchmarkMismatch as error:
-        print(f"{args.name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     console.print(make_table(rows))
     if args.plot:
@@ -77,4 +79,5 @@ def write_rows(rows: list[BenchmarkRow], machine: dict[str, Any], file: Path) ->
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

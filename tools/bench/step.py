@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from tools.bench.gpt import Dims, make_dims, make_work, megatron
+from tools.bench.ranks import on_two_ranks
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, flop_bound, select, standard_shapes, star
 from tools.bench.timing import check_equal, time_interleaved
@@ -32,14 +26,15 @@ def step(options: Options) -> Iterator[BenchmarkRow]:
     """
     lone = star(32, 8, 1) if options.quick else star(1024, 1024, 1)
     shapes = standard_shapes(options) + [lone] * select(lone, options)
-    dims = make_dims(options)
-    with megatron(dims):
-        trainer = Trainer(dims, options.dtype)
-        for shape in shapes:
-            yield _compare(shape, dims, options, trainer)
-    if not torch.cuda.is_available():
+    if 1 in options.ranks:
+        dims = make_dims(options)
+        with megatron(dims):
+            trainer = Trainer(dims, options.dtype)
+            for shape in shapes:
+                yield _compare(shape, dims, options, trainer)
+    if 2 in options.ranks and not torch.cuda.is_available():
         stars = shapes[:1] if options.quick else [s for s in shapes if s.tree.depth == 1]
-        yield from _on_two_ranks(stars, options)
+        yield from on_two_ranks(partial(_on_both_layouts, stars), options)
 
 
 def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
@@ -68,27 +63,10 @@ def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> Be
     )
 
 
-def _on_two_ranks(shapes: list[Shape], options: Options) -> list[BenchmarkRow]:
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run_rank, (Path(folder), shapes, options), nprocs=2)
-        rows: list[BenchmarkRow] = torch.load(Path(folder) / "rows.pt", weights_only=False)
-    return rows
-
-
-def _run_rank(rank: int, folder: Path, shapes: list[Shape], options: Options) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=30)
-    )
+def _on_both_layouts(shapes: list[Shape], options: Options) -> list[BenchmarkRow]:
     rows = []
     for dims in (make_dims(options, tp=2), make_dims(options, pp=2)):
         with megatron(dims):
             trainer = Trainer(dims, options.dtype)
             rows += [_compare(shape, dims, options, trainer) for shape in shapes]
-    if rank == 0:
-        torch.save(rows, folder / "rows.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows

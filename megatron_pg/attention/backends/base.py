@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..merge import LseMergeAttention, VarlenKernel
 from ..plan import AttentionPlan
+from ..resident import ResidentKV
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,15 @@ class AttentionBackend(Protocol):
         """Why the backend cannot take the inputs here; None when it can."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        softmax_scale: float,
+        resident: Sequence[ResidentKV],
     ) -> Tensor:
-        """``[T, Hq, D]`` output."""
+        """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
 
 
 class MergingBackend:
@@ -62,8 +70,14 @@ class MergingBackend:
         return None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        softmax_scale: float,
+        resident: Sequence[ResidentKV],
     ) -> Tensor:
-        """``[T, Hq, D]`` output."""
-        out: Tensor = LseMergeAttention.apply(q, k, v, plan, self.kernel, softmax_scale)
+        """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
+        out: Tensor = LseMergeAttention.apply(q, k, v, plan, self.kernel, softmax_scale, resident)
         return out

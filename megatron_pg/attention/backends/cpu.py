@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..merge import accumulation_dtype
 from ..plan import AttentionPass, SpanBatch
+from ..resident import accumulation_dtype
 from .base import MergingBackend
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# ``Tensor.copy_`` or ``Tensor.add_``.
+Put = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,12 @@ class _Call:
         tail = list(x.shape[2:]), list(x.stride()[2:])
         return x.as_strided([*sizes, length, *tail[0]], [*strides, row, *tail[1]], offset)
 
-    def sum_groups(self, grad: Tensor, key_rows: Tensor) -> None:
-        """Write a key gradient ``[batch, heads, len, D]`` into its rows, summed over groups."""
-        view = self.keys(key_rows)
-        if self.grouping == 1:
-            view.copy_(grad)
-        else:
-            torch.sum(grad, dim=1, dtype=key_rows.dtype, out=view[:, 0])
+    def put_key_grad(self, put: Put, total: Tensor, grad: Tensor) -> None:
+        """Put a key gradient ``[batch, heads, len, D]`` into its rows, summed over groups."""
+        rows = self.keys(total)
+        if self.grouping > 1:
+            rows, grad = rows[:, :1], grad.sum(dim=1, keepdim=True, dtype=total.dtype)
+        put(rows, grad)
 
 
 def _calls(attention_pass: AttentionPass, num_heads: int, num_kv_heads: int) -> Iterator[_Call]:
@@ -80,26 +84,76 @@ def _calls(attention_pass: AttentionPass, num_heads: int, num_kv_heads: int) -> 
                 yield _Call(spans, None, kv_head, grouping)
 
 
+def split_causal_pass(causal_pass: AttentionPass, min_block: int) -> tuple[AttentionPass, ...]:
+    """A causal pass as causal blocks on its diagonals and full rectangles below them.
+
+    Equals the pass: every visible pair is in exactly one part, and the first part, the diagonals,
+    covers every row. A span becomes as many as ``2**n`` blocks of one length (the last may be
+    shorter) that is at least ``min_block``; part i + 1 holds its rectangles of ``2**i`` blocks.
+    For 4 blocks, queries by keys, these are 1 x 0 and 3 x 2, then 2..3 x 0..1.
+    """
+    diagonals: list[tuple[int, int]] = []
+    levels: list[list[tuple[int, int, int]]] = []
+    for start, end in causal_pass.q_spans.tolist():
+        num_levels = max(((end - start) // min_block).bit_length() - 1, 0)
+        size = -(-(end - start) // 2**num_levels)
+        diagonals += [(i, min(i + size, end)) for i in range(start, end, size)]
+        levels += [[] for _ in range(num_levels - len(levels))]
+        for level in levels[:num_levels]:
+            level += [(i - size, i, min(i + size, end)) for i in range(start + size, end, 2 * size)]
+            size *= 2
+    own = np.array(diagonals)
+    parts = [replace(causal_pass, q_spans=own, kv_spans=own)]
+    for level in levels:
+        edges = np.array(level)
+        parts.append(
+            replace(causal_pass, causal=False, q_spans=edges[:, 1:], kv_spans=edges[:, :2])
+        )
+    return tuple(parts)
+
+
 class CpuFlashKernel:
-    """Batched calls of the CPU flash kernel over strided views."""
+    """Batched calls of the CPU flash kernel over strided views.
+
+    The kernel computes 512 keys at a time and then masks what a causal span hides: half of the
+    pairs of a span of up to 512 tokens, a quarter at 1,024. So causal passes are split, since
+    rectangles have nothing to hide.
+
+    Args:
+        min_causal_block: shortest block that a causal span is split into. Below it, merging and
+            calls cost more than the pairs that a split saves.
+    """
+
+    def __init__(self, min_causal_block: int) -> None:
+        self._min_causal_block = min_causal_block
+        self._parts_of: WeakKeyDictionary[AttentionPass, tuple[AttentionPass, ...]] = (
+            WeakKeyDictionary()
+        )
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, attention_pass: AttentionPass, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-        for call in _calls(attention_pass, q.shape[1], k.shape[1]):
+        dtype = accumulation_dtype(q.dtype)
+        out, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q.shape[:2], dtype=dtype)
+        for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
             call_out, call_lse = _flash_forward(
                 call.queries(q),
                 call.keys(k),
                 call.keys(v),
                 0.0,
-                attention_pass.causal,
+                part.causal,
                 scale=softmax_scale,
             )
-            call.queries(out).copy_(call_out)
-            call.queries(lse).copy_(call_lse)
+            rows, rows_lse = call.queries(out), call.queries(lse)
+            if put is Tensor.add_:
+                # As ``merge_out_lse``, on views of the rows.
+                weight = torch.sigmoid(call_lse - rows_lse).unsqueeze(-1)
+                rows.lerp_(call_out.to(dtype), weight)
+                torch.logaddexp(rows_lse, call_lse, out=rows_lse)
+            else:
+                rows.copy_(call_out)
+                rows_lse.copy_(call_lse)
         return out, lse.t()
 
     def backward(
@@ -114,9 +168,8 @@ class CpuFlashKernel:
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
-        dq = torch.empty(q.shape, dtype=q.dtype)
-        dk, dv = (torch.empty(k.shape, dtype=accumulation_dtype(k.dtype)) for _ in range(2))
-        for call in _calls(attention_pass, q.shape[1], k.shape[1]):
+        dq, dk, dv = (torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)) for x in (q, k, v))
+        for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
             call_dq, call_dk, call_dv = _flash_backward(
                 call.queries(dout),
                 call.queries(q),
@@ -125,19 +178,38 @@ class CpuFlashKernel:
                 call.queries(out),
                 call.queries(lse.t()),
                 0.0,
-                attention_pass.causal,
+                part.causal,
                 scale=softmax_scale,
             )
-            call.queries(dq).copy_(call_dq)
-            call.sum_groups(call_dk, dk)
-            call.sum_groups(call_dv, dv)
+            put(call.queries(dq), call_dq)
+            call.put_key_grad(put, dk, call_dk)
+            call.put_key_grad(put, dv, call_dv)
         return dq, dk, dv
+
+    def _parts(
+        self, attention_pass: AttentionPass, num_heads: int, num_kv_heads: int
+    ) -> Iterator[tuple[AttentionPass, Put, _Call]]:
+        """Calls in order: those of the first part write their rows, later ones add to them."""
+        put: Put = Tensor.copy_
+        for part in self._split(attention_pass):
+            for call in _calls(part, num_heads, num_kv_heads):
+                yield part, put, call
+            put = Tensor.add_
+
+    def _split(self, attention_pass: AttentionPass) -> tuple[AttentionPass, ...]:
+        """The parts of a pass, made when its first layer asks for them."""
+        if not attention_pass.causal:
+            return (attention_pass,)
+        if attention_pass not in self._parts_of:
+            parts = split_causal_pass(attention_pass, self._min_causal_block)
+            self._parts_of[attention_pass] = parts
+        return self._parts_of[attention_pass]
 
 
 class CpuBackend(MergingBackend):
     """Tree attention on the CPU."""
 
     name = "cpu"
-    kernel = CpuFlashKernel()
+    kernel = CpuFlashKernel(min_causal_block=128)
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     device_type = "cpu"

@@ -1,0 +1,76 @@
+"""Keys and values of prefix rows, kept in every layer while other rows attend to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import ResidentKV
+
+
+class PrefixKV:
+    """What one prefix row left in the attention layers of this rank.
+
+    A call argument like the layout: the row that fills it carries it as
+    ``PrefixGroupedSeqParams.prefix_kv``, the rows that attend to it in ``resident``.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[torch.nn.Module, ResidentKV] = {}
+
+    def keep(self, layer: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep ``key, value`` of a layer; equal tensors come back, to be used by the row itself.
+
+        When the backward pass of the row comes to them, the gradients that other rows have left
+        are added to the row's own. Called again for a forward pass that is recomputed, it keeps
+        what it has.
+
+        Args:
+            layer: the core attention module.
+            key: ``[tokens of the prefix row, num_query_groups, head_dim]``, positions encoded.
+            value: as key.
+        """
+        kept = self._layers.get(layer)
+        if kept is None:
+            kept = self._layers[layer] = ResidentKV(key.detach(), value.detach())
+        joined: tuple[Tensor, Tensor] = _JoinGradients.apply(key, value, kept)
+        return joined
+
+    def of(self, layer: torch.nn.Module) -> ResidentKV:
+        """What ``layer`` kept.
+
+        Raises:
+            RuntimeError: if the prefix row has not been through the layer.
+        """
+        if layer not in self._layers:
+            raise RuntimeError("a row attends to a resident prefix that has not been encoded yet")
+        return self._layers[layer]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values and of their gradients so far."""
+        return sum(
+            x.numel() * x.element_size()
+            for kept in self._layers.values()
+            for x in (kept.k, kept.v, kept.dk, kept.dv)
+            if x is not None
+        )
+
+
+class _JoinGradients(torch.autograd.Function):
+    """Identity whose gradient is its own plus what other rows left in ``kept``."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, kept: ResidentKV) -> tuple[Tensor, Tensor]:
+        ctx.kept = kept
+        return key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept = ctx.kept
+        if kept.dk is None:
+            return dkey, dvalue, None
+        # The sum is made in the wider type and rounded once.
+        return (kept.dk + dkey).to(dkey.dtype), (kept.dv + dvalue).to(dvalue.dtype), None

@@ -1,0 +1,247 @@
+"""Gloo ranks that compare resident prefixes with the stock spec on written-out samples.
+
+``python -m tests.mcore.schedule_worker CASE...``
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_pg.data import (  # noqa: E402
+    Group,
+    PackPlan,
+    PrefixRow,
+    ResidencyConfig,
+    Wave,
+    equalize_num_microbatches,
+    group_shape,
+    make_wave,
+    plan_waves,
+)
+from megatron_pg.mcore import (  # noqa: E402
+    Predictions,
+    PrefixGroupedSeqParams,
+    cpu,
+    prefix_resident_forward_backward,
+)
+from megatron_pg.mcore.schedule_reference import (  # noqa: E402
+    sequential_prefix_resident_forward_backward,
+)
+from tests.data.samples import make_large_groups  # noqa: E402
+from tests.mcore import cases, harness  # noqa: E402
+
+BUDGET = 18
+# Two waves hold the prompts of 4 + 10 + 8 + 11 + 6 tokens; the smallest group stands whole.
+MAX_RESIDENT_TOKENS = 20
+
+
+def groups_of(dp_rank: int) -> list[Group]:
+    """Large groups with a random weight, as advantage, for every response token."""
+    generator = torch.Generator().manual_seed(dp_rank)
+
+    def weighted(sample: Any) -> Any:
+        count = len(sample.response_ids)
+        values = torch.randn(count, generator=generator, dtype=torch.float64)
+        return replace(sample, advantages=values)
+
+    groups = make_large_groups(seed=dp_rank, vocab_size=harness.VOCAB)
+    return [Group(g.group_id, tuple(map(weighted, g.samples))) for g in groups]
+
+
+def members_of(dp_rank: int) -> range:
+    """A second rank has a wave less."""
+    return range(1, 4) if dp_rank else range(5)
+
+
+def make_waves(case: harness.Case, mode: str) -> list[Wave]:
+    """The waves of this data-parallel rank; ranks have equally many rows."""
+    residency = ResidencyConfig(
+        choice="always", mode=mode, max_resident_tokens=MAX_RESIDENT_TOKENS, num_stages=case.pp
+    )
+    pad = case.tp if case.sp else 1
+    plans: list[list[PackPlan]] = []
+    for dp_rank in range(case.dp):
+        shapes = [group_shape(group) for group in groups_of(dp_rank)]
+        members = list(members_of(dp_rank))
+        plans.append(plan_waves(shapes, BUDGET, residency, members=members, pad_to_multiple=pad))
+    empty = replace(plans[-1][0], rows=(), prefix_rows=())
+    number = max(map(len, plans))
+    equal = [
+        equalize_num_microbatches(
+            [plan[i] if i < len(plan) else empty for plan in plans],
+            multiple_of=case.pp if case.vpp else 1,
+        )
+        for i in range(number)
+    ]
+    rank = parallel_state.get_data_parallel_rank()
+    assert number > 1 and any(row for wave in equal for row in wave[rank].prefix_rows)
+    return [make_wave(wave[rank], groups_of(rank)) for wave in equal]
+
+
+def resident_step(groups: list[Group]) -> Any:
+    lens = torch.tensor([len(s.tokens) for g in groups for s in g.samples])
+
+    def step(rows: Any, model: Any) -> Any:
+        scheduled = next(rows)
+        row = scheduled.row
+        empty = torch.empty(0, dtype=torch.int64)
+        is_prefix = isinstance(row, PrefixRow)
+        params = PrefixGroupedSeqParams.from_layout(
+            row.layout,
+            "cpu",
+            predictions=Predictions(
+                predictor_ids=empty if is_prefix else row.predictor_ids,
+                target_tokens=empty if is_prefix else row.target_tokens,
+                chunk_tokens=7,
+            ),
+            prefix_kv=scheduled.prefix_kv,
+            resident=scheduled.resident,
+        )
+        output = model(row.tokens[None], params.position_ids[None], None, packed_seq_params=params)
+
+        def loss_func(output: Any) -> Any:
+            logprobs, _ = output
+            if is_prefix:
+                return logprobs.sum(), torch.tensor(0, dtype=torch.int), {}
+            weights = row.advantages.to(logprobs.dtype)
+            loss = -(logprobs[row.edge_ids] * weights).sum()
+            numbers = row.sample_numbers[row.sample_numbers >= 0]
+            count = (lens[numbers] - 1).sum().int()
+            data = {"loss": loss.detach().clone()}
+            if not model_config(model).calculate_per_token_loss:
+                return loss, data
+            return loss, count, data
+
+        return output, loss_func
+
+    return step
+
+
+def model_config(model: Any) -> Any:
+    from megatron.core.utils import get_model_config
+
+    return get_model_config(model)
+
+
+def token_scale(groups: list[Group]) -> float:
+    """One over the tokens that are predicted, in fp32 as Megatron divides."""
+    tokens = sum(len(s.tokens) - 1 for g in groups for s in g.samples)
+    return float((1.0 / torch.tensor(tokens)).float())
+
+
+def written_out_rows(groups: list[Group]) -> list[harness.Rows]:
+    rows = []
+    for group in groups:
+        samples = group.samples
+        weights = []
+        for s in samples:
+            own = torch.where(s.loss_mask, s.advantages, 0.0)
+            weights.append(torch.cat([own.new_zeros(len(s.prompt_ids) - 1), own]))
+        rows.append(harness.Rows(None, [s.tokens for s in samples], weights))
+    return rows
+
+
+def run(case: harness.Case, name: str) -> float:
+    """Worst relative gradient error over both modes; asserts what must hold exactly."""
+    rank = parallel_state.get_data_parallel_rank()
+    counted = groups_of(rank)
+    own = [counted[i] for i in members_of(rank)]
+    reference_config = replace(case, config={**case.config, "calculate_per_token_loss": True})
+    stock_config = harness.make_config(reference_config)
+    stock = harness.build(case, stock_config, packed=False)
+    weights = [
+        {n: t.clone() for n, t in chunk.state_dict().items() if t is not None} for chunk in stock
+    ]
+    stock = harness.wrap_ddp(case, stock_config, stock)
+    batches = harness.written_out_microbatches(case, written_out_rows(own))
+    if case.vpp:
+        # The interleaved schedule takes a multiple of the stages.
+        batches += [
+            dict(tokens=b["tokens"], length=1, weights=b["weights"][:0])
+            for b in batches[: -len(batches) % case.pp]
+        ]
+    loss = harness.run_step(case, stock, harness.written_out_step, batches)
+    truth = harness.named_gradients(stock)
+    assert all(gradient.abs().max() > 0 for gradient in truth.values())
+
+    worst = 0.0
+    for mode in ("retain", "recompute"):
+        config = harness.make_config(case)
+        chunks = harness.build(case, config, packed=True)
+        for chunk, state in zip(chunks, weights):
+            chunk.load_state_dict(state)
+        chunks = harness.wrap_ddp(case, config, chunks)
+        waves = make_waves(case, mode)
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        hooks = vars(config).copy()
+        results = prefix_resident_forward_backward(
+            forward_step_func=resident_step(counted),
+            waves=waves,
+            model=chunks,
+            seq_length=harness.MAX_LEN,
+            mode=mode,
+        )
+        assert vars(config) == hooks, "the schedule left its hooks in the configuration"
+        if loss is not None:
+            got = sum(float(r["loss"]) for r in results if r)
+            assert abs(got - loss) <= 1e-9 * abs(loss), f"{name} {mode}: loss {got} != {loss}"
+            assert len(results) == sum(len(wave.microbatches) for wave in waves)
+        gradients = harness.named_gradients(chunks)
+        if not config.calculate_per_token_loss:
+            # Averaged over rows here, over tokens there.
+            factor = len(results) * token_scale(own)
+            gradients = {n: g * factor for n, g in gradients.items()}
+        errors = {
+            n: float((gradients[n] - want).abs().max() / want.abs().max())
+            for n, want in truth.items()
+        }
+        harness.all_ranks_close(errors, case.bound)
+        worst = max(worst, *errors.values())
+        if case.world_size == 1 and config.calculate_per_token_loss:
+            compare_with_sequential(chunks, waves, counted, gradients)
+    return worst
+
+
+def compare_with_sequential(
+    chunks: list[Any], waves: list[Wave], groups: list[Group], gradients: dict[str, Any]
+) -> None:
+    """The pipelined schedule equals the sequential reference."""
+    (chunk,) = chunks
+    chunk.zero_grad_buffer()
+    results = sequential_prefix_resident_forward_backward(
+        forward_step_func=resident_step(groups), waves=waves, model=chunk
+    )
+    assert len(results) == sum(len(wave.microbatches) for wave in waves)
+    scale = token_scale(groups)
+    for name, plain in harness.named_gradients(chunks).items():
+        error = float((plain * scale - gradients[name]).abs().max() / (plain * scale).abs().max())
+        assert error < 1e-12, f"{name}: {error:.1e} from the sequential schedule"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = sys.argv[1:]
+    with cpu.emulate_cuda():
+        dist.init_process_group("gloo")
+        for name in names:
+            case = cases.SCHEDULE[name]
+            harness.initialize(case)
+            worst = run(case, name)
+            if dist.get_rank() == 0:
+                print(f"{name}: gradients, worst {worst:.1e}", flush=True)
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Resident prefixes equal the written-out step; see ``schedule_worker``."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_pg.data import Wave
+from megatron_pg.mcore import PrefixKV, prefix_resident_forward_backward
+from megatron_pg.mcore.schedule import sweep
+from tests.mcore import cases
+from tests.utils import run_ranks
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_gradients_equal_the_stock_specs_on_written_out_samples(world_size: int) -> None:
+    names = [n for n, case in cases.SCHEDULE.items() if case.world_size == world_size]
+    output = run_ranks("tests.mcore.schedule_worker", world_size, *names, timeout=900)
+    proven = [line.split(":")[0] for line in output.splitlines() if "gradients, worst " in line]
+    assert proven == names and names
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_chunks", "num_rows"),
+    [s for s in itertools.product([1, 2, 3, 4], [1, 2, 3], [0, 1, 2, 5]) if s[0] > 1 or s[1] == 1],
+)
+def test_a_sweep_takes_every_row_through_every_chunk(num_stages, num_chunks, num_rows) -> None:
+    ticks = [list(sweep(p, num_stages, num_chunks, num_rows)) for p in range(num_stages)]
+    assert len({len(t) for t in ticks}) == 1
+    there = {(0, (0, row)) for row in range(num_rows)}
+    done = set()
+    for number in range(len(ticks[0])):
+        sent = set()
+        for stage in range(num_stages):
+            tick = ticks[stage][number]
+            if tick.job is not None:
+                assert (stage, tick.job) in there, "computed before its input came"
+                assert (stage, tick.job) not in done
+                done.add((stage, tick.job))
+                chunk, row = tick.job
+                is_end = stage == num_stages - 1 and chunk == num_chunks - 1
+                assert tick.sends == (not is_end)
+                if tick.sends:
+                    last = stage == num_stages - 1
+                    sent.add((0, (chunk + 1, row)) if last else (stage + 1, tick.job))
+            else:
+                assert not tick.sends
+        # What is sent in a tick is received in it, so that no rank waits for another.
+        arrived = {
+            (stage, ticks[stage][number].arrives)
+            for stage in range(num_stages)
+            if ticks[stage][number].arrives is not None
+        }
+        assert arrived == sent
+        there |= arrived
+    every = itertools.product(
+        range(num_stages), itertools.product(range(num_chunks), range(num_rows))
+    )
+    assert done == set(every)
+
+
+def test_a_row_that_comes_too_early_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="not been encoded"):
+        PrefixKV().of(torch.nn.Identity())
+
+
+def test_parameters_gathered_beside_the_forward_pass_are_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    model.config.param_sync_func = lambda parameters: None
+    with pytest.raises(NotImplementedError, match="overlap_param_gather"):
+        prefix_resident_forward_backward(
+            forward_step_func=None,
+            waves=[Wave((object(),), (object(),))],
+            model=model,
+            seq_length=4,
+        )

@@ -1,0 +1,236 @@
+"""Groups larger than a row: prefix resident against prefix repeated, and against one long row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_pg.data import (
+    Group,
+    PackPlan,
+    ResidencyConfig,
+    Sample,
+    Wave,
+    group_shape,
+    make_wave,
+    part_shape,
+    part_tree,
+    plan_waves,
+)
+from megatron_pg.loss import PolicyLossConfig
+from megatron_pg.train import Ranks
+from megatron_pg.train.passes import HeadConfig, train_pass
+from tools.bench.gpt import Dims, make_dims, megatron
+from tools.bench.ranks import on_two_ranks
+from tools.bench.registry import BenchmarkRow, Options, register
+from tools.bench.timing import check_equal, peak_bytes, time_interleaved
+from tools.bench.training import Trainer
+from tools.flops import FORWARD, FORWARD_BACKWARD, packed_flops
+
+Mode = Literal["retain", "recompute"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups of one shape and the rows that they are larger than."""
+
+    prefix_len: int
+    suffix_len: int
+    num_generations: int
+    num_groups: int
+    max_tokens: int
+
+    def groups(self, vocab_size: int) -> list[Group]:
+        """Random tokens, every response token trained."""
+        generator = torch.Generator().manual_seed(0)
+
+        def sample(prompt: torch.Tensor) -> Sample:
+            response = torch.randint(0, vocab_size, (self.suffix_len,), generator=generator)
+            return Sample(
+                prompt_ids=prompt,
+                response_ids=response,
+                reward=0.0,
+                loss_mask=torch.ones(len(response), dtype=torch.bool),
+                advantages=torch.rand(len(response), generator=generator, dtype=torch.float64),
+            )
+
+        prompts = torch.randint(
+            0, vocab_size, (self.num_groups, self.prefix_len), generator=generator
+        )
+        return [
+            Group(str(i), tuple(sample(prompt) for _ in range(self.num_generations)))
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def describe(self, **more: Any) -> dict[str, Any]:
+        """The ``shape`` field of a row."""
+        name = f"P{self.prefix_len} R{self.suffix_len} G{self.num_generations}"
+        name += f" x{self.num_groups} in {self.max_tokens}"
+        return {"name": name, **vars(self), **more}
+
+
+@register("resident")
+def resident(options: Options) -> Iterator[BenchmarkRow]:
+    """Forward and backward of groups larger than a row, in both modes, on one rank and on pp=2.
+
+    Baseline: the same budget with the prompt repeated in every row. The bound weighs what either
+    encodes by FLOPs, the second forward pass of "recompute" included and idle pipeline time not.
+    """
+    dims = make_dims(options)
+    with megatron(dims):
+        yield from _compare_modes(dims, options)
+    if not torch.cuda.is_available():
+        yield from on_two_ranks(_on_two_stages, options)
+
+
+@register("resident_memory")
+def resident_memory(options: Options) -> Iterator[BenchmarkRow]:
+    """Peak activation memory of one group as its responses grow in number.
+
+    Baseline: the group in one packed row. The bound is its tokens over those of the prefix and the
+    largest row.
+    """
+    dims = make_dims(options, chunk_tokens=64)
+    base = Case(16, 4, 4, 1, 24) if options.quick else Case(1024, 128, 8, 1, 1024)
+    with megatron(dims):
+        trainer = Trainer(dims, options.dtype)
+        for factor in (1, 2) if options.quick else (1, 2, 4, 8):
+            case = replace(base, num_generations=base.num_generations * factor)
+            yield _compare_memory(case, dims, options, trainer)
+
+
+def _on_two_stages(options: Options) -> list[BenchmarkRow]:
+    dims = make_dims(options, pp=2)
+    with megatron(dims):
+        return _compare_modes(dims, options)
+
+
+def _compare_modes(dims: Dims, options: Options) -> list[BenchmarkRow]:
+    case = Case(16, 2, 16, 2, 24) if options.quick else Case(1024, 128, 32, 4, 2048)
+    trainer = Trainer(dims, options.dtype)
+    modes: tuple[Mode, ...] = ("retain", "recompute")
+    return [_compare(case, mode, dims, options, trainer) for mode in modes]
+
+
+def _compare(
+    case: Case, mode: Mode, dims: Dims, options: Options, trainer: Trainer
+) -> BenchmarkRow:
+    groups = case.groups(dims.vocab_size)
+    plans = {
+        "ours": _plan(case, groups, "always", mode, dims),
+        "prompt repeated": _plan(case, groups, "never", mode, dims),
+    }
+    paths = {
+        name: partial(_run, trainer, _waves(plan, groups), mode, dims, options)
+        for name, plan in plans.items()
+    }
+    gradients = {}
+    for name, run in paths.items():
+        run()
+        gradients[name] = trainer.gradients()
+    named = gradients["prompt repeated"].items()
+    pairs = [(name, gradients["ours"][name], want) for name, want in named]
+    error = check_equal(pairs, 1e-3 if options.dtype == torch.float32 else 1e-1)
+    del gradients, pairs
+    times = time_interleaved(paths, options.num_rounds(5), options.clock)
+    flops = {name: _flops(plan, mode, dims) for name, plan in plans.items()}
+    rows = {name: sum(len(wave.rows) for wave in plan) for name, plan in plans.items()}
+    return BenchmarkRow(
+        benchmark="resident",
+        shape=case.describe(
+            **dims.describe(),
+            mode=mode,
+            rows=rows["ours"],
+            baseline_rows=rows["prompt repeated"],
+            dtype=str(options.dtype),
+        )
+        | {"name": f"{case.describe()['name']} {mode}"},
+        baseline="prompt repeated",
+        bound=flops["prompt repeated"] / flops["ours"],
+        max_error=error,
+        **times.against("prompt repeated"),
+    )
+
+
+def _compare_memory(case: Case, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
+    groups = case.groups(dims.vocab_size)
+    ours = _plan(case, groups, "always", "retain", dims)
+    whole_tokens = case.prefix_len + case.num_generations * case.suffix_len
+    whole = _plan(replace(case, max_tokens=whole_tokens), groups, "never", "retain", dims)
+    plans = {"ours": ours, "one row": whole}
+    peaks, losses = {}, {}
+    for name, plan in plans.items():
+        run = partial(_run, trainer, _waves(plan, groups), "retain", dims, options)
+        losses[name] = torch.tensor(run())
+        peaks[name] = peak_bytes(run)
+    error = check_equal([("loss", losses["ours"], losses["one row"])], 1e-4)
+    (wave,) = ours
+    largest = max(wave.row_layout(i).total_tokens for i in range(len(wave.rows)))
+    return BenchmarkRow(
+        benchmark="resident_memory",
+        shape=case.describe(**dims.describe(), dtype=str(options.dtype), sweep="num_generations"),
+        baseline="one row",
+        ratio=peaks["one row"] / peaks["ours"],
+        bound=whole_tokens / (case.prefix_len - 1 + largest),
+        ours_peak_bytes=peaks["ours"],
+        baseline_peak_bytes=peaks["one row"],
+        max_error=error,
+    )
+
+
+def _plan(
+    case: Case, groups: list[Group], choice: Literal["always", "never"], mode: Mode, dims: Dims
+) -> list[PackPlan]:
+    residency = ResidencyConfig(
+        choice=choice,
+        mode=mode,
+        max_resident_tokens=case.num_groups * case.prefix_len,
+        num_stages=dims.pp,
+    )
+    shapes = [group_shape(group) for group in groups]
+    return plan_waves(shapes, case.max_tokens, residency, cost_model=dims.cost_model)
+
+
+def _waves(plans: list[PackPlan], groups: list[Group]) -> list[Wave]:
+    return [make_wave(plan, groups) for plan in plans]
+
+
+def _run(trainer: Trainer, waves: list[Wave], mode: Mode, dims: Dims, options: Options) -> float:
+    """Loss on the last stage; gradients are left in the model."""
+    head = HeadConfig(
+        temperature=1.0,
+        vocab_size=dims.vocab_size,
+        chunk_tokens=dims.chunk_tokens,
+        resident_mode=mode,
+    )
+    ranks = Ranks(
+        device=options.device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp_rank=0,
+        dp_size=1,
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+    )
+    sums = train_pass([trainer.model], waves, PolicyLossConfig(), head, ranks)
+    return sums.get("loss", 0.0)
+
+
+def _flops(plans: list[PackPlan], mode: Mode, dims: Dims) -> float:
+    cost, total = dims.cost_model, 0.0
+    for wave in plans:
+        for part in (part for row in wave.rows for part in row):
+            predicted = int(part_shape(wave.shapes, part).loss_lens[list(part.samples)].sum())
+            tree = part_tree(wave.shapes, part)
+            total += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
+        for group in (group for row in wave.prefix_rows for group in row):
+            prefixes = wave.shapes[group].prefixes
+            passes = [FORWARD_BACKWARD, *([FORWARD] if mode == "recompute" else [])]
+            total += sum(packed_flops(prefixes, 0, cost, weights) for weights in passes)
+    return total
