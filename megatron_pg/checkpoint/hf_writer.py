@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,13 +66,20 @@ class HfWriter:
         self._pending: dict[str, dict[str, Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a whole tensor; a file's tensors may come in any order."""
+        """Take a whole tensor; a file's tensors may come in any order.
+
+        Raises:
+            OSError: naming the file that could not be written.
+        """
         file = self._file_of[name]
         pending = self._pending.setdefault(file, {})
         pending[name] = tensor.detach().to("cpu", self.dtype).contiguous()
         if len(pending) == len(self.plan.files[file]):
             ordered = {name: pending[name] for name in self.plan.files[file]}
-            save_file(ordered, self.folder / file, metadata={"format": "pt"})
+            try:
+                save_file(ordered, self.folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{file}: {error}") from error
             del self._pending[file]
 
     def finish(self) -> None:

@@ -41,6 +41,8 @@ def find_iteration(path: str | Path) -> Path:
     if not tracker.is_file():
         if (root / "common.pt").is_file() or list(root.glob("mp_rank_*")):
             return root
+        if (root / "config.json").is_file():
+            raise ValueError(f"{root}: a Hugging Face folder; pass a Megatron checkpoint folder")
         raise ValueError(
             f"{tracker}: missing; pass the folder that holds it, or one iter_XXXXXXX/ or release/"
         )

@@ -216,6 +216,9 @@ def _explained(backend: str, source: WeightSource) -> Iterator[None]:
 def _scratch_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside the output, on the file system that has room for the model."""
     parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as scratch:
-        yield Path(scratch)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise ValueError(f"{out}: writing failed ({error}); nothing was kept") from error

@@ -249,7 +249,8 @@ class TorchDistWriter:
         metadata = dcp.Metadata(self._described, storage_data=self._stored)
         metadata.storage_meta = dcp.StorageMeta()
         metadata.version = "1.0.0"
-        torch.save(common, self.folder / "common.pt")
+        with (self.folder / "common.pt").open("wb") as common_file:
+            _save(common, common_file)
         write_json(self.folder / "metadata.json", _BACKEND)
         with (self.folder / ".metadata").open("wb") as file:
             pickle.dump(metadata, file)
@@ -265,5 +266,17 @@ class TorchDistWriter:
         if isinstance(value, bytes):
             self._file.write(value)
         else:
-            torch.save(value, self._file)
+            _save(value, self._file)
         self._stored[index] = _StorageInfo(self._name, start, self._file.tell() - start)
+
+
+def _save(value: Any, file: BinaryIO) -> None:
+    """``torch.save``, whose own error hides the write that failed.
+
+    Raises:
+        OSError: naming the file.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise OSError(f"{Path(file.name).name}: {error.__context__ or error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,12 @@ from megatron_pg.checkpoint import (
     HfFolder,
     MegatronFolder,
     hf_to_megatron,
-    hf_writer,
     inspect_checkpoint,
     megatron_to_hf,
+    megatron_to_hf_by,
+    open_weights,
     read_hf_config,
     reshard_checkpoint,
-    torch_dist,
 )
 from megatron_pg.checkpoint import files as checkpoint_files
 
@@ -214,17 +215,31 @@ def test_description_runs_no_code(models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "touched").exists()
 
 
-def test_disk_full(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+WRITERS: dict[str, Callable[[Path, Path], Any]] = {
+    "hf_to_megatron": lambda models, out: hf_to_megatron(models / "llama", out),
+    "megatron_to_hf": lambda models, out: megatron_to_hf(models / "llama-megatron", out),
+    "reshard_checkpoint": lambda models, out: reshard_checkpoint(
+        models / "llama-megatron", out, tp_size=1, pp_size=2
+    ),
+    "modelopt": lambda models, out: megatron_to_hf_by("modelopt", models / "llama-megatron", out),
+}
 
-    monkeypatch.setattr(torch_dist.torch, "save", full)
-    with pytest.raises(ValueError, match="No space left on device"):
-        hf_to_megatron(models / "llama", tmp_path / "out")
-    monkeypatch.undo()
-    monkeypatch.setattr(hf_writer, "save_file", full)
-    with pytest.raises(ValueError, match="No space left on device"):
-        megatron_to_hf(models / "llama-megatron", tmp_path / "out")
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("max_bytes", [100, 3_000, 40_000, 200_000])
+def test_disk_full(writer: str, max_bytes: int, models: Path, tmp_path: Path) -> None:
+    """No file may grow further, wherever that happens: in tensors, description or arguments."""
+    if writer == "modelopt":
+        pytest.importorskip("modelopt.torch.export")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, before[1]))
+    try:
+        with pytest.raises(ValueError, match="too large") as caught:
+            WRITERS[writer](models, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    if writer != "modelopt":
+        assert f"{tmp_path / 'out'}: writing failed" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,6 +255,46 @@ def test_output(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="no permission to write"):
         megatron_to_hf(models / "llama-megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_place_that_cannot_be_written(writer: str, models: Path) -> None:
+    """Not even by root."""
+    if writer == "modelopt":
+        pytest.importorskip("modelopt.torch.export")
+    with pytest.raises(ValueError, match="/proc.*(writing failed|no permission)"):
+        WRITERS[writer](models, Path("/proc/out"))
+
+
+WRONG_FOLDERS: dict[str, tuple[Callable[[Path, Path], Any], str, str]] = {
+    "no folder": (hf_to_megatron, "nothing", "nothing: no such folder; pass a Hugging Face"),
+    "a file": (hf_to_megatron, "llama/config.json", "config.json: no such folder"),
+    "a checkpoint to convert": (hf_to_megatron, "llama-megatron", "llama-megatron: no config.json"),
+    "only metadata": (hf_to_megatron, "llama-megatron/huggingface", "neither model.safetensors"),
+    "no checkpoint": (megatron_to_hf, "nothing", "nothing: no such folder; pass a Megatron"),
+    "a model to export": (megatron_to_hf, "llama", "llama: a Hugging Face folder; pass a Meg"),
+    "parent": (megatron_to_hf, ".", "latest_checkpointed_iteration.txt: missing; pass the folder"),
+    "a model to reshard": (
+        lambda path, out: reshard_checkpoint(path, out, tp_size=1, pp_size=1),
+        "llama",
+        "llama: a Hugging Face folder",
+    ),
+    "nothing to look at": (lambda path, out: inspect_checkpoint(path), "nothing", "no such folder"),
+    "nothing to compare": (lambda path, out: open_weights(path), ".", "iteration.txt: missing"),
+    "other configuration": (
+        lambda path, out: megatron_to_hf(path, out, hf_config=path / "nothing"),
+        "llama-megatron",
+        "nothing/config.json: not readable",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FOLDERS)
+def test_wrong_folder(case: str, models: Path, tmp_path: Path) -> None:
+    convert, folder, message = WRONG_FOLDERS[case]
+    with pytest.raises(ValueError, match=message):
+        convert(models / folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted(models: Path, tmp_path: Path) -> None:

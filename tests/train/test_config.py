@@ -111,6 +111,10 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["model.hf=null"], "model.vocab_size is needed"),
         (["model.hf=null", "run.export_hf=true"], "run.export_hf needs model.hf"),
         (
+            ["model.hf=null", "model.pretrained_checkpoint=x"],
+            "model.pretrained_checkpoint needs model.hf",
+        ),
+        (
             [
                 "rollout.source=model",
                 "rollout.files=[]",
