@@ -23,6 +23,7 @@ from ..data import (
     make_wave,
     part_tree,
     plan_waves,
+    step_cost,
 )
 from ..loss import aggregation_weights
 from .config import AlgorithmConfig, TrainConfig
@@ -90,11 +91,17 @@ class Minibatch:
         groups: all groups of the minibatch, the same on every rank.
         waves: this rank's rows with their training values.
         tokens: over the rows of all ranks.
+        predicted_cost: time of forward and backward on the slowest replica by the cost model, idle
+            stages included, in forward FLOPs of one stage.
+        predicted_cost_repeated: the same if every group that is larger than a row repeated its
+            prompt; None when there is no such group, or no such way.
     """
 
     groups: tuple[Group, ...]
     waves: tuple[Wave, ...]
     tokens: TokenCounts
+    predicted_cost: float
+    predicted_cost_repeated: float | None
 
     @property
     def microbatches(self) -> tuple[Microbatch, ...]:
@@ -220,7 +227,33 @@ def make_minibatch(
         make_wave(plan, groups, sample_weights=weights, advantages=advantages)
         for plan in plans[ranks.dp_rank]
     ]
-    return Minibatch(groups=tuple(groups), waves=tuple(waves), tokens=count_tokens(plans))
+    tokens = count_tokens(plans)
+    return Minibatch(
+        groups=tuple(groups),
+        waves=tuple(waves),
+        tokens=tokens,
+        predicted_cost=_predicted_cost(plans, packing),
+        predicted_cost_repeated=(
+            _cost_if_repeated(shapes, ranks.dp_size, packing)
+            if tokens.resident_groups or tokens.repeated_groups
+            else None
+        ),
+    )
+
+
+def _predicted_cost(plans: Sequence[Sequence[PackPlan]], packing: PackingConfig) -> float:
+    return max(step_cost(plan, packing.residency, packing.cost_model) for plan in plans)
+
+
+def _cost_if_repeated(
+    shapes: Sequence[GroupShape], dp_size: int, packing: PackingConfig
+) -> float | None:
+    repeating = replace(packing, residency=replace(packing.residency, choice="never"))
+    try:
+        return _predicted_cost(plan_all_ranks(shapes, dp_size, repeating), packing)
+    except ValueError:
+        # A sample is longer than a row: only residency can train it.
+        return None
 
 
 def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:

@@ -12,7 +12,7 @@ import torch
 
 from ..data import Group
 from ..loss import metric_means
-from .batch import TokenCounts
+from .batch import Minibatch, TokenCounts
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .metrics import write_atomically
@@ -58,6 +58,8 @@ METRICS: dict[str, str] = {
     "packing/resident_groups": "groups larger than a row whose prompt is resident",
     "packing/repeated_groups": "groups larger than a row that repeat their prompt",
     "packing/waves": "waves of a minibatch; above 1 when not all prompts are resident at once",
+    "packing/predicted_cost": "of one pass over the minibatches, in forward FLOPs of a stage",
+    "packing/predicted_cost_repeated": "the same if prompts were repeated; when groups are divided",
     "tokens/resident": "tokens of resident prompts, counted in tokens/unique too",
     "pipeline/bubble": "estimated idle share of a pipeline stage (1F1B)",
     "time/rollout": "seconds for rollouts",
@@ -145,6 +147,20 @@ def token_metrics(
         # 1F1B: stages - 1 slots idle of every rows_per_pass * chunks + stages - 1.
         "pipeline/bubble": (stages - 1) / (rows_per_pass * chunks + stages - 1),
     }
+
+
+def cost_metrics(minibatches: Sequence[Minibatch]) -> dict[str, float]:
+    """What the cost model chose, beside what it would have taken with prompts repeated."""
+    metrics = {"packing/predicted_cost": sum(batch.predicted_cost for batch in minibatches)}
+    repeated = [
+        batch.predicted_cost
+        if batch.predicted_cost_repeated is None
+        else batch.predicted_cost_repeated
+        for batch in minibatches
+    ]
+    if any(batch.predicted_cost_repeated is not None for batch in minibatches):
+        metrics["packing/predicted_cost_repeated"] = sum(repeated)
+    return metrics
 
 
 def write_summary(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data import Group, carried_fields, read_rollouts
+from ..data import Group, carried_fields, group_shape, plan_waves, read_rollouts
 from ..rollout import (
     OpenAIServerSource,
     ReasoningGymTask,
@@ -212,19 +212,25 @@ def _recording_problems(
 
 
 def _length_problems(groups: Sequence[Group], packing: PackingConfig) -> list[str]:
-    """The first sample that is too long, and how many there are."""
-    budget = packing.max_tokens // packing.pad_to_multiple * packing.pad_to_multiple
-    too_long = [
-        (len(sample.tokens), group.group_id, i)
-        for group in groups
-        for i, sample in enumerate(group.samples)
-        if len(sample.tokens) > budget
-    ]
-    if not too_long:
+    """The first group that fits in no way, and how many there are."""
+    refusals = []
+    for group in groups:
+        shape = group_shape(group, packing.min_shared)
+        try:
+            plan_waves(
+                [shape],
+                packing.max_tokens,
+                packing.residency,
+                cost_model=packing.cost_model,
+                pad_to_multiple=packing.pad_to_multiple,
+            )
+        except ValueError as error:
+            refusals.append(str(error))
+    if not refusals:
         return []
-    length, group_id, number = too_long[0]
     return [
-        f"sample {number} of group {group_id!r} has {length} tokens with its prompt, a row holds "
-        f"run.max_tokens_per_microbatch={budget} (too long are {len(too_long)} samples, the "
-        f"longest of {max(too_long)[0]} tokens); raise it, or leave them out"
+        f"{refusals[0]} (run.max_tokens_per_microbatch={packing.max_tokens}, "
+        f"run.max_resident_tokens={packing.residency.max_resident_tokens}, "
+        f"run.prefix_resident={packing.residency.choice}; {len(refusals)} of {len(groups)} groups "
+        "do not fit)"
     ]

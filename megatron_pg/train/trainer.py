@@ -29,6 +29,7 @@ from .prepare import Preparation
 from .ranks import Ranks
 from .report import (
     closing_table,
+    cost_metrics,
     plot_reward,
     rollout_metrics,
     token_metrics,
@@ -123,6 +124,7 @@ class Trainer:
             self.stream.update_weights(self._export_policy, self.step)
         tokens = sum((minibatch.tokens for minibatch in minibatches), TokenCounts())
         metrics |= token_metrics(self.config, tokens, len(minibatches), self.ranks.dp_size)
+        metrics |= cost_metrics(minibatches)
         metrics["perf/peak_memory_bytes"] = self._peak_memory_bytes()
         seconds = time.perf_counter() - started
         metrics |= timer.metrics() | {"time/step": seconds}

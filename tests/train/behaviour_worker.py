@@ -23,6 +23,7 @@ from megatron_pg.rollout import (  # noqa: E402
 from megatron_pg.train import METRICS, Trainer, load_config, parallel_run  # noqa: E402
 from megatron_pg.train.config import ParallelConfig  # noqa: E402
 from megatron_pg.train.shared_stream import SharedStream  # noqa: E402
+from tests.data.samples import make_large_groups  # noqa: E402
 from tests.train import dense, tiny  # noqa: E402
 
 CHECKS: list[Callable[[Path], None]] = []
@@ -119,6 +120,7 @@ def every_documented_name_is_written_and_no_other(folder: Path) -> None:
         },
         algorithm__use_kl_in_reward=True,
         run__tensorboard=True,
+        run__max_tokens_per_microbatch=24,
     )
     assert step.keys() == METRICS.keys(), step.keys() ^ METRICS.keys()
     # The reference is the policy itself, computed by the same code.
@@ -164,6 +166,32 @@ def a_step_of_skipped_groups_changes_nothing(folder: Path) -> None:
     assert all(torch.equal(weights[n], alone[n]) for n in weights)
     # A lone sample's advantage is its reward, so that without skipping there is an update.
     assert any(not torch.equal(start[n], alone[n]) for n in start)
+
+
+@check
+def prompts_stay_resident_where_that_costs_less(folder: Path) -> None:
+    groups = make_large_groups()
+    settings = {"run__max_tokens_per_microbatch": 25, "run__max_resident_tokens": 25}
+    (repeated,), plain = run(folder / "never", groups, run__prefix_resident="never", **settings)
+    (resident,), weights = run(folder / "auto", groups, **settings)
+    assert repeated["packing/repeated_groups"] == 4 and repeated["tokens/resident"] == 0
+    assert resident["packing/resident_groups"] == 4 and resident["packing/repeated_groups"] == 0
+    # The prompts without their last token, two waves of them.
+    assert resident["tokens/resident"] == 10 + 8 + 11 + 6 and resident["packing/waves"] == 2
+    assert resident["tokens/unique"] < repeated["tokens/unique"]
+    assert resident["tokens/logical"] == repeated["tokens/logical"]
+    costs = [resident[f"packing/predicted_cost{x}"] for x in ("", "_repeated")]
+    assert costs[0] < costs[1] == repeated["packing/predicted_cost"]
+    assert abs(resident["actor/loss"] - repeated["actor/loss"]) < 1e-6
+    assert all(torch.allclose(weights[n], plain[n], atol=1e-6) for n in plain)
+    refused(
+        "max_resident_tokens=9 are resident at once; raise max_resident_tokens",
+        folder / "small",
+        groups,
+        run__max_tokens_per_microbatch=18,
+        run__max_resident_tokens=9,
+        run__prefix_resident="always",
+    )
 
 
 @check
@@ -233,7 +261,9 @@ def a_minibatch_of_tool_tokens_is_left_out(folder: Path) -> None:
 @check
 def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> None:
     groups = tiny.make_groups(5)
-    refused("a row holds run.max_tokens", folder / "a", groups, run__max_tokens_per_microbatch=9)
+    refused(
+        "a row holds 9; raise max_tokens", folder / "a", groups, run__max_tokens_per_microbatch=9
+    )
     refused("reference", folder / "flash", model__attention_backend="flash_attn")
     refused("float64", folder / "b", model__transformer={"params_dtype": "float64"})
     own = [

@@ -200,6 +200,7 @@ def kill(config: TrainConfig, folder: Path) -> None:
     """Killed at ten random moments, three of them while a checkpoint is written."""
     layout, chance = "pp2", random.Random(5)
     straight = run(config, layout, folder / "straight", num_steps=12, save_interval=1)
+    assert all(m["packing/resident_groups"] > 0 for m in straight[1])
     pace = sum(m["time/step"] for m in straight[1][2:]) / 10
     out = folder / "killed"
     config = on_layout(config, layout, out, num_steps=12, save_interval=1)

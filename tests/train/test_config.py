@@ -197,7 +197,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         (1, ["model.hf=/nowhere"], "/nowhere"),
         (1, ["model.transformer_impl=transformer_engine"], "transformer_impl"),
         (1, ["rollout.files=[/nowhere.jsonl]"], "/nowhere.jsonl: is missing"),
-        (1, ["run.max_tokens_per_microbatch=12"], "a row holds run.max_tokens_per_microbatch=12"),
+        (1, ["run.max_tokens_per_microbatch=9"], "a row holds 9; raise max_tokens"),
         (
             1,
             ["algorithm.policy.importance_mode=token_mask"],
@@ -235,6 +235,15 @@ def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[
     )
     assert many.lines[0] == "64 ranks: tp 2 with sp x pp 2 (vpp 1) x dp 16"
     assert many.parameters_per_rank < one.parameters_per_rank / 3
+
+
+def test_a_dry_run_tells_which_prompts_are_resident(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    told = dry_run(load(tmp_path, sections, "run.max_tokens_per_microbatch=24"), 1).lines[1]
+    assert re.search(r"prompts of \d+ groups \(\d+ tokens\) are resident, in [2-9] wave", told)
+    overrides = ("run.max_tokens_per_microbatch=24", "run.prefix_resident=never")
+    assert "resident" not in dry_run(load(tmp_path, sections, *overrides), 1).lines[1]
 
 
 def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str, Any]) -> None:

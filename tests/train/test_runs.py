@@ -51,6 +51,9 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
         algorithm__num_minibatches=1,
         algorithm__policy={},
         run__groups_per_step=2,
+        # Divided groups, so that kills also fall between the phases of resident prompts.
+        run__max_tokens_per_microbatch=24,
+        run__prefix_resident="always",
     )
     output = run_ranks("tests.train.runs_worker", 1, "kill", str(tmp_path), timeout=900)
     assert output.count("killed 10 times") == 1
