@@ -163,12 +163,13 @@ def run(case: harness.Case, name: str) -> float:
     ]
     stock = harness.wrap_ddp(case, stock_config, stock)
     batches = harness.written_out_microbatches(case, written_out_rows(own))
-    if case.vpp:
-        # The interleaved schedule takes a multiple of the stages.
-        batches += [
-            dict(tokens=b["tokens"], length=1, weights=b["weights"][:0])
-            for b in batches[: -len(batches) % case.pp]
-        ]
+    # The interleaved schedule takes a multiple of the stages; experts meet all ranks' tokens.
+    count = torch.tensor(-(-len(batches) // case.pp) * case.pp if case.vpp else len(batches))
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    batches += [
+        dict(tokens=b["tokens"], length=1, weights=b["weights"][:0])
+        for b in batches[:1] * (int(count) - len(batches))
+    ]
     loss = harness.run_step(case, stock, harness.written_out_step, batches)
     truth = harness.named_gradients(stock)
     assert all(gradient.abs().max() > 0 for gradient in truth.values())

@@ -113,7 +113,7 @@ def _on_two_stages(options: Options) -> list[BenchmarkRow]:
 
 
 def _compare_modes(dims: Dims, options: Options) -> list[BenchmarkRow]:
-    case = Case(16, 2, 16, 2, 24) if options.quick else Case(1024, 128, 32, 4, 2048)
+    case = Case(16, 2, 16, 2, 24) if options.quick else Case(512, 64, 32, 4, 1024)
     trainer = Trainer(dims, options.dtype)
     modes: tuple[Mode, ...] = ("retain", "recompute")
     return [_compare(case, mode, dims, options, trainer) for mode in modes]
@@ -139,7 +139,7 @@ def _compare(
     pairs = [(name, gradients["ours"][name], want) for name, want in named]
     error = check_equal(pairs, 1e-3 if options.dtype == torch.float32 else 1e-1)
     del gradients, pairs
-    times = time_interleaved(paths, options.num_rounds(5), options.clock)
+    times = time_interleaved(paths, options.num_rounds(3), options.clock)
     flops = {name: _flops(plan, mode, dims) for name, plan in plans.items()}
     rows = {name: sum(len(wave.rows) for wave in plan) for name, plan in plans.items()}
     return BenchmarkRow(
