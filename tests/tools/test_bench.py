@@ -102,7 +102,7 @@ def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     (memory,) = panels["layer", "memory", "prefix_len"]
     assert (memory.x, memory.ratios) == ([32, 64], [2.0, 2.5])
     assert memory.bounds == [160 / 64, 288 / 96]
-    peer, written_out = panels["layer", "time", "prefix_len"]
+    written_out, peer = panels["layer", "time", "prefix_len"]
     assert (peer.label, written_out.label) == ("peer, R8 G4", "written out, R8 G4")
     assert (peer.ratios, written_out.bounds) == ([1.0, 1.5], [4.0, 6.0])
 
