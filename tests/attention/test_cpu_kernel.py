@@ -42,7 +42,7 @@ def covered(parts: tuple[AttentionPass, ...]) -> Tensor:
     return count
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     lens=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     gap=st.integers(0, 2),
@@ -94,7 +94,7 @@ def make_inputs(rows: int, heads: int, kv_heads: int) -> tuple[list[Tensor], Ten
 HEADS = [(4, 4), (4, 2), (6, 2), (3, 1)]
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(
     forest=forests(),
     lens=st.lists(st.integers(1, 60), min_size=1, max_size=4),

@@ -23,6 +23,7 @@ FIELDS = {"benchmark", "shape", "baseline", "ratio", "bound", "share", "machine"
 MEGATRON_FREE = ("attention", "pack", "layout")
 # The tools' own modules need Megatron-Core as soon as all benchmarks are registered.
 pytest.importorskip("megatron.core")
+from megatron_pg.mcore import core_attention  # noqa: E402
 from tools.bench.run import main  # noqa: E402
 
 
@@ -101,7 +102,7 @@ def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     (memory,) = panels["layer", "memory", "prefix_len"]
     assert (memory.x, memory.ratios) == ([32, 64], [2.0, 2.5])
     assert memory.bounds == [160 / 64, 288 / 96]
-    peer, written_out = panels["layer", "time", "prefix_len"]
+    written_out, peer = panels["layer", "time", "prefix_len"]
     assert (peer.label, written_out.label) == ("peer, R8 G4", "written out, R8 G4")
     assert (peer.ratios, written_out.bounds) == ([1.0, 1.5], [4.0, 6.0])
 
@@ -120,6 +121,26 @@ def test_a_wrong_result_stops_without_a_speed_up(
     printed = capsys.readouterr()
     assert "out differs by" in printed.err and not printed.out
     assert not file.exists()
+
+
+@pytest.mark.megatron
+@pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
+@pytest.mark.parametrize("name", ["layer", "logprob", "step", "memory"])
+def test_a_wrong_model_stops_without_a_speed_up(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, is_wrong = core_attention.prefix_grouped_attention, []
+
+    def wrong_when_packed(q, k, v, layout, *more, **named):
+        out = right(q, k, v, layout, *more, **named)
+        is_wrong.append(getattr(layout, "layout", layout).num_trees == 1)
+        return out * (1.1 if is_wrong[-1] else 1.0)
+
+    monkeypatch.setattr(core_attention, "prefix_grouped_attention", wrong_when_packed)
+    assert main([name, "--quick", "--threads", "1", "--ranks", "1"]) == 1
+    printed = capsys.readouterr()
+    assert f"{name}: " in printed.err and "no speed-up is reported" in printed.err
+    assert not printed.out and True in is_wrong and False in is_wrong
 
 
 def test_check_equal_refuses_nan_and_shapes() -> None:

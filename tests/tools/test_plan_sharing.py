@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.flops import FORWARD_BACKWARD
 from tools.plan_sharing import main
 from tools.sharing.model import read_model
 
@@ -98,6 +99,38 @@ def test_deeper_sharing_predicts_shared_tokens_once(rollouts: Path) -> None:
     assert got["unique_tokens"] == 6
     packed = 3 * 2304 * 6 + 3.5 * 64 * (10 + 5 + 5) + 4 * 512 * 4
     assert got["step_flops"]["packed"] == packed
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("lens", [(32, 8, 4), (24, 40, 3), (16, 4, 1)])
+def test_a_star_is_predicted_the_bound_that_its_step_is_measured_against(
+    rollouts: Path, lens: tuple[int, int, int]
+) -> None:
+    pytest.importorskip("megatron.core")
+    from tools.bench.gpt import make_dims
+    from tools.bench.registry import Options
+    from tools.bench.shapes import flop_bound, star
+
+    prefix_len, suffix_len, num_generations = lens
+    dims = make_dims(Options())
+    config = dict(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_hidden_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_query_groups,
+        padded_vocab_size=dims.vocab_size,
+        swiglu=True,
+    )
+    (rollouts.parent / "config.json").write_text(json.dumps(config))
+    prompt = list(range(prefix_len))
+    rows = [
+        dict(group_id="a", prompt_ids=prompt, response_ids=[100 + i] * suffix_len, reward=1.0)
+        for i in range(num_generations)
+    ]
+    rollouts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    bound = flop_bound(star(*lens), dims.cost_model, FORWARD_BACKWARD)
+    assert report(rollouts)["predicted_step_time_ratio"] == pytest.approx(bound, rel=1e-12)
 
 
 def test_both_kinds_of_config_say_the_same(tmp_path: Path) -> None:

@@ -70,7 +70,10 @@ def plot_rows(rows: Sequence[dict[str, Any]], file: Path) -> None:
         for line in lines:
             (drawn,) = axis.plot(line.x, line.ratios, "o-", label=line.label)
             axis.plot(line.x, line.bounds, "--", color=drawn.get_color(), alpha=0.6)
+        ticks = sorted({x for line in lines for x in line.x})
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(x) for x in ticks])
+        axis.minorticks_off()
         axis.set_ylim(bottom=0)
         axis.set_xlabel(SWEEPS[sweep])
         axis.set_title(", ".join(name), fontsize=9)
@@ -110,7 +113,7 @@ def make_panels(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], li
             lines = points.setdefault((row["benchmark"], quantity, sweep), {})
             lines.setdefault(label, []).append((shape[sweep], *point))
     return {
-        key: [_line(label, sorted(line)) for label, line in sorted(lines.items())]
+        key: [_line(label, sorted(line)) for label, line in lines.items()]
         for key, lines in points.items()
     }
 
