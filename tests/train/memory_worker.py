@@ -1,0 +1,94 @@
+"""A group that trains within a memory limit in which its packed row does not fit.
+
+``python -m tests.train.memory_worker WAY MEGABYTES`` with WAY "resident" or "row": one step may add
+so many megabytes to the address space of the process.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from megatron_pg.data import Group, Sample  # noqa: E402
+from megatron_pg.loss import PolicyLossConfig  # noqa: E402
+from megatron_pg.train import TrainConfig, parallel_run  # noqa: E402
+from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
+from megatron_pg.train.config import AlgorithmConfig, ModelConfig  # noqa: E402
+from megatron_pg.train.model import build_trained_model  # noqa: E402
+from megatron_pg.train.model_plan import plan_model  # noqa: E402
+from megatron_pg.train.passes import HeadConfig, train_pass  # noqa: E402
+
+VOCAB = 64
+MODEL = ModelConfig(
+    vocab_size=VOCAB,
+    max_position_embeddings=8192,
+    transformer={
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 2,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+    },
+)
+
+
+def make_group(prompt_len: int, response_len: int, num_samples: int) -> Group:
+    prompt = torch.randint(0, VOCAB, (prompt_len,))
+    samples = (
+        Sample(
+            prompt_ids=prompt,
+            response_ids=torch.randint(0, VOCAB, (response_len,)),
+            reward=float(i),
+            loss_mask=torch.ones(response_len, dtype=torch.bool),
+        )
+        for i in range(num_samples)
+    )
+    return Group("large", tuple(samples))
+
+
+def address_space() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    way, megabytes = sys.argv[1], int(sys.argv[2])
+    config = TrainConfig(model=MODEL)
+    with parallel_run(config.parallel, 0) as ranks:
+        torch.set_num_threads(1)
+        plan = plan_model(config.model, config.parallel)
+        model = build_trained_model(config, plan, 1)
+        packing = packing_config(config, plan)
+        head = HeadConfig(temperature=1.0, vocab_size=VOCAB, chunk_tokens=512)
+
+        def step(group: Group, max_tokens: int) -> float:
+            residency = replace(packing.residency, choice="always", max_resident_tokens=4096)
+            own = replace(packing, max_tokens=max_tokens, residency=residency)
+            advantages = torch.linspace(-1, 1, len(group.samples), dtype=torch.float64)
+            batch = make_minibatch([group], advantages, AlgorithmConfig(), own, ranks)
+            assert bool(batch.tokens.resident) == (max_tokens < 30_000)
+            return train_pass(model.chunks, batch.waves, PolicyLossConfig(), head, ranks)["loss"]
+
+        # Whatever a step sets up once.
+        step(make_group(64, 16, 4), 72)
+        group = make_group(4096, 512, 64)
+        limit = address_space() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        loss = step(group, 4096 if way == "resident" else 4096 + 64 * 512)
+        gradient = max(float(p.main_grad.abs().max()) for p in model.chunks[0].parameters())
+        assert gradient > 0
+        print(f"trained {way}: loss {loss:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
