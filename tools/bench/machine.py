@@ -34,11 +34,12 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, so that tensors are timed and not page faults.
+    """Let this process keep what it frees, so that tensors are timed more than page faults.
 
     glibc maps tensors from 32 MiB on anew every time. The written-out row has the larger tensors,
-    so that would count as a gain of sharing, by up to a third of a step. Other C libraries and
-    CUDA, whose allocator keeps what it has, are left as they are.
+    so that would count as a gain of sharing, by up to a third of a step. The price is a fragmented
+    heap, up to twice the peak. Other C libraries and CUDA, whose allocator keeps what it has, are
+    left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
