@@ -13,8 +13,10 @@ from .shape import GroupShape
 RESIDENCY_CHOICES = ("auto", "always", "never")
 RESIDENT_MODES = ("retain", "recompute")
 
-# Forward work of a backward pass, and of one forward pass.
+# Work of a forward and of a backward pass.
 _FORWARD, _BACKWARD = 1.0, 2.0
+# With as many, a stage of S idles for (S - 1) / (5 S - 1) of a phase.
+_PREFIX_ROWS_PER_STAGE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,14 @@ def _saves(
     return once + (_FORWARD + _BACKWARD) * (chunks(shape.suffixes) - chunks(shape)) < 0
 
 
+def _prefix_budget(lens: Sequence[int], budget: int, residency: ResidencyConfig) -> int:
+    """Tokens of a prefix row: idle stages wait for the longest, so a few rows for each stage."""
+    if residency.num_stages == 1:
+        return budget
+    share = -(-sum(lens) // (_PREFIX_ROWS_PER_STAGE * residency.num_stages))
+    return min(budget, max(share, *lens))
+
+
 def _make_waves(
     shapes: Sequence[GroupShape],
     members: Sequence[int],
@@ -199,7 +209,8 @@ def _make_waves(
     waves: list[PackPlan] = []
     for places in fill_bins(lens, residency.max_resident_tokens):
         groups = sorted(resident[i] for i in places)
-        prefix_bins = fill_bins([shapes[g].resident_tokens for g in groups], budget)
+        prefix_lens = [shapes[g].resident_tokens for g in groups]
+        prefix_bins = fill_bins(prefix_lens, _prefix_budget(prefix_lens, budget, residency))
         parts = [
             RowPart(group, samples, is_resident=True)
             for group in groups

@@ -182,6 +182,19 @@ def test_ranks_get_equally_many_rows_of_both_kinds() -> None:
     assert all(part.is_resident for row in equal[0].rows for part in row)
 
 
+def test_stages_get_prefix_rows_to_fill_the_pipeline_with() -> None:
+    shapes = [shape(9, [5] * 9, str(i)) for i in range(8)]
+    (one,) = plan_waves(shapes, 32, always())
+    (two,) = plan_waves(shapes, 32, always(num_stages=2))
+    assert [len(row) for row in one.prefix_rows] == [4, 4]
+    assert two.prefix_rows == tuple((i,) for i in range(8))
+    many = [shape(9, [5] * 9, str(i)) for i in range(16)]
+    (two,) = plan_waves(many, 32, always(num_stages=2))
+    assert [len(row) for row in two.prefix_rows] == [2] * 8
+    (two,) = plan_waves(many * 7, 32, always(num_stages=2))
+    assert [len(row) for row in two.prefix_rows] == [4] * 28
+
+
 def test_never_is_the_ordinary_plan() -> None:
     shapes = [shape(20, [5] * 9), shape(18, [3] * 12)]
     (plan,) = plan_waves(shapes, 32, always(choice="never"))

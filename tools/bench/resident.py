@@ -113,7 +113,7 @@ def _on_two_stages(options: Options) -> list[BenchmarkRow]:
 
 
 def _compare_modes(dims: Dims, options: Options) -> list[BenchmarkRow]:
-    case = Case(16, 2, 16, 2, 24) if options.quick else Case(512, 64, 32, 4, 1024)
+    case = Case(16, 2, 16, 2, 24) if options.quick else Case(512, 64, 32, 8, 1024)
     trainer = Trainer(dims, options.dtype)
     modes: tuple[Mode, ...] = ("retain", "recompute")
     return [_compare(case, mode, dims, options, trainer) for mode in modes]
