@@ -76,6 +76,8 @@ def prefix_resident_forward_backward(
     Raises:
         NotImplementedError: if parameters are gathered beside the forward pass
             (``param_sync_func``), which counts on one call per step.
+        ValueError: if gradients are reduced beside the backward pass and ``no_sync_func`` is not
+            there to hold that until the last one.
     """
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]
     config = get_model_config(chunks[0])
@@ -97,11 +99,8 @@ def prefix_resident_forward_backward(
 
     if not any(wave.prefix_rows for wave in waves) and len(waves) == 1:
         return megatron([ScheduledRow(row) for row in waves[0].microbatches], forward_only)
-    if config.param_sync_func is not None and not forward_only:
-        raise NotImplementedError(
-            "resident prefixes do not work with overlap_param_gather (config.param_sync_func is "
-            "set); turn it off, or set prefix_resident=never"
-        )
+    if not forward_only:
+        _check_overlap(chunks, config)
     results: list[Any] = []
     finalization = _Finalization()
     with finalization.held(config):
@@ -135,6 +134,24 @@ def prefix_resident_forward_backward(
                     megatron(prefixes, only_forward=False)
     finalization.run()
     return results
+
+
+def _check_overlap(chunks: Sequence[Any], config: Any) -> None:
+    if config.param_sync_func is not None:
+        raise NotImplementedError(
+            "resident prefixes do not work with overlap_param_gather (config.param_sync_func is "
+            "set); turn it off, or set prefix_resident=never"
+        )
+    overlaps = any(
+        getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False)
+        for chunk in chunks
+    )
+    if overlaps and config.no_sync_func is None:
+        raise ValueError(
+            "overlap_grad_reduce=True needs config.no_sync_func with resident prefixes, which run "
+            "several backward passes per step; set it to the no_sync method of the model (a list "
+            "for several chunks)"
+        )
 
 
 def _scaled(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pg.data import Wave
@@ -69,14 +71,19 @@ def test_a_row_that_comes_too_early_is_an_error() -> None:
         PrefixKV().of(torch.nn.Identity())
 
 
-def test_parameters_gathered_beside_the_forward_pass_are_refused() -> None:
+def test_overlaps_that_count_on_one_call_are_refused() -> None:
     model = torch.nn.Linear(2, 2)
     model.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    model.ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    call = partial(
+        prefix_resident_forward_backward,
+        forward_step_func=None,
+        waves=[Wave((object(),), (object(),))],
+        model=model,
+        seq_length=4,
+    )
+    with pytest.raises(ValueError, match="needs config.no_sync_func"):
+        call()
     model.config.param_sync_func = lambda parameters: None
     with pytest.raises(NotImplementedError, match="overlap_param_gather"):
-        prefix_resident_forward_backward(
-            forward_step_func=None,
-            waves=[Wave((object(),), (object(),))],
-            model=model,
-            seq_length=4,
-        )
+        call()

@@ -73,10 +73,17 @@ def test_the_hand_computed_case(rollouts: Path) -> None:
 
 
 def test_groups_that_do_not_fit(rollouts: Path) -> None:
-    (divided,) = report(rollouts, "--max-tokens", "8")["does_not_fit"]
-    assert (divided["group_id"], divided["parts"], divided["repeated_tokens"]) == ("a", 2, 4)
-    got = report(rollouts, "--max-tokens", "6")
-    (too_long,) = got["does_not_fit"]
+    for budget, rows, repeated in (("8", 1, 0), ("5", 2, 1)):
+        got = report(rollouts, "--max-tokens", budget)
+        (divided,) = got["does_not_fit"]
+        assert divided["group_id"] == "a" and divided["parts"] == rows
+        # The last prompt token stands in every row.
+        assert divided["repeated_tokens"] == repeated
+        assert "beside 3 resident tokens of its prompt" in divided["action"]
+        flops = 3 * 2304 * (13 + repeated) + 3.5 * 64 * (49 + 4 * repeated) + 4 * 512 * 6
+        assert got["step_flops"]["packed"] == flops
+    got = report(rollouts, "--max-tokens", "3")
+    too_long = got["does_not_fit"][0]
     assert too_long["parts"] is None and "truncate" in too_long["action"]
     assert not got["pays"], "what remains is group b"
 

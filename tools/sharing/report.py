@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from megatron_pg import PrefixTree
-from megatron_pg.data import Group, GroupShape, group_shape, plan_rows, select_samples, split_group
+from megatron_pg.data import (
+    Group,
+    GroupShape,
+    PackPlan,
+    ResidencyConfig,
+    group_shape,
+    part_tree,
+    plan_waves,
+)
 from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
 from tools.sharing.model import ModelDims
 
@@ -67,10 +75,10 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
     stage_layers = dims.num_layers // settings.pp
     recommended = _recommend_max_tokens(trees, bytes_per_token * stage_layers, settings)
     max_tokens = settings.max_tokens or recommended
-    unfit = [f for r in reports if (f := _why_unfit(r, max_tokens)) is not None]
+    unfit = [f for r in reports if (f := _why_unfit(r, dims, max_tokens, settings)) is not None]
     too_long = {f["group_id"] for f in unfit if f["parts"] is None}
     kept = [r for r in reports if r.group_id not in too_long]
-    packed, logical, rows = _step_flops(kept, dims, max_tokens, settings.tp)
+    packed, logical, rows = _step_flops(kept, dims, max_tokens, settings)
     pair_sums = [
         sum(t.attention_pairs for t in trees),
         sum(t.logical_attention_pairs for t in trees),
@@ -110,14 +118,14 @@ def predict_at(
 ) -> list[float | None]:
     """Predicted step-time ratio for every token budget; None where a sample does not fit."""
     reports = [_report_group(group, dims, settings) for group in groups]
-    longest = max(int(r.tree.sample_lens.max()) for r in reports)
     ratios: list[float | None] = []
     for budget in budgets:
-        if budget < longest:
+        try:
+            packed, logical, _ = _step_flops(reports, dims, budget, settings)
+        except ValueError:
             ratios.append(None)
-            continue
-        packed, logical, _ = _step_flops(reports, dims, budget, settings.tp)
-        ratios.append(logical / packed)
+        else:
+            ratios.append(logical / packed)
     return ratios
 
 
@@ -139,27 +147,38 @@ def _distinct_share(tree: PrefixTree, prompt_len: int) -> float:
     return float(lens.sum() / max((lens * tree.segment_multiplicity).sum(), 1))
 
 
+def _plan_rows(
+    shapes: Sequence[GroupShape], dims: ModelDims, max_tokens: int, settings: Settings
+) -> list[PackPlan]:
+    """The recipe's own plan of one step on one data-parallel rank, with its defaults."""
+    residency = ResidencyConfig(
+        choice="auto", max_resident_tokens=max_tokens, num_stages=settings.pp
+    )
+    return plan_waves(
+        shapes, max_tokens, residency, cost_model=dims.cost_model, pad_to_multiple=settings.tp
+    )
+
+
 def _step_flops(
-    reports: Sequence[GroupReport], dims: ModelDims, max_tokens: int, pad_to_multiple: int
+    reports: Sequence[GroupReport], dims: ModelDims, max_tokens: int, settings: Settings
 ) -> tuple[float, float, list[int]]:
     """FLOPs packed into rows of the budget and written out, and the tokens of every row."""
     if not reports:
         return 0.0, 0.0, []
     shapes = [report.shape for report in reports]
-    plan = plan_rows(
-        shapes, max_tokens, cost_model=dims.cost_model, pad_to_multiple=pad_to_multiple
-    )
     cost, packed, rows = dims.cost_model, 0.0, []
-    for row in plan.rows:
-        tokens = 0
-        for part in row:
-            report = reports[part.group]
-            tree = select_samples(report.tree, part.samples)
-            trained = int(report.shape.loss_lens[list(part.samples)].sum())
-            predicted = trained * _distinct_share(tree, report.prompt_len)
-            packed += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
-            tokens += tree.unique_tokens
-        rows.append(-(-tokens // pad_to_multiple) * pad_to_multiple)
+    for wave in _plan_rows(shapes, dims, max_tokens, settings):
+        for number, row in enumerate(wave.rows):
+            for part in row:
+                tree = part_tree(shapes, part)
+                trained = int(shapes[part.group].loss_lens[list(part.samples)].sum())
+                predicted = trained * _distinct_share(tree, reports[part.group].prompt_len)
+                packed += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
+            rows.append(wave.row_layout(number).total_tokens)
+        for number, groups in enumerate(wave.prefix_rows):
+            for group in groups:
+                packed += packed_flops(shapes[group].prefixes, 0, cost, FORWARD_BACKWARD)
+            rows.append(wave.prefix_layout(number).total_tokens)
     logical = sum(written_out_flops(s.tree, s.loss_tokens, cost, FORWARD_BACKWARD) for s in shapes)
     return packed, logical, rows
 
@@ -177,21 +196,29 @@ def _recommend_max_tokens(
     return -(-budget // settings.tp) * settings.tp
 
 
-def _why_unfit(report: GroupReport, max_tokens: int) -> dict[str, Any] | None:
+def _why_unfit(
+    report: GroupReport, dims: ModelDims, max_tokens: int, settings: Settings
+) -> dict[str, Any] | None:
     """What would be done with a group that exceeds the budget; None when it fits."""
-    tree = report.tree
-    if tree.unique_tokens <= max_tokens:
+    unique = report.tree.unique_tokens
+    if unique <= max_tokens:
         return None
-    longest = int(tree.sample_lens.max())
-    fields = {"group_id": report.group_id, "unique_tokens": tree.unique_tokens}
-    if longest > max_tokens:
-        why = f"a sample has {longest} tokens: raise max_tokens or truncate it"
-        return {**fields, "parts": None, "repeated_tokens": None, "action": why}
-    parts = split_group(report.shape, max_tokens).parts
-    total = sum(select_samples(tree, samples).unique_tokens for samples in parts)
-    why = f"divided into {len(parts)} rows, which repeat what they share"
-    repeated = total - tree.unique_tokens
-    return {**fields, "parts": len(parts), "repeated_tokens": repeated, "action": why}
+    fields = {"group_id": report.group_id, "unique_tokens": unique}
+    try:
+        (wave,) = _plan_rows([report.shape], dims, max_tokens, settings)
+    except ValueError as error:
+        return {**fields, "parts": None, "repeated_tokens": None, "action": str(error)}
+    trees = [part_tree(wave.shapes, part) for row in wave.rows for part in row]
+    encoded, why = sum(tree.unique_tokens for tree in trees), "which repeat what they share"
+    if wave.prefix_rows:
+        encoded += report.shape.resident_tokens
+        why = f"beside {report.shape.resident_tokens} resident tokens of its prompt"
+    return {
+        **fields,
+        "parts": len(wave.rows),
+        "repeated_tokens": encoded - unique,
+        "action": f"divided into {len(wave.rows)} rows, {why}",
+    }
 
 
 def _memory(
