@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .bins import fill_bins
 from .cost import CostModel
-from .plan import PackPlan, RowPart, fill_bins, fill_rows, plan_rows, row_budget, split_group
+from .plan import PackPlan, RowPart, fill_rows, plan_rows, row_budget, split_group
 from .shape import GroupShape
 
 RESIDENCY_CHOICES = ("auto", "always", "never")

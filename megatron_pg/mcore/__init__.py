@@ -12,8 +12,8 @@ from .norm import (
 )
 from .params import PrefixGroupedSeqParams
 from .predictions import Predictions
-from .prefix_kv import PrefixKV
-from .schedule import ScheduledRow, prefix_resident_forward_backward
+from .prefix_kv import PrefixKV, ScheduledRow
+from .schedule import prefix_resident_forward_backward
 from .spec import with_prefix_grouped_attention
 from .validate import validate_config
 

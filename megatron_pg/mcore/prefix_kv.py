@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,3 +75,18 @@ class _JoinGradients(torch.autograd.Function):
             return dkey, dvalue, None
         # The sum is made in the wider type and rounded once.
         return (kept.dk + dkey).to(dkey.dtype), (kept.dv + dvalue).to(dvalue.dtype), None
+
+
+@dataclass(frozen=True)
+class ScheduledRow:
+    """One row on its way through the pipeline: what the iterator gives ``forward_step_func``.
+
+    Attributes:
+        row: an entry of ``Wave.prefix_rows`` or of ``Wave.microbatches``.
+        prefix_kv: for ``PrefixGroupedSeqParams.from_layout``; None for microbatches.
+        resident: for ``PrefixGroupedSeqParams.from_layout``; empty for prefix rows.
+    """
+
+    row: Any
+    prefix_kv: PrefixKV | None = None
+    resident: tuple[PrefixKV, ...] = ()
