@@ -81,6 +81,17 @@ def test_the_plot_sweeps_lengths(tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_residency_keeps_the_peak_flat(tmp_path: Path) -> None:
+    file = tmp_path / "figure.png"
+    rows = run("resident_memory", tmp_path, "--plot", str(file))
+    # The first group fills a part of one row only.
+    _, some, twice = rows
+    assert twice["shape"]["num_generations"] == 2 * some["shape"]["num_generations"]
+    assert twice["ours_peak_bytes"] < 1.1 * some["ours_peak_bytes"]
+    assert twice["baseline_peak_bytes"] > 1.5 * some["baseline_peak_bytes"]
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
 def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     def row(prefix_len: int, baseline: str, ratio: float, peaks: tuple[int, int] | None) -> dict:
         shape = dict(prefix_len=prefix_len, suffix_len=8, num_generations=4, sweep="prefix_len")

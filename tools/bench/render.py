@@ -87,6 +87,29 @@ def plot_rows(rows: Sequence[dict[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_peaks(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Peak memory over the responses of a group, ours and the baseline's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    x = [row["shape"]["num_generations"] for row in rows]
+    for field, label in (("ours_peak_bytes", "ours"), ("baseline_peak_bytes", rows[0]["baseline"])):
+        axis.plot(x, [row[field] / 2**20 for row in rows], "o-", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(x, [str(n) for n in x])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set(xlabel=SWEEPS["num_generations"], ylabel="peak activation memory, MiB")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
 def make_panels(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[Line]]:
     """Lines by (benchmark, "time" or "memory", swept size), one for each baseline.
 

@@ -26,7 +26,7 @@ from tools.bench.registry import (  # noqa: E402
     BenchmarkRow,
     Options,
 )
-from tools.bench.render import make_table, plot_rows  # noqa: E402
+from tools.bench.render import make_table, plot_peaks, plot_rows  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="interleaved rounds of every comparison")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
-    parser.add_argument("--ranks", type=int, choices=(1, 2), help="step: only on so many processes")
+    parser.add_argument(
+        "--ranks", type=int, choices=(1, 2), help="step, resident: on so many processes"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
     )
@@ -68,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     console.print(make_table(rows))
     if args.plot:
-        plot_rows([row.as_json(machine) for row in rows], args.plot)
+        drawn = [row.as_json(machine) for row in rows]
+        (plot_peaks if args.names == ["resident_memory"] else plot_rows)(drawn, args.plot)
     return 0
 
 
