@@ -40,7 +40,7 @@ from tests.data.samples import make_large_groups  # noqa: E402
 from tests.mcore import cases, harness  # noqa: E402
 
 BUDGET = 18
-# Two waves hold the prompts of 4 + 10 + 8 + 11 + 6 tokens; the smallest group stands whole.
+# The smallest group stands whole; prefixes of 10, 8, 11 and 6 tokens take two waves.
 MAX_RESIDENT_TOKENS = 20
 
 
