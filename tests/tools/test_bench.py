@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
 from tests.utils import ROOT
 from tools.bench import attention, timing
 from tools.bench.registry import BenchmarkMismatch, Options
@@ -116,6 +117,16 @@ def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     written_out, peer = panels["layer", "time", "prefix_len"]
     assert (peer.label, written_out.label) == ("peer, R8 G4", "written out, R8 G4")
     assert (peer.ratios, written_out.bounds) == ([1.0, 1.5], [4.0, 6.0])
+
+
+def test_flex_baseline_sees_what_a_token_sees() -> None:
+    layout = two_level(16, 8, 4, 2, 2).packed
+    qkv = torch.randn(3, layout.total_tokens, 2, 16, dtype=torch.float64)
+    got = attention.flex(layout, torch.device("cpu"))(*qkv)
+    want = prefix_grouped_attention(*qkv, layout, backend="reference")
+    torch.testing.assert_close(got, want)
+    causal = pack_trees([PrefixTree.from_group(layout.total_tokens - 1, [1])])
+    assert (want - prefix_grouped_attention(*qkv, causal, backend="reference")).abs().max() > 0.1
 
 
 def test_a_wrong_result_stops_without_a_speed_up(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_pg import PackedLayout, prefix_grouped_attention
@@ -26,8 +28,9 @@ Results = tuple[Tensor, ...]
 def attention(options: Options) -> Iterator[BenchmarkRow]:
     """Forward and backward; the bound is the ratio of visible pairs.
 
-    Baselines: the same kernels on the samples written out, packed without padding; and the
-    attention of the ``prefix-grouper`` package where it can be imported.
+    Baselines: the same kernels on the samples written out, packed without padding; the attention
+    of the ``prefix-grouper`` package where it can be imported, as its documentation has it and
+    with a causal prefix; and FlexAttention over the same row on CUDA.
     """
     for shape in standard_shapes(options):
         yield from _compare(shape, options)
@@ -44,9 +47,10 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
         "ours": _path(ours, packed, dout),
         "written out": _path(_attend(shape.written_out, options.device), expanded, expanded_dout),
     }
-    peer = _prefix_grouper(shape, options)
-    if peer is not None:
-        paths["prefix-grouper"] = _path(peer, packed, dout)
+    peers = _prefix_groupers(shape, options)
+    if options.device.type == "cuda":
+        peers["flex"] = flex(shape.packed, options.device)
+    paths |= {name: _path(attend, packed, dout) for name, attend in peers.items()}
 
     out, *_ = paths["ours"]()
     want_out, *want_grads = paths["written out"]()
@@ -60,10 +64,9 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     ]
     bound = 1e-5 if options.dtype == torch.float32 else 3e-2
     error = {"written out": check_equal(pairs, bound)}
-    if peer is not None:
+    for peer in peers:
         names = ("out", "dq", "dk", "dv")
-        pairs = list(zip(names, paths["ours"](), paths["prefix-grouper"]()))
-        error["prefix-grouper"] = check_equal(pairs, bound)
+        error[peer] = check_equal(list(zip(names, paths["ours"](), paths[peer]())), bound)
 
     times = time_interleaved(paths, options.num_rounds(9), options.clock)
     peaks = {name: peak_bytes(run) for name, run in paths.items()}
@@ -98,20 +101,31 @@ def _path(attend: Attend, qkv: list[Tensor], dout: Tensor) -> Callable[[], Resul
     return run
 
 
-def _prefix_grouper(shape: Shape, options: Options) -> Attend | None:
-    """The peer's attention on the packed row; None where it cannot run this shape.
+def _prefix_groupers(shape: Shape, options: Options) -> dict[str, Attend]:
+    """The package's attention on the packed row; nothing where it cannot run this shape.
 
-    It takes ``[batch, heads, seq, head_dim]`` and an attention function; SDPA gets the causal,
-    bottom-right aligned mask that the package's own FlashAttention call implies, made once.
+    It calls one attention function for the prefixes and for the suffixes, with a padding mask of
+    the keys each time. "prefix-grouper" does what this asks for: SDPA with the causal,
+    bottom-right aligned mask that the package's own FlashAttention call implies.
+    "prefix-grouper, causal prefix" is stronger than what the package can express: it recognises
+    the prefix, which has no padding here, and takes SDPA's causal kernel. Both make their masks
+    once, although the package gives no place to keep them.
     """
     if shape.tree.depth != 1 or shape.tree.segment_lens[1:].min() < 1:
-        return None
+        return {}
     if importlib.util.find_spec("prefix_grouper") is None:
         print(
             "attention: prefix-grouper is not installed, its comparison is left out",
             file=sys.stderr,
         )
-        return None
+        return {}
+    return {
+        "prefix-grouper": _prefix_grouper(shape, options, causal_prefix=False),
+        "prefix-grouper, causal prefix": _prefix_grouper(shape, options, causal_prefix=True),
+    }
+
+
+def _prefix_grouper(shape: Shape, options: Options, causal_prefix: bool) -> Attend:
     from prefix_grouper import PrefixGrouper
 
     lens = shape.tree.segment_lens.tolist()
@@ -127,7 +141,7 @@ def _prefix_grouper(shape: Shape, options: Options) -> Attend | None:
 
     def attend_padded(q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> Tensor:
         q_len, kv_len = q.shape[2], k.shape[2]
-        if q_len == kv_len and q.shape[0] == 1:
+        if causal_prefix and q_len == kv_len:
             out = scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask(q_len, kv_len, present))
@@ -137,5 +151,29 @@ def _prefix_grouper(shape: Shape, options: Options) -> Attend | None:
         heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
         out: Tensor = grouper.forward(attend_padded, *heads_first)
         return out[0]
+
+    return attend
+
+
+def flex(layout: PackedLayout, device: torch.device) -> Attend:
+    """FlexAttention under the mask that ``dense_mask`` writes down, made once; compiled on CUDA.
+
+    On the CPU it has no backward, so there it serves tests only.
+    """
+    subtree_end = layout.subtree_end.to(device)
+
+    def is_visible(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (kv <= q) & (q < subtree_end[kv])
+
+    tokens = layout.total_tokens
+    block_mask = create_block_mask(is_visible, None, None, tokens, tokens, device)
+    run: Any = flex_attention
+    if device.type == "cuda":
+        run = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out: Tensor = run(*heads_first, block_mask=block_mask)
+        return out[0].transpose(0, 1)
 
     return attend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -63,6 +63,16 @@ class _Call:
         tail = list(x.shape[2:]), list(x.stride()[2:])
         return x.as_strided([*sizes, length, *tail[0]], [*strides, row, *tail[1]], offset)
 
+    def rows_of(self, x: Tensor, num_rows: int) -> Tensor | None:
+        """A result ``[batch, heads, len, ...]`` as rows, uncopied, if it holds all rows there are.
+
+        Spans ascend and do not overlap, so as many rows are all of them in their order.
+        """
+        if self.grouping > 1 or x.shape[0] * x.shape[2] != num_rows:
+            return None
+        rows = x.transpose(1, 2)
+        return rows.flatten(0, 1) if rows.is_contiguous() else None
+
     def put_key_grad(self, put: Put, total: Tensor, grad: Tensor) -> None:
         """Put a key gradient ``[batch, heads, len, D]`` into its rows, summed over groups."""
         rows = self.keys(total)
@@ -82,6 +92,17 @@ def _calls(attention_pass: AttentionPass, num_heads: int, num_kv_heads: int) -> 
         else:
             for kv_head in range(num_kv_heads):
                 yield _Call(spans, None, kv_head, grouping)
+
+
+def _first_rows(
+    call: _Call, results: Sequence[Tensor], rows: Sequence[Tensor]
+) -> tuple[list[Tensor], bool]:
+    """What all calls write to, shaped like ``rows``; True if the first call's results are it."""
+    dtype = accumulation_dtype(rows[0].dtype)
+    made = [call.rows_of(x, len(like)) for x, like in zip(results, rows)]
+    if all(x is not None and x.dtype == dtype for x in made):
+        return [x for x in made if x is not None], True
+    return [torch.empty(like.shape, dtype=dtype) for like in rows], False
 
 
 def split_causal_pass(causal_pass: AttentionPass, min_block: int) -> tuple[AttentionPass, ...]:
@@ -134,8 +155,7 @@ class CpuFlashKernel:
         self, q: Tensor, k: Tensor, v: Tensor, attention_pass: AttentionPass, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
-        dtype = accumulation_dtype(q.dtype)
-        out, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q.shape[:2], dtype=dtype)
+        out: Tensor | None = None
         for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
             call_out, call_lse = _flash_forward(
                 call.queries(q),
@@ -145,15 +165,20 @@ class CpuFlashKernel:
                 part.causal,
                 scale=softmax_scale,
             )
+            if out is None:
+                (out, lse), are_filled = _first_rows(call, (call_out, call_lse), (q, q[..., 0]))
+                if are_filled:
+                    continue
             rows, rows_lse = call.queries(out), call.queries(lse)
             if put is Tensor.add_:
                 # As ``merge_out_lse``, on views of the rows.
                 weight = torch.sigmoid(call_lse - rows_lse).unsqueeze(-1)
-                rows.lerp_(call_out.to(dtype), weight)
+                rows.lerp_(call_out.to(rows.dtype), weight)
                 torch.logaddexp(rows_lse, call_lse, out=rows_lse)
             else:
                 rows.copy_(call_out)
                 rows_lse.copy_(call_lse)
+        assert out is not None, "a pass has at least one span"
         return out, lse.t()
 
     def backward(
@@ -168,7 +193,7 @@ class CpuFlashKernel:
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
-        dq, dk, dv = (torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)) for x in (q, k, v))
+        dq: Tensor | None = None
         for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
             call_dq, call_dk, call_dv = _flash_backward(
                 call.queries(dout),
@@ -181,9 +206,15 @@ class CpuFlashKernel:
                 part.causal,
                 scale=softmax_scale,
             )
+            if dq is None:
+                grads = call_dq, call_dk, call_dv
+                (dq, dk, dv), are_filled = _first_rows(call, grads, (q, k, v))
+                if are_filled:
+                    continue
             put(call.queries(dq), call_dq)
             call.put_key_grad(put, dk, call_dk)
             call.put_key_grad(put, dv, call_dv)
+        assert dq is not None, "a pass has at least one span"
         return dq, dk, dv
 
     def _parts(
