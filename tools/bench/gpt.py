@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -136,11 +138,25 @@ def make_config(dims: Dims, dtype: torch.dtype) -> TransformerConfig:
 
 def build_model(dims: Dims, config: TransformerConfig, whole: bool = True) -> PrefixGroupedGPTModel:
     """This rank's stage of the model; without embedding and output layer when not ``whole``."""
+    return _build(PrefixGroupedGPTModel, with_prefix_grouped_attention, dims, config, whole)
+
+
+def build_stock_model(dims: Dims, config: TransformerConfig, whole: bool = True) -> GPTModel:
+    """The same of Megatron-Core's local spec, whose attention is unfused."""
+    return _build(GPTModel, lambda spec: spec, dims, config, whole)
+
+
+def _build(
+    model_class: type[GPTModel],
+    wrap: Callable[[TransformerBlockSubmodules], TransformerBlockSubmodules],
+    dims: Dims,
+    config: TransformerConfig,
+    whole: bool,
+) -> Any:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec = with_prefix_grouped_attention(with_sequence_parallel_norms(layer, config))
-    model = PrefixGroupedGPTModel(
+    model = model_class(
         config,
-        spec,
+        wrap(with_sequence_parallel_norms(layer, config)),
         vocab_size=dims.vocab_size,
         max_sequence_length=32768,
         pre_process=whole and parallel_state.is_pipeline_first_stage(),
