@@ -2,6 +2,7 @@
 
 from .backends import ATTENTION_BACKENDS, AttentionInputs
 from .interface import available_backends, prefix_grouped_attention, select_backend
+from .merge import merge_implementation
 from .plan import AttentionPlan, make_attention_plan
 from .resident import ResidentKV
 
@@ -12,6 +13,7 @@ __all__ = [
     "ResidentKV",
     "available_backends",
     "make_attention_plan",
+    "merge_implementation",
     "prefix_grouped_attention",
     "select_backend",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import merge_plain
 from .plan import AttentionPass, AttentionPlan
 from .resident import ResidentKV, accumulation_dtype
 
@@ -42,31 +44,36 @@ class VarlenKernel(Protocol):
         """
 
 
-def merge_out_lse(
-    out: Tensor, lse: Tensor, pass_out: Tensor, pass_lse: Tensor, rows: Tensor | None
-) -> None:
-    """Add one pass to a running result, in place.
+class MergeFunctions(Protocol):
+    """What ``merge_plain``, the definition, and ``merge_triton`` both offer."""
 
-    Equals attention over the union of both key sets: ``lse <- logaddexp(lse, pass_lse)`` and
-    ``out <- out + sigmoid(pass_lse - lse) * (pass_out - out)``.
+    def merge_out_lse(
+        self, out: Tensor, lse: Tensor, pass_out: Tensor, pass_lse: Tensor, rows: Tensor | None
+    ) -> None:
+        """Add one pass's ``(out, lse)`` to a running one, in place."""
 
-    Args:
-        out: ``[Tq, H, D]`` running output in the accumulation dtype.
-        lse: ``[H, Tq]`` its log-sum-exp.
-        pass_out: ``[Tq, H, D]`` the pass's output.
-        pass_lse: ``[H, Tq]`` its log-sum-exp.
-        rows: queries that took part, or None for all.
+    def add_rows(self, total: Tensor, share: Tensor, rows: Tensor | None) -> None:
+        """``total[rows] += share[rows]``, in place."""
+
+
+def merge_implementation(device: torch.device | str) -> Literal["triton", "plain"]:
+    """What merges passes on the device: its type and what is installed decide, nothing else.
+
+    "triton" on CUDA where Triton is installed: one kernel per pass, without temporaries. Triton
+    needs a C compiler for its first launch; an error in it is raised. Else "plain": PyTorch's
+    operators, 5 per pass of whole slices, 11 where the slice has gaps.
     """
-    if rows is not None:
-        merged_out, merged_lse = out.index_select(0, rows), lse.index_select(1, rows)
-        pass_out, pass_lse = pass_out.index_select(0, rows), pass_lse.index_select(1, rows)
-        merge_out_lse(merged_out, merged_lse, pass_out, pass_lse, None)
-        out.index_copy_(0, rows, merged_out)
-        lse.index_copy_(1, rows, merged_lse)
-        return
-    weight = torch.sigmoid(pass_lse - lse).t().unsqueeze(-1)
-    out.lerp_(pass_out.to(out.dtype), weight.to(out.dtype))
-    torch.logaddexp(lse, pass_lse, out=lse)
+    if torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "plain"
+    return "triton"
+
+
+def _merge_functions(device: torch.device) -> MergeFunctions:
+    if merge_implementation(device) == "triton":
+        from . import merge_triton
+
+        return merge_triton
+    return merge_plain
 
 
 class LseMergeAttention(torch.autograd.Function):
@@ -85,6 +92,7 @@ class LseMergeAttention(torch.autograd.Function):
     ) -> Tensor:
         tokens = plan.unique_tokens
         first, *others = plan.passes
+        merge = _merge_functions(q.device)
         out, lse = kernel.forward(q[:tokens], k[:tokens], v[:tokens], first, softmax_scale)
         if others:
             out = out.to(accumulation_dtype(q.dtype))
@@ -94,7 +102,7 @@ class LseMergeAttention(torch.autograd.Function):
             pass_out, pass_lse = kernel.forward(
                 q[queries], pass_k[keys], pass_v[keys], p, softmax_scale
             )
-            merge_out_lse(out[queries], lse[:, queries], pass_out, pass_lse, p.q_rows)
+            merge.merge_out_lse(out[queries], lse[:, queries], pass_out, pass_lse, p.q_rows)
         out = out.to(q.dtype)
         if tokens < len(q):
             # A padding token sees itself alone, so its output is its own value.
@@ -110,6 +118,7 @@ class LseMergeAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         plan, kernel, softmax_scale = ctx.plan, ctx.kernel, ctx.softmax_scale
         tokens, dtype = plan.unique_tokens, accumulation_dtype(q.dtype)
+        merge = _merge_functions(q.device)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         dq, dk, dv = (
@@ -138,12 +147,12 @@ class LseMergeAttention(torch.autograd.Function):
                 p,
                 softmax_scale,
             )
-            _add_rows(dq[queries], pass_dq, p.q_rows)
+            merge.add_rows(dq[queries], pass_dq, p.q_rows)
             total_dk, total_dv = (
                 (dk, dv) if p.prefix_row is None else ctx.resident[p.prefix_row].grads()
             )
-            _add_rows(total_dk[keys], pass_dk, p.kv_rows)
-            _add_rows(total_dv[keys], pass_dv, p.kv_rows)
+            merge.add_rows(total_dk[keys], pass_dk, p.kv_rows)
+            merge.add_rows(total_dv[keys], pass_dv, p.kv_rows)
         grads = [grad.to(q.dtype) for grad in (dq, dk, dv)]
         if tokens < len(q):
             padding = v[tokens:]
@@ -161,10 +170,3 @@ def _keys_and_values(
         return k, v
     kept = resident[attention_pass.prefix_row]
     return kept.k, kept.v
-
-
-def _add_rows(total: Tensor, share: Tensor, rows: Tensor | None) -> None:
-    if rows is None:
-        total.add_(share)
-    else:
-        total.index_add_(0, rows, share.index_select(0, rows).to(total.dtype))

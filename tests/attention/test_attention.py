@@ -15,7 +15,12 @@ from megatron_pg import (
     pack_trees,
     prefix_grouped_attention,
 )
-from megatron_pg.attention import AttentionInputs, make_attention_plan, select_backend
+from megatron_pg.attention import (
+    AttentionInputs,
+    make_attention_plan,
+    merge_implementation,
+    select_backend,
+)
 from tests.strategies import forests
 from tests.utils import assert_close, assert_close_to_control
 
@@ -239,6 +244,13 @@ def test_auto_says_what_it_picked() -> None:
     assert select_backend(inputs).name == "cpu"
     assert available_backends(inputs) == ["cpu", "reference"]
     assert available_backends()[-1] == "reference"
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_the_device_and_what_is_installed_decide_what_merges(monkeypatch, has_triton) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if has_triton else None)
+    assert merge_implementation("cpu") == "plain"
+    assert merge_implementation(torch.device("cuda", 1)) == ("triton" if has_triton else "plain")
 
 
 def test_backward_runs_once_only() -> None:
