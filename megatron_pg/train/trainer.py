@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..attention import AttentionInputs, select_backend
+from ..attention import AttentionInputs, merge_implementation, select_backend
 from ..checkpoint import export_hf
 from ..mcore import count_attention_calls
 from .batch import Minibatch, TokenCounts, packing_config
@@ -139,7 +139,7 @@ class Trainer:
         """Everything of the run, after all that can be refused has been looked at."""
         config, ranks = self.config, self.ranks
         plan = plan_model(config.model, config.parallel)
-        _check_machine(config, plan, ranks)
+        self.attention = _select_attention(config, plan, ranks)
         packing = packing_config(config, plan)
         inputs = (
             share_recording(config, plan.vocab_size, packing, ranks)
@@ -274,20 +274,27 @@ class Trainer:
         if writer.history:
             plot_reward(writer.history, self.evaluations, self.folder / "reward.png")
         calls = count_attention_calls(torch.nn.ModuleList(self._bare_chunks()))
-        kinds = {"prefix-grouped": calls.prefix_grouped, "ordinary": calls.ordinary}
+        kinds = {
+            f"prefix-grouped ({self.attention})": calls.prefix_grouped,
+            "ordinary": calls.ordinary,
+        }
         writer.print(closing_table(writer.history, self.totals, kinds))
         writer.close()
 
 
-def _check_machine(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> None:
-    """Raises: ValueError if this machine cannot run a valid configuration."""
+def _select_attention(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> str:
+    """Names of the backend and of the merge that will run.
+
+    Raises:
+        ValueError: if this machine cannot run a valid configuration.
+    """
     model = plan.config
     if model.params_dtype == torch.float64:
         raise ValueError(
             "model.transformer.params_dtype=float64: Megatron's optimizer takes no gradients in "
             "float64; use float32"
         )
-    select_backend(
+    backend = select_backend(
         AttentionInputs(
             device=ranks.device,
             dtype=model.params_dtype,
@@ -297,3 +304,4 @@ def _check_machine(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> None:
         ),
         config.model.attention_backend,
     )
+    return f"{backend.name}, {merge_implementation(ranks.device)} merge"
