@@ -2,6 +2,7 @@
 
 from .balance import balance_groups, equalize_num_microbatches
 from .cost import CostModel
+from .memory import MemoryModel
 from .pack import carried_fields, make_microbatch, make_microbatches, make_wave, pack_groups
 from .plan import (
     GroupSplit,
@@ -22,6 +23,7 @@ __all__ = [
     "Group",
     "GroupShape",
     "GroupSplit",
+    "MemoryModel",
     "Microbatch",
     "PackPlan",
     "PrefixRow",

@@ -77,6 +77,12 @@ class PackPlan:
         """Trained (sample, token) pairs of the global batch."""
         return sum(shape.loss_tokens for shape in self.shapes)
 
+    @cached_property
+    def prefix_tokens(self) -> int:
+        """Tokens of the prefix rows, padding included."""
+        layouts = [self.prefix_layout(number) for number in range(len(self.prefix_rows))]
+        return sum(layout.total_tokens for layout in layouts)
+
     def row_layout(self, row: int) -> PackedLayout:
         """Where every token of ``row`` stands, and what it sees of the prefix rows."""
         trees = [part_tree(self.shapes, part) for part in self.rows[row]]

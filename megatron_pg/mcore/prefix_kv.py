@@ -35,7 +35,7 @@ class PrefixKV:
         """
         kept = self._layers.get(layer)
         if kept is None:
-            kept = self._layers[layer] = ResidentKV(key.detach(), value.detach())
+            kept = self._layers[layer] = ResidentKV(_without_owner(key), _without_owner(value))
         joined: tuple[Tensor, Tensor] = _JoinGradients.apply(key, value, kept)
         return joined
 
@@ -58,6 +58,14 @@ class PrefixKV:
             for x in (kept.k, kept.v, kept.dk, kept.dv)
             if x is not None
         )
+
+
+def _without_owner(x: Tensor) -> Tensor:
+    """``x`` detached, and copied if it alone would keep a larger tensor alive."""
+    # Values are a view of what projects queries, keys and values, which a graph keeps anyway.
+    is_part = x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    copies = is_part and not torch.is_grad_enabled()
+    return x.detach().clone(memory_format=torch.contiguous_format) if copies else x.detach()
 
 
 class _JoinGradients(torch.autograd.Function):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..data import group_shape
+from ..data import MemoryModel, PackPlan, group_shape
 from ..mcore import validate_config
 from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
@@ -25,11 +25,13 @@ class DryRun:
         lines: a report for a person.
         parameters_per_rank: largest number of parameters on one rank.
         bytes_per_rank: weights, gradients, optimizer state and activations of the largest rank.
+        resident_bytes_per_rank: of these, what resident prompts keep.
     """
 
     lines: tuple[str, ...]
     parameters_per_rank: int
     bytes_per_rank: int
+    resident_bytes_per_rank: int
 
 
 def dry_run(config: TrainConfig, world_size: int) -> DryRun:
@@ -70,15 +72,24 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     assert plan is not None
     dp_size = world_size // config.parallel.model_size
     lines = [_layout_line(config, world_size, dp_size)]
+    plans: list[list[PackPlan]] | None = None
     if recording is not None:
-        lines.append(_packing_line(config, plan, recording, dp_size))
+        plans = _plan_first_step(config, plan, recording, dp_size)
+        lines.append(_packing_line(config, recording, plans))
     parameters = parameters_per_rank(plan)
-    total = _bytes_per_rank(config, plan, parameters, dp_size)
+    tokens = _resident_tokens(config, plans)
+    resident = _resident_bytes(config, plan, tokens)
+    total = _bytes_per_rank(config, plan, parameters, dp_size) + resident
     dtype = str(plan.config.params_dtype).removeprefix("torch.")
     lines.append(
         f"largest rank: {parameters:,} parameters in {dtype}, about {total / 2**30:.2f} GiB"
     )
-    return DryRun(tuple(lines), parameters, total)
+    if resident:
+        lines.append(
+            f"of it resident prompts: {'up to ' if plans is None else ''}{tokens:,} tokens at once "
+            f"({config.run.prefix_resident_mode}), about {resident / 2**30:.2f} GiB"
+        )
+    return DryRun(tuple(lines), parameters, total, resident)
 
 
 def _layout_line(config: TrainConfig, world_size: int, dp_size: int) -> str:
@@ -91,14 +102,23 @@ def _layout_line(config: TrainConfig, world_size: int, dp_size: int) -> str:
     )
 
 
-def _packing_line(config: TrainConfig, plan: ModelPlan, recording: Recording, dp_size: int) -> str:
+def _plan_first_step(
+    config: TrainConfig, plan: ModelPlan, recording: Recording, dp_size: int
+) -> list[list[PackPlan]]:
+    """Waves of every data-parallel rank."""
     packing = packing_config(config, plan)
     groups = recording.groups[: config.run.groups_per_step]
     shapes = [group_shape(group, packing.min_shared) for group in groups]
-    plans = plan_all_ranks(shapes, dp_size, packing)
+    return plan_all_ranks(shapes, dp_size, packing)
+
+
+def _packing_line(
+    config: TrainConfig, recording: Recording, plans: Sequence[Sequence[PackPlan]]
+) -> str:
+    num_groups = min(config.run.groups_per_step, len(recording.groups))
     tokens = count_tokens(plans)
     return (
-        f"first {len(groups)} of {len(recording.groups)} groups: {tokens.logical:,} logical "
+        f"first {num_groups} of {len(recording.groups)} groups: {tokens.logical:,} logical "
         f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / tokens.unique:.2f}x), "
         f"{sum(len(wave.rows) for wave in plans[0])} microbatches a rank" + _resident_clause(tokens)
     )
@@ -135,25 +155,52 @@ def parameters_per_rank(plan: ModelPlan) -> int:
 
 
 def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_size: int) -> int:
-    """Weights, fp32 gradients, Adam state and master weights, activations of one microbatch."""
+    """Weights, fp32 gradients, Adam state and master weights, activations of microbatches."""
     width = plan.config.params_dtype.itemsize
     state = 8 + (4 if width < 4 else 0)
     shards = dp_size if config.parallel.use_distributed_optimizer else 1
     model = parameters * (width + max(width, 4)) + parameters * state // shards
     if config.algorithm.needs_reference:
         model += parameters * width
-    c = plan.config
-    tp = c.tensor_model_parallel_size
-    heads, groups = c.num_attention_heads, c.num_query_groups or c.num_attention_heads
-    per_token = (
-        4 * c.hidden_size
-        + (2 * heads + 2 * groups) * c.kv_channels // tp
-        + (3 if c.gated_linear_unit else 2) * c.ffn_hidden_size // tp
-    )
-    if c.recompute_granularity == "full":
-        per_token = c.hidden_size
+    # 1F1B: the first stage holds one microbatch per stage, each with its share of the layers. As
+    # many prefix rows, which are no longer, take their place while they are recomputed.
     rows = config.run.max_tokens_per_microbatch
-    # 1F1B: the first stage holds one microbatch per stage, each with its share of the layers.
-    activations = rows * per_token * width * c.num_layers
-    head = config.run.logprob_chunk_tokens * plan.gpt["vocab_size"] // tp * 4 * 2
+    activations = rows * plan.config.num_layers * _memory_model(plan).activations
+    vocabulary = plan.gpt["vocab_size"] // plan.config.tensor_model_parallel_size
+    head = config.run.logprob_chunk_tokens * vocabulary * 4 * 2
     return int(model + activations + head)
+
+
+def _resident_tokens(config: TrainConfig, plans: Sequence[Sequence[PackPlan]] | None) -> int:
+    """Largest number of prompt tokens that are resident at once; the bound without a plan."""
+    if plans is not None:
+        return max(wave.prefix_tokens for waves in plans for wave in waves)
+    if config.run.prefix_resident == "never":
+        return 0
+    return config.run.max_resident_tokens or config.run.max_tokens_per_microbatch
+
+
+def _resident_bytes(config: TrainConfig, plan: ModelPlan, tokens: int) -> int:
+    """What they keep on every pipeline stage beside its microbatches."""
+    layers = -(-plan.config.num_layers // plan.config.pipeline_model_parallel_size)
+    return int(tokens * layers * _memory_model(plan).resident(config.run.prefix_resident_mode))
+
+
+def _memory_model(plan: ModelPlan) -> MemoryModel:
+    c = plan.config
+    ffn = c.ffn_hidden_size
+    if c.num_moe_experts:
+        ffn = (c.moe_ffn_hidden_size or ffn) * c.moe_router_topk
+        ffn += c.moe_shared_expert_intermediate_size or 0
+    return MemoryModel.from_model_dims(
+        hidden_size=c.hidden_size,
+        ffn_hidden_size=ffn,
+        num_attention_heads=c.num_attention_heads,
+        num_query_groups=c.num_query_groups or c.num_attention_heads,
+        kv_channels=c.kv_channels,
+        gated_linear_unit=c.gated_linear_unit,
+        value_bytes=c.params_dtype.itemsize,
+        tp_size=c.tensor_model_parallel_size,
+        sequence_parallel=c.sequence_parallel,
+        recompute_layers=c.recompute_granularity == "full",
+    )

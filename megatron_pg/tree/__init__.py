@@ -1,7 +1,8 @@
 """What is shared: prefix trees and the packed row."""
 
-from .layout import PackedLayout, ResidentSpans, pack_trees
+from .layout import PackedLayout, pack_trees
 from .mask import dense_mask, resident_mask
+from .resident import ResidentSpans
 from .tree import PrefixTree
 
 __all__ = [

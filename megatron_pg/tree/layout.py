@@ -11,34 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .resident import ResidentSpans, joined_resident_lens
 from .tree import IntArray, PrefixTree, as_length
-
-
-@dataclass(frozen=True, eq=False)
-class ResidentSpans:
-    """What tokens of a row see of one prefix row: span i of the queries all of span i of the keys.
-
-    Attributes:
-        row: which of the resident prefix rows that run beside the row.
-        q_spans: ``[num_spans, 2]`` half-open, packed indices of the row, ascending.
-        kv_spans: ``[num_spans, 2]`` half-open, packed indices of the prefix row, ascending.
-
-    Raises:
-        ValueError: if spans are empty, overlap or do not ascend.
-    """
-
-    row: int
-    q_spans: IntArray
-    kv_spans: IntArray
-
-    def __post_init__(self) -> None:
-        for name in ("q_spans", "kv_spans"):
-            bounds = getattr(self, name)
-            if bounds.shape != self.q_spans.shape or bounds.ndim != 2 or bounds.shape[1] != 2:
-                raise ValueError(f"{name} must be [num_spans, 2], got {bounds.shape}")
-            flat = bounds.ravel()
-            if (bounds[:, 0] >= bounds[:, 1]).any() or (flat[1:] < flat[:-1]).any():
-                raise ValueError(f"{name} must ascend without overlap, got {bounds.tolist()}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +50,7 @@ class PackedLayout:
     def __post_init__(self) -> None:
         lens = self.forest.resident_lens
         expected = 0 if lens is None else int((lens * self._subtree_lens).sum())
-        pairs = sum(
-            int((np.diff(s.q_spans) * np.diff(s.kv_spans)).sum()) for s in self.resident_spans
-        )
+        pairs = sum(spans.num_pairs for spans in self.resident_spans)
         if pairs != expected:
             raise ValueError(
                 f"resident_spans hold {pairs} pairs, the resident prefixes of the trees "
@@ -339,22 +311,9 @@ def pack_trees(
         sample_segments=np.concatenate([tree.sample_segments for tree in trees])
         + np.repeat(segment_offsets[:-1], np.diff(sample_offsets)),
         token_ids=None if any(t is None for t in tokens) else np.concatenate(tokens),  # type: ignore[arg-type]
-        resident_lens=_joined_resident_lens(trees),
+        resident_lens=joined_resident_lens(trees),
     )
     total_tokens = -(-forest.unique_tokens // pad_to_multiple) * pad_to_multiple
     return PackedLayout(
         forest, segment_offsets, sample_offsets, total_tokens, tuple(resident_spans)
-    )
-
-
-def _joined_resident_lens(trees: Sequence[PrefixTree]) -> IntArray | None:
-    if all(tree.resident_lens is None for tree in trees):
-        return None
-    return np.concatenate(
-        [
-            np.zeros(tree.num_segments, dtype=np.int64)
-            if tree.resident_lens is None
-            else tree.resident_lens
-            for tree in trees
-        ]
     )

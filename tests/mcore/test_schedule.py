@@ -71,6 +71,22 @@ def test_a_row_that_comes_too_early_is_an_error() -> None:
         PrefixKV().of(torch.nn.Identity())
 
 
+def test_kept_values_do_not_keep_the_projection_that_they_are_a_view_of() -> None:
+    projected = torch.randn(4, 2, 9)
+    key, value = projected[..., 3:6].contiguous(), projected[..., 6:]
+    for has_graph in (False, True):
+        prefix_kv, layer = PrefixKV(), torch.nn.Identity()
+        with torch.set_grad_enabled(has_graph):
+            prefix_kv.keep(layer, key, value)
+        kept = prefix_kv.of(layer)
+        assert torch.equal(kept.k, key) and torch.equal(kept.v, value)
+        # A graph keeps the projection anyway, and a copy would come on top.
+        assert (kept.v.data_ptr() == value.data_ptr()) == has_graph
+        assert kept.k.data_ptr() == key.data_ptr()
+        stored = sum(x.untyped_storage().nbytes() for x in (kept.k, kept.v))
+        assert (stored == prefix_kv.num_bytes == 2 * 4 * 2 * 3 * 4) == (not has_graph)
+
+
 def test_overlaps_that_count_on_one_call_are_refused() -> None:
     model = torch.nn.Linear(2, 2)
     model.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)

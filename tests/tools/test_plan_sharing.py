@@ -70,6 +70,7 @@ def test_the_hand_computed_case(rollouts: Path) -> None:
     stages = got["memory"]
     assert [stage["activation_bytes"] for stage in stages] == [2 * 9 * 116 * 2, 9 * 116 * 2]
     assert [stage["kv_bytes"] for stage in stages] == [2 * 9 * 8 * 2, 9 * 8 * 2]
+    assert [stage["resident_bytes"] for stage in stages] == [0, 0]
 
 
 def test_groups_that_do_not_fit(rollouts: Path) -> None:
@@ -82,6 +83,12 @@ def test_groups_that_do_not_fit(rollouts: Path) -> None:
         assert "beside 3 resident tokens of its prompt" in divided["action"]
         flops = 3 * 2304 * (13 + repeated) + 3.5 * 64 * (49 + 4 * repeated) + 4 * 512 * 6
         assert got["step_flops"]["packed"] == flops
+        # Two layers keep 3 tokens, 116 values of 2 bytes and 8 gradients of 4 bytes each.
+        (stage,) = got["memory"]
+        assert stage["resident_bytes"] == 2 * 3 * (116 * 2 + 8 * 4)
+        assert stage["activation_bytes"] <= 2 * int(budget) * 116 * 2
+    got = report(rollouts, "--pp", "2", "--max-tokens", "5")
+    assert [s["resident_bytes"] for s in got["memory"]] == [3 * (116 * 2 + 8 * 4)] * 2
     got = report(rollouts, "--max-tokens", "3")
     too_long = got["does_not_fit"][0]
     assert too_long["parts"] is None and "truncate" in too_long["action"]
@@ -90,10 +97,16 @@ def test_groups_that_do_not_fit(rollouts: Path) -> None:
 
 def test_the_budget_follows_the_memory(rollouts: Path) -> None:
     assert report(rollouts)["recommended_max_tokens"] == 1024
-    # 2 layers * 116 values * 2 bytes a token.
-    gib = 100 * 2 * 116 * 2 / 2**30
+    # 2 layers * 64 values * 2 bytes a token: of 116 values, 12 are of the one head that both need.
+    gib = 200 * 2 * ((116 - 12) // 2 + 12) * 2 / 2**30
     got = report(rollouts, "--activation-gib", str(gib), "--tp", "2")
     assert got["recommended_max_tokens"] == 200
+    # Memory for one token less than group a: its prompt stands beside the row.
+    gib = 8 * 2 * 116 * 2 / 2**30
+    got = report(rollouts, "--activation-gib", str(gib))
+    assert got["recommended_max_tokens"] == 8 * 116 * 2 // (116 * 2 + 116 * 2 + 8 * 4) == 3
+    (stage,) = report(rollouts, "--activation-gib", str(gib), "--max-tokens", "5")["memory"]
+    assert stage["resident_bytes"] > 0
 
 
 def test_deeper_sharing_predicts_shared_tokens_once(rollouts: Path) -> None:

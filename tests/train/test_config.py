@@ -243,7 +243,41 @@ def test_a_dry_run_tells_which_prompts_are_resident(
     told = dry_run(load(tmp_path, sections, "run.max_tokens_per_microbatch=24"), 1).lines[1]
     assert re.search(r"prompts of \d+ groups \(\d+ tokens\) are resident, in [2-9] wave", told)
     overrides = ("run.max_tokens_per_microbatch=24", "run.prefix_resident=never")
-    assert "resident" not in dry_run(load(tmp_path, sections, *overrides), 1).lines[1]
+    assert "resident" not in "".join(dry_run(load(tmp_path, sections, *overrides), 1).lines)
+
+
+def test_a_dry_run_counts_what_resident_prompts_keep(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    """Of 4 layers with 4 and 2 heads of 8 channels, in fp32."""
+    kv = 2 * 2 * 8 * 4
+    activations = (4 * 32 + 3 * 32 + 3 * 16 + 3 * 48) * 4
+    cases = {"recompute": 4 * (kv + kv), "retain": 4 * (activations + kv)}
+    small = "run.max_tokens_per_microbatch=24", "run.prefix_resident=always"
+    never = dry_run(load(tmp_path, sections, small[0], "run.prefix_resident=never"), 1)
+    assert never.resident_bytes_per_rank == 0
+    for mode, per_token in cases.items():
+        overrides = (*small, f"run.prefix_resident_mode={mode}")
+        told = dry_run(load(tmp_path, sections, *overrides), 1)
+        found = re.fullmatch(
+            rf"of it resident prompts: (\d+) tokens at once \({mode}\), about \d\.\d\d GiB",
+            told.lines[-1],
+        )
+        assert found and 0 < int(found[1]) <= 24, told.lines
+        assert told.resident_bytes_per_rank == int(found[1]) * per_token
+        assert told.bytes_per_rank == never.bytes_per_rank + told.resident_bytes_per_rank
+        # What will be sampled is not known: the bound.
+        unknown = (*overrides, "run.max_resident_tokens=1000", "rollout.source=server")
+        unknown += ("rollout.files=[]", "rollout.server.model=x", "rollout.server.reload=vllm")
+        tiny.save_tokenizer(tmp_path / "model")
+        told = dry_run(load(tmp_path, sections, *unknown), 1)
+        assert told.lines[-1].startswith("of it resident prompts: up to 1,000 tokens at once")
+        # Every one of two stages keeps half of the layers.
+        halved = dry_run(
+            load(tmp_path, sections, *unknown, "parallel.pipeline_model_parallel_size=2"), 2
+        )
+        assert told.resident_bytes_per_rank == 1000 * per_token
+        assert halved.resident_bytes_per_rank == 500 * per_token
 
 
 def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str, Any]) -> None:

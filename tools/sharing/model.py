@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_pg.data import CostModel
+from megatron_pg.data import CostModel, MemoryModel
 
 # Models of these types have two MLP matrices a layer, all others a gate as third.
 UNGATED = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2"}
@@ -45,22 +45,19 @@ class ModelDims:
             gated_linear_unit=self.gated,
         )
 
-    @property
-    def activation_elements(self) -> int:
-        """Values that one token leaves in one layer for the backward, nothing recomputed.
-
-        As fused kernels leave them (Transformer Engine); the local modules keep about half as much
-        again. Inputs of two norms and of the four matrix products, q, k and v before and after
-        rotary, and what the activation function reads; the log-sum-exp (one a head) is left out.
-        """
-        q, kv = self.num_attention_heads * self.kv_channels, self.kv_elements
-        mlp = (3 if self.gated else 2) * self.ffn_hidden_size
-        return 4 * self.hidden_size + 3 * q + kv + kv // 2 + mlp
-
-    @property
-    def kv_elements(self) -> int:
-        """Keys and values that one token has in one layer."""
-        return 2 * self.num_query_groups * self.kv_channels
+    def memory_model(self, value_bytes: int, tp_size: int) -> MemoryModel:
+        """Memory of one rank under sequence parallelism, nothing recomputed."""
+        return MemoryModel.from_model_dims(
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            gated_linear_unit=self.gated,
+            value_bytes=value_bytes,
+            tp_size=tp_size,
+            sequence_parallel=True,
+        )
 
 
 def read_model(path: Path) -> ModelDims:

@@ -17,17 +17,20 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for name, value in _facts(report):
         table.add_row(name, value)
     console.print(table)
-    memory = Table(title=f"Memory of one rank, longest of {report['rows']} rows")
-    for column in ("stage", "rows in flight", "activations", "written out", "K and V"):
+    memory = Table(title=f"Peak memory of one rank, {report['rows']} rows")
+    sizes = {
+        "activations": "activation_bytes",
+        "resident prompts": "resident_bytes",
+        "written out": "written_out_activation_bytes",
+        "K and V": "kv_bytes",
+    }
+    for column in ("stage", "rows in flight", *sizes):
         memory.add_column(column, justify="right")
     for stage in report["memory"]:
         memory.add_row(
             str(stage["stage"]),
             str(stage["rows_in_flight"]),
-            *(
-                f"{stage[name] / 2**30:.2f} GiB"
-                for name in ("activation_bytes", "written_out_activation_bytes", "kv_bytes")
-            ),
+            *(f"{stage[name] / 2**30:.2f} GiB" for name in sizes.values()),
         )
     console.print(memory)
     if report["does_not_fit"]:
@@ -62,7 +65,11 @@ def plot_report(
     for name, offset in (("activation_bytes", -0.2), ("written_out_activation_bytes", 0.2)):
         heights = [stage[name] / 2**30 for stage in report["memory"]]
         label = "packed" if offset < 0 else "written out"
-        axes[1, 1].bar([i + offset for i in range(len(stages))], heights, 0.4, label=label)
+        places = [i + offset for i in range(len(stages))]
+        axes[1, 1].bar(places, heights, 0.4, label=label)
+        resident = [stage["resident_bytes"] / 2**30 for stage in report["memory"]]
+        if offset < 0 and any(resident):
+            axes[1, 1].bar(places, resident, 0.4, bottom=heights, label="resident prompts")
     axes[1, 1].set(xlabel="pipeline stage", ylabel="activations, GiB", xticks=range(len(stages)))
     axes[1, 1].legend()
     figure.suptitle(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from tools.sharing.model import ModelDims
 
 # Below this a group's own gain is within the noise of a step.
 PAYS_FROM = 1.03
+# Of resident prompts, as the recipe has it when nothing is said.
+_MODE: Literal["retain"] = "retain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +73,12 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         raise ValueError(f"{dims.num_layers} layers do not divide into pp={settings.pp} stages")
     reports = [_report_group(group, dims, settings) for group in groups]
     trees = [report.tree for report in reports]
-    bytes_per_token = dims.activation_elements * settings.bytes_per_value / settings.tp
-    stage_layers = dims.num_layers // settings.pp
-    recommended = _recommend_max_tokens(trees, bytes_per_token * stage_layers, settings)
+    recommended = _recommend_max_tokens(trees, dims, settings)
     max_tokens = settings.max_tokens or recommended
     unfit = [f for r in reports if (f := _why_unfit(r, dims, max_tokens, settings)) is not None]
     too_long = {f["group_id"] for f in unfit if f["parts"] is None}
     kept = [r for r in reports if r.group_id not in too_long]
-    packed, logical, rows = _step_flops(kept, dims, max_tokens, settings)
+    packed, logical, waves = _step_flops(kept, dims, max_tokens, settings)
     pair_sums = [
         sum(t.attention_pairs for t in trees),
         sum(t.logical_attention_pairs for t in trees),
@@ -103,8 +103,8 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "predicted_step_time_ratio": ratio,
         "recommended_max_tokens": recommended,
         "max_tokens": max_tokens,
-        "rows": len(rows),
-        "memory": _memory(rows, written / unique, dims, settings),
+        "rows": sum(len(wave.rows) + len(wave.prefix_rows) for wave in waves),
+        "memory": _memory(waves, written / unique, dims, settings),
         "does_not_fit": unfit,
         "does_not_pay": [r.group_id for r in reports if r.ratio < PAYS_FROM],
         "pays": ratio >= PAYS_FROM,
@@ -152,7 +152,7 @@ def _plan_rows(
 ) -> list[PackPlan]:
     """The recipe's own plan of one step on one data-parallel rank, with its defaults."""
     residency = ResidencyConfig(
-        choice="auto", max_resident_tokens=max_tokens, num_stages=settings.pp
+        choice="auto", mode=_MODE, max_resident_tokens=max_tokens, num_stages=settings.pp
     )
     return plan_waves(
         shapes, max_tokens, residency, cost_model=dims.cost_model, pad_to_multiple=settings.tp
@@ -161,39 +161,49 @@ def _plan_rows(
 
 def _step_flops(
     reports: Sequence[GroupReport], dims: ModelDims, max_tokens: int, settings: Settings
-) -> tuple[float, float, list[int]]:
-    """FLOPs packed into rows of the budget and written out, and the tokens of every row."""
+) -> tuple[float, float, list[PackPlan]]:
+    """FLOPs packed into rows of the budget and written out, and the waves of rows."""
     if not reports:
         return 0.0, 0.0, []
     shapes = [report.shape for report in reports]
-    cost, packed, rows = dims.cost_model, 0.0, []
-    for wave in _plan_rows(shapes, dims, max_tokens, settings):
-        for number, row in enumerate(wave.rows):
+    cost, packed = dims.cost_model, 0.0
+    waves = _plan_rows(shapes, dims, max_tokens, settings)
+    for wave in waves:
+        for row in wave.rows:
             for part in row:
                 tree = part_tree(shapes, part)
                 trained = int(shapes[part.group].loss_lens[list(part.samples)].sum())
                 predicted = trained * _distinct_share(tree, reports[part.group].prompt_len)
                 packed += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
-            rows.append(wave.row_layout(number).total_tokens)
-        for number, groups in enumerate(wave.prefix_rows):
+        for groups in wave.prefix_rows:
             for group in groups:
                 packed += packed_flops(shapes[group].prefixes, 0, cost, FORWARD_BACKWARD)
-            rows.append(wave.prefix_layout(number).total_tokens)
     logical = sum(written_out_flops(s.tree, s.loss_tokens, cost, FORWARD_BACKWARD) for s in shapes)
-    return packed, logical, rows
+    return packed, logical, waves
 
 
-def _recommend_max_tokens(
-    trees: Sequence[PrefixTree], bytes_per_token: float, settings: Settings
-) -> int:
+def _recommend_max_tokens(trees: Sequence[PrefixTree], dims: ModelDims, settings: Settings) -> int:
     """Room for the largest group, or what the memory holds where that is less."""
     largest = max(tree.unique_tokens for tree in trees)
     budget = -(-largest // 1024) * 1024
     if settings.activation_gib is not None:
+        memory = dims.memory_model(settings.bytes_per_value, settings.tp)
         # The first pipeline stage keeps one row for every stage.
-        held = int(settings.activation_gib * 2**30 / (bytes_per_token * settings.pp))
-        budget = min(budget, max(held // settings.tp * settings.tp, settings.tp))
+        held = _tokens_held(memory.activations * settings.pp, dims, settings)
+        if held < largest:
+            # Groups are divided, and prompts of up to one row's tokens are resident beside them.
+            resident = memory.resident(_MODE)
+            held = _tokens_held(memory.activations * settings.pp + resident, dims, settings)
+        budget = min(budget, held)
     return -(-budget // settings.tp) * settings.tp
+
+
+def _tokens_held(bytes_per_layer: int, dims: ModelDims, settings: Settings) -> int:
+    """Tokens of a row that the memory holds, at so many bytes for each in one layer."""
+    assert settings.activation_gib is not None
+    layers = dims.num_layers // settings.pp
+    held = int(settings.activation_gib * 2**30 / (bytes_per_layer * layers))
+    return max(held // settings.tp * settings.tp, settings.tp)
 
 
 def _why_unfit(
@@ -222,23 +232,31 @@ def _why_unfit(
 
 
 def _memory(
-    rows: Sequence[int], reuse_ratio: float, dims: ModelDims, settings: Settings
+    waves: Sequence[PackPlan], reuse_ratio: float, dims: ModelDims, settings: Settings
 ) -> list[dict[str, Any]]:
-    """Peak of every pipeline stage under 1F1B, for the longest row; no recompute."""
-    longest = max(rows, default=0)
+    """Peak of every pipeline stage under 1F1B, in the wave that takes most; no recompute."""
+    memory = dims.memory_model(settings.bytes_per_value, settings.tp)
     layers = dims.num_layers // settings.pp
-    per_token = layers * settings.bytes_per_value / settings.tp
     stages = []
     for stage in range(settings.pp):
-        in_flight = max(min(settings.pp - stage, len(rows)), 1)
-        activation = in_flight * longest * per_token * dims.activation_elements
+        peaks = []
+        for wave in waves:
+            lens = [wave.row_layout(number).total_tokens for number in range(len(wave.rows))]
+            in_flight = min(settings.pp - stage, len(lens))
+            tokens = in_flight * max(lens, default=0)
+            resident = wave.prefix_tokens * layers * memory.resident(_MODE)
+            total = tokens * layers * memory.activations + resident
+            peaks.append((total, in_flight, tokens, resident))
+        _, in_flight, tokens, resident = max(peaks, default=(0, 1, 0, 0))
+        activation = tokens * layers * memory.activations
         stages.append(
             {
                 "stage": stage,
                 "rows_in_flight": in_flight,
-                "activation_bytes": int(activation),
+                "activation_bytes": activation,
+                "resident_bytes": resident,
                 "written_out_activation_bytes": int(activation * reuse_ratio),
-                "kv_bytes": int(in_flight * longest * per_token * dims.kv_elements),
+                "kv_bytes": tokens * layers * memory.kv,
             }
         )
     return stages

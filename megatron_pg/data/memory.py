@@ -1,0 +1,81 @@
+"""What a token keeps in a decoder layer until the backward pass, and what a resident one adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryModel:
+    """Bytes of one token in one decoder layer of one rank.
+
+    As fused kernels leave them (Transformer Engine); the local modules keep about half as much
+    again.
+
+    Attributes:
+        activations: inputs of two norms and of the four matrix products, q, k and v before and
+            after rotary, and what the activation function reads; the log-sum-exp (one a head) is
+            left out. Only the layer's input if layers are recomputed.
+        kv: keys and values. The activations hold them too, unless layers are recomputed.
+        kv_grads: their gradients where other rows add to them, fp32 for 16-bit types.
+        recompute_layers: whether the backward pass runs every layer once more.
+    """
+
+    activations: int
+    kv: int
+    kv_grads: int
+    recompute_layers: bool = False
+
+    @classmethod
+    def from_model_dims(
+        cls,
+        *,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_attention_heads: int,
+        num_query_groups: int,
+        kv_channels: int,
+        gated_linear_unit: bool,
+        value_bytes: int,
+        tp_size: int = 1,
+        sequence_parallel: bool = False,
+        recompute_layers: bool = False,
+    ) -> MemoryModel:
+        """Of a decoder.
+
+        Args:
+            hidden_size: width of the residual stream.
+            ffn_hidden_size: width of the MLP that one token goes through: of all its experts.
+            num_attention_heads: query heads.
+            num_query_groups: key and value heads.
+            kv_channels: width of a head.
+            gated_linear_unit: whether the MLP has a gate.
+            value_bytes: of an activation, 2 for bf16.
+            tp_size: ranks that share heads and MLP.
+            sequence_parallel: whether they share the rest too.
+            recompute_layers: see the class.
+        """
+        # A rank has at least one head for keys and values.
+        kv = 2 * max(num_query_groups // tp_size, 1) * kv_channels
+        hidden = hidden_size // (tp_size if sequence_parallel else 1)
+        q = num_attention_heads * kv_channels // tp_size
+        mlp = (3 if gated_linear_unit else 2) * ffn_hidden_size // tp_size
+        elements = hidden if recompute_layers else 4 * hidden + 3 * q + kv + kv // 2 + mlp
+        return cls(
+            activations=elements * value_bytes,
+            kv=kv * value_bytes,
+            kv_grads=kv * max(value_bytes, 4),
+            recompute_layers=recompute_layers,
+        )
+
+    def resident(self, mode: Literal["retain", "recompute"]) -> int:
+        """Bytes of a resident token in one layer while microbatches of its wave run.
+
+        "retain" keeps its activations, and with them its keys and values. "recompute" keeps keys
+        and values alone: its activations come and go with the prefix rows in flight, when those of
+        the microbatches are gone.
+        """
+        if mode == "recompute":
+            return self.kv + self.kv_grads
+        return self.activations + (self.kv if self.recompute_layers else 0) + self.kv_grads

@@ -1,0 +1,161 @@
+"""What ``dry_run`` says about resident prompts, and what training them takes.
+
+``python -m tests.train.estimate_worker FOLDER`` prints one line of JSON for each mode and number of
+prompts that are resident at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from megatron_pg.data import Group, Sample, write_rollouts  # noqa: E402
+from megatron_pg.loss import PolicyLossConfig  # noqa: E402
+from megatron_pg.mcore import PrefixKV, schedule  # noqa: E402
+from megatron_pg.train import Ranks, TrainConfig, dry_run, parallel_run  # noqa: E402
+from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
+from megatron_pg.train.config import (  # noqa: E402
+    AlgorithmConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from megatron_pg.train.model import build_trained_model  # noqa: E402
+from megatron_pg.train.model_plan import ModelPlan, plan_model  # noqa: E402
+from megatron_pg.train.passes import HeadConfig, train_pass  # noqa: E402
+from tools.bench.timing import peak_bytes  # noqa: E402
+
+VOCAB = 64
+NUM_PROMPTS, PROMPT_LEN, RESPONSE_LEN = 8, 256, 64
+# A prompt and one of its four responses: every group is larger.
+MAX_TOKENS = 320
+MODEL = ModelConfig(
+    vocab_size=VOCAB,
+    max_position_embeddings=512,
+    transformer={
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 176,
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+    },
+)
+Passes = partial[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One mode with so many prompts at once; ``kept`` is K, V and gradients of one wave."""
+
+    mode: str
+    at_once: int
+    waves: int
+    resident_groups: int
+    kept: int
+    peak: int
+    parameters: int
+    estimate: int
+    estimate_resident: int
+
+
+def make_groups() -> list[Group]:
+    def group(number: int) -> Group:
+        prompt = torch.randint(0, VOCAB, (PROMPT_LEN,))
+        samples = (
+            Sample(
+                prompt_ids=prompt,
+                response_ids=torch.randint(0, VOCAB, (RESPONSE_LEN,)),
+                reward=float(i),
+                loss_mask=torch.ones(RESPONSE_LEN, dtype=torch.bool),
+            )
+            for i in range(4)
+        )
+        return Group(str(number), tuple(samples))
+
+    return [group(number) for number in range(NUM_PROMPTS)]
+
+
+def kept_bytes(run: Passes, num_waves: int) -> int:
+    """What the prefix rows of one wave have kept when it ends; all waves are alike."""
+    made: list[PrefixKV] = []
+
+    class Noted(PrefixKV):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    schedule.PrefixKV = Noted
+    try:
+        run()
+    finally:
+        schedule.PrefixKV = PrefixKV
+    per_wave = len(made) // num_waves
+    waves = [made[start : start + per_wave] for start in range(0, len(made), per_wave)]
+    (kept,) = {sum(kv.num_bytes for kv in wave) for wave in waves}
+    return kept
+
+
+def measure(config: TrainConfig, plan: ModelPlan, groups: list[Group], ranks: Ranks) -> Measured:
+    mode = config.run.prefix_resident_mode
+    estimate = dry_run(config, 1)
+    packing = packing_config(config, plan)
+    advantages = torch.linspace(-1, 1, 4 * NUM_PROMPTS, dtype=torch.float64)
+    batch = make_minibatch(groups, advantages, AlgorithmConfig(), packing, ranks)
+    head = HeadConfig(
+        temperature=1.0,
+        vocab_size=VOCAB,
+        chunk_tokens=config.run.logprob_chunk_tokens,
+        resident_mode=mode,
+    )
+    chunks = build_trained_model(config, plan, 1).chunks
+    run: Passes = partial(train_pass, chunks, batch.waves, PolicyLossConfig(), head, ranks)
+    kept = kept_bytes(run, len(batch.waves))
+    return Measured(
+        mode=mode,
+        at_once=NUM_PROMPTS // len(batch.waves),
+        waves=len(batch.waves),
+        resident_groups=batch.tokens.resident_groups,
+        kept=kept,
+        peak=peak_bytes(run),
+        parameters=estimate.parameters_per_rank,
+        estimate=estimate.bytes_per_rank,
+        estimate_resident=estimate.resident_bytes_per_rank,
+    )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    groups, file = make_groups(), Path(sys.argv[1]) / "rollouts.jsonl"
+    write_rollouts(groups, file)
+    base = TrainConfig(model=MODEL, rollout=RolloutConfig(files=[str(file)]))
+    with parallel_run(base.parallel, 0) as ranks:
+        torch.set_num_threads(1)
+        plan = plan_model(base.model, base.parallel)
+        for mode in ("retain", "recompute"):
+            for at_once in (2, NUM_PROMPTS):
+                run = RunConfig(
+                    groups_per_step=NUM_PROMPTS,
+                    max_tokens_per_microbatch=MAX_TOKENS,
+                    prefix_resident="always",
+                    prefix_resident_mode=mode,
+                    max_resident_tokens=at_once * PROMPT_LEN,
+                    logprob_chunk_tokens=64,
+                )
+                measured = measure(replace(base, run=run), plan, groups, ranks)
+                print("measured " + json.dumps(asdict(measured)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
