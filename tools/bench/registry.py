@@ -54,7 +54,7 @@ class BenchmarkRow:
         benchmark: registered name.
         shape: what was run, lengths and sizes by name.
         baseline: what ours is compared with.
-        ratio: baseline over ours; above 1 is a gain.
+        ratio: baseline over ours, of times the median over rounds; above 1 is a gain.
         bound: the ratio that arithmetic allows, see each benchmark's docstring.
         ours_ms: median of ours; None where no time is compared.
         baseline_ms: median of the baseline.

@@ -47,8 +47,9 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
     lines += [f"* {', '.join(names)}: {text}." for text, names in measured.items()]
     lines += [
         "",
-        "ratio is baseline over ours, bound the ratio that arithmetic allows, share what is",
-        "reached of it; load is the machine's one-minute load average when the row was measured.",
+        "ratio is baseline over ours (of times the median over rounds, each within its round);",
+        "bound is the ratio that arithmetic allows, share what is reached of it; load is the",
+        "machine's one-minute load average when the row was measured.",
         "The JSON file of the same name holds all rows with quartiles, sizes and peak memory.",
         "",
         make_markdown(rows),
