@@ -18,7 +18,7 @@ from tests.utils import ROOT
 from tools.bench import attention, timing
 from tools.bench.registry import BenchmarkMismatch, Options
 from tools.bench.render import make_panels
-from tools.bench.shapes import binary_tree, ragged_star, standard_shapes, star, two_level
+from tools.bench.shapes import Shape, binary_tree, ragged_star, standard_shapes, star, two_level
 
 FIELDS = {"benchmark", "shape", "baseline", "ratio", "bound", "share", "machine"}
 MEGATRON_FREE = ("attention", "pack", "layout")
@@ -117,6 +117,14 @@ def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     written_out, peer = panels["layer", "time", "prefix_len"]
     assert (peer.label, written_out.label) == ("peer, R8 G4", "written out, R8 G4")
     assert (peer.ratios, written_out.bounds) == ([1.0, 1.5], [4.0, 6.0])
+
+
+def test_bound_of_the_peer_counts_the_pairs_of_its_calls() -> None:
+    ragged = Shape(PrefixTree.from_group(3, [2, 1]), {})
+    # 3 x 3 in the prefix, 2 suffixes padded to 2 tokens that meet 3 + 2 keys.
+    assert attention.prefix_grouper_pairs(ragged, causal_prefix=False) == 9 + 2 * 2 * 5
+    assert attention.prefix_grouper_pairs(ragged, causal_prefix=True) == 6 + 2 * 2 * 5
+    assert ragged.tree.attention_pairs == 6 + (2 * 3 + 3) + (3 + 1)
 
 
 def test_flex_baseline_sees_what_a_token_sees() -> None:

@@ -19,6 +19,8 @@ from tools.bench.shapes import Shape, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
 
 NUM_HEADS, HEAD_DIM = 4, 64
+# Name of the baseline, and whether its prefix is causal without a mask.
+PREFIX_GROUPERS = {"prefix-grouper": False, "prefix-grouper, causal prefix": True}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (out, dq, dk, dv)
 Results = tuple[Tensor, ...]
@@ -26,11 +28,11 @@ Results = tuple[Tensor, ...]
 
 @register("attention")
 def attention(options: Options) -> Iterator[BenchmarkRow]:
-    """Forward and backward; the bound is the ratio of visible pairs.
+    """Forward and backward; the bound is the pairs a baseline computes over the visible ones.
 
-    Baselines: the same kernels on the samples written out, packed without padding; the attention
-    of the ``prefix-grouper`` package where it can be imported, as its documentation has it and
-    with a causal prefix; and FlexAttention over the same row on CUDA.
+    Baselines: the same kernels on the samples written out, packed without padding, whose pairs are
+    the visible ones; the attention of the ``prefix-grouper`` package where it can be imported, as
+    its documentation has it and with a causal prefix; and FlexAttention over the row on CUDA.
     """
     for shape in standard_shapes(options):
         yield from _compare(shape, options)
@@ -47,9 +49,14 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
         "ours": _path(ours, packed, dout),
         "written out": _path(_attend(shape.written_out, options.device), expanded, expanded_dout),
     }
-    peers = _prefix_groupers(shape, options)
+    bounds = {"written out": shape.pair_ratio}
+    peers: dict[str, Attend] = {}
+    if _runs_prefix_grouper(shape):
+        for name, causal_prefix in PREFIX_GROUPERS.items():
+            peers[name] = _prefix_grouper(shape, options, causal_prefix)
+            bounds[name] = prefix_grouper_pairs(shape, causal_prefix) / shape.tree.attention_pairs
     if options.device.type == "cuda":
-        peers["flex"] = flex(shape.packed, options.device)
+        peers["flex"], bounds["flex"] = flex(shape.packed, options.device), 1.0
     paths |= {name: _path(attend, packed, dout) for name, attend in peers.items()}
 
     out, *_ = paths["ours"]()
@@ -75,14 +82,13 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
             benchmark="attention",
             shape=shape.describe(heads=NUM_HEADS, head_dim=HEAD_DIM, dtype=str(options.dtype)),
             baseline=name,
-            bound=shape.pair_ratio if name == "written out" else 1.0,
+            bound=bounds[name],
             max_error=error[name],
             ours_peak_bytes=peaks["ours"],
             baseline_peak_bytes=peaks[name],
             **times.against(name),
         )
-        for name in paths
-        if name != "ours"
+        for name in bounds
     ]
 
 
@@ -101,31 +107,35 @@ def _path(attend: Attend, qkv: list[Tensor], dout: Tensor) -> Callable[[], Resul
     return run
 
 
-def _prefix_groupers(shape: Shape, options: Options) -> dict[str, Attend]:
-    """The package's attention on the packed row; nothing where it cannot run this shape.
-
-    It calls one attention function for the prefixes and for the suffixes, with a padding mask of
-    the keys each time. "prefix-grouper" does what this asks for: SDPA with the causal,
-    bottom-right aligned mask that the package's own FlashAttention call implies.
-    "prefix-grouper, causal prefix" is stronger than what the package can express: it recognises
-    the prefix, which has no padding here, and takes SDPA's causal kernel. Both make their masks
-    once, although the package gives no place to keep them.
-    """
+def _runs_prefix_grouper(shape: Shape) -> bool:
     if shape.tree.depth != 1 or shape.tree.segment_lens[1:].min() < 1:
-        return {}
-    if importlib.util.find_spec("prefix_grouper") is None:
+        return False
+    is_installed = importlib.util.find_spec("prefix_grouper") is not None
+    if not is_installed:
         print(
             "attention: prefix-grouper is not installed, its comparison is left out",
             file=sys.stderr,
         )
-        return {}
-    return {
-        "prefix-grouper": _prefix_grouper(shape, options, causal_prefix=False),
-        "prefix-grouper, causal prefix": _prefix_grouper(shape, options, causal_prefix=True),
-    }
+    return is_installed
+
+
+def prefix_grouper_pairs(shape: Shape, causal_prefix: bool) -> int:
+    """Pairs that its calls compute: the prefix with itself, and padded suffixes with all."""
+    prefix_len, *suffix_lens = shape.tree.segment_lens.tolist()
+    longest = max(suffix_lens)
+    own = prefix_len * (prefix_len + 1) // 2 if causal_prefix else prefix_len**2
+    return int(own + len(suffix_lens) * longest * (prefix_len + longest))
 
 
 def _prefix_grouper(shape: Shape, options: Options, causal_prefix: bool) -> Attend:
+    """The package's attention on the packed row.
+
+    It calls one attention function for the prefixes and for the suffixes, with a padding mask of
+    the keys each time. SDPA gets the causal, bottom-right aligned mask that the package's own
+    FlashAttention call implies, made once, although the package gives no place to keep it. A
+    causal prefix is more than it can express: the prefix, which has no padding here, is recognised
+    and takes SDPA's causal kernel.
+    """
     from prefix_grouper import PrefixGrouper
 
     lens = shape.tree.segment_lens.tolist()
