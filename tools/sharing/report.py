@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from tools.sharing.model import ModelDims
 
 # Below this a group's own gain is within the noise of a step.
 PAYS_FROM = 1.03
-# Of resident prompts, as the recipe has it when nothing is said.
-_MODE: Literal["retain"] = "retain"
+# Of resident prompts, as it is when nothing is said.
+_MODE = ResidencyConfig.mode
 
 
 @dataclass(frozen=True, kw_only=True)
