@@ -54,7 +54,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_pg", "megatron_pg.*"]),
-    package_data={"megatron_pg": ["**/*.md", "py.typed"]},
+    package_data={"megatron_pg": ["**/*.cpp", "**/*.md", "py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.9", "numpy>=1.26"],
     extras_require=EXTRAS,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import merge_plain
+from .padding import padding_dv, padding_out
 from .plan import AttentionPass, AttentionPlan
 from .resident import ResidentKV, accumulation_dtype
 
@@ -105,8 +106,7 @@ class LseMergeAttention(torch.autograd.Function):
             merge.merge_out_lse(out[queries], lse[:, queries], pass_out, pass_lse, p.q_rows)
         out = out.to(q.dtype)
         if tokens < len(q):
-            # A padding token sees itself alone, so its output is its own value.
-            out = torch.cat([out, v[tokens:].repeat_interleave(q.shape[1] // v.shape[1], dim=1)])
+            out = torch.cat([out, padding_out(v[tokens:], q.shape[1])])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.kernel, ctx.softmax_scale = plan, kernel, softmax_scale
         ctx.resident = resident
@@ -155,9 +155,8 @@ class LseMergeAttention(torch.autograd.Function):
             merge.add_rows(total_dv[keys], pass_dv, p.kv_rows)
         grads = [grad.to(q.dtype) for grad in (dq, dk, dv)]
         if tokens < len(q):
-            padding = v[tokens:]
-            dvalue = dout[tokens:].unflatten(1, (v.shape[1], -1)).sum(2)
-            tails = [torch.zeros_like(q[tokens:]), torch.zeros_like(padding), dvalue]
+            dvalue = padding_dv(dout[tokens:], v.shape[1])
+            tails = [torch.zeros_like(q[tokens:]), torch.zeros_like(k[tokens:]), dvalue]
             grads = [torch.cat([grad, tail]) for grad, tail in zip(grads, tails)]
         return (*grads, None, None, None, None)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention import AttentionInputs, merge_implementation, select_backend
+from ..attention.backends import MergingBackend
 from ..checkpoint import export_hf
 from ..mcore import count_attention_calls
 from .batch import Minibatch, TokenCounts, packing_config
@@ -283,7 +284,7 @@ class Trainer:
 
 
 def _select_attention(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> str:
-    """Names of the backend and of the merge that will run.
+    """Names of the backend that will run, and of the merge if it has one.
 
     Raises:
         ValueError: if this machine cannot run a valid configuration.
@@ -304,4 +305,6 @@ def _select_attention(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> str
         ),
         config.model.attention_backend,
     )
+    if not isinstance(backend, MergingBackend):
+        return backend.name
     return f"{backend.name}, {merge_implementation(ranks.device)} merge"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ from megatron_pg.attention import (
     select_backend,
 )
 from tests.strategies import forests
-from tests.utils import assert_close, assert_close_to_control
+from tests.utils import CPU_BACKENDS, assert_close, assert_close_to_control
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu])
 
@@ -67,7 +69,7 @@ NAMES = ("out", "dq", "dk", "dv")
 depths_seen: set[int] = set()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @settings(max_examples=200)
 @given(forest=forests(), heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (3, 1)]))
 def test_fp64_equals_written_out(backend, forest, heads) -> None:
@@ -79,7 +81,8 @@ def test_fp64_equals_written_out(backend, forest, heads) -> None:
     )
     want = gradients(lambda q, k, v: written_out_attention(q, k, v, layout, scale), inputs, dout)
     for name, g, w in zip(NAMES, got, want):
-        assert_close(name, g, w, 1e-10)
+        # A query that sees one key has no gradient: what is left is rounding of values around 1.
+        assert_close(name, g, w, 1e-10, least_scale=1e-3)
     depths_seen.add(layout.forest.depth)
 
 
@@ -241,8 +244,10 @@ def test_one_plan_serves_many_calls() -> None:
 
 def test_auto_says_what_it_picked() -> None:
     inputs = AttentionInputs(torch.device("cpu"), torch.float32, 64, 4, 2)
-    assert select_backend(inputs).name == "cpu"
-    assert available_backends(inputs) == ["cpu", "reference"]
+    assert select_backend(inputs).name == available_backends(inputs)[0]
+    assert available_backends(inputs) in (["cpu_fused", "cpu", "reference"], ["cpu", "reference"])
+    half = replace(inputs, dtype=torch.bfloat16)
+    assert available_backends(half) == ["cpu", "reference"]
     assert available_backends()[-1] == "reference"
 
 

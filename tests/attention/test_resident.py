@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
 from megatron_pg.attention import ResidentKV
 from megatron_pg.tree import ResidentSpans
-from tests.utils import assert_close
+from tests.utils import CPU_BACKENDS, assert_close
 
 DIM = 8
 
@@ -96,7 +96,7 @@ def resident_call(groups, whole, inputs, douts, backend):
     return outputs, prefix_rows
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(groups=divided_groups(), heads=st.sampled_from([(1, 1), (4, 2), (3, 3)]))
 def test_rows_equal_the_whole_group(backend, groups, heads) -> None:

@@ -14,11 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_pg import PackedLayout, prefix_grouped_attention
 from megatron_pg.attention import make_attention_plan
+from tools.bench.machine import HEAD_DIM
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
 
-NUM_HEADS, HEAD_DIM = 4, 64
+NUM_HEADS = 4
 # Name of the baseline, and whether its prefix is causal without a mask.
 PREFIX_GROUPERS = {"prefix-grouper": False, "prefix-grouper, causal prefix": True}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

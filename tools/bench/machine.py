@@ -13,17 +13,27 @@ from typing import Any
 
 import torch
 
+from megatron_pg.attention import AttentionInputs, select_backend
+from tools.bench.registry import Options
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "prefix-grouper", "numpy")
+HEAD_DIM = 64
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Hardware, versions, commit and load, as every row of a result file carries them."""
+def describe_machine(threads: int, options: Options) -> dict[str, Any]:
+    """Hardware, versions, commit and load, as every row of a result file carries them.
+
+    ``attention_backend`` is what "auto" takes at the benchmarks' head size, ours and written out.
+    """
     cuda = torch.cuda.is_available()
     return {
         "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "attention_backend": select_backend(
+            AttentionInputs(options.device, options.dtype, HEAD_DIM, 1, 1)
+        ).name,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         shapes=tuple(part for part in args.shapes.split(",") if part),
         ranks=(args.ranks,) if args.ranks else (1, 2),
     )
-    machine = describe_machine(args.threads)
+    machine = describe_machine(args.threads, options)
     console = Console(width=None if sys.stdout.isatty() else 150)
     rows: list[BenchmarkRow] = []
     try:

@@ -34,7 +34,8 @@ def step(options: Options) -> Iterator[BenchmarkRow]:
                 yield _compare(shape, dims, options, trainer)
     if 2 in options.ranks and not torch.cuda.is_available():
         stars = shapes[:1] if options.quick else [s for s in shapes if s.tree.depth == 1]
-        yield from on_two_ranks(partial(_on_both_layouts, stars), options)
+        for layout in (dict(tp=2), dict(pp=2)):
+            yield from on_two_ranks(partial(_on_ranks, stars, layout), options)
 
 
 def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
@@ -65,10 +66,8 @@ def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> Be
     )
 
 
-def _on_both_layouts(shapes: list[Shape], options: Options) -> list[BenchmarkRow]:
-    rows = []
-    for dims in (make_dims(options, tp=2), make_dims(options, pp=2)):
-        with megatron(dims):
-            trainer = Trainer(dims, options.dtype)
-            rows += [_compare(shape, dims, options, trainer) for shape in shapes]
-    return rows
+def _on_ranks(shapes: list[Shape], layout: dict[str, int], options: Options) -> list[BenchmarkRow]:
+    dims = make_dims(options, **layout)
+    with megatron(dims):
+        trainer = Trainer(dims, options.dtype)
+        return [_compare(shape, dims, options, trainer) for shape in shapes]

@@ -39,8 +39,8 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
         clock = {"cpu": "time that the process got", "wall": "wall clock"}.get(row["clock"] or "")
         text = (
             f"{machine['hardware']}, {machine['cores']} cores, {machine['threads']} thread(s) a "
-            f"process, Python {machine['python']}, {versions}; commit {machine['commit']}, "
-            f"{machine['date']}"
+            f"process, attention backend {machine['attention_backend']}, Python "
+            f"{machine['python']}, {versions}; commit {machine['commit']}, {machine['date']}"
             + (f"; {clock}, medians of {row['rounds']} rounds" if clock else "")
         )
         measured.setdefault(text, {})[row["benchmark"]] = None

@@ -2,6 +2,7 @@
 
 from .base import AttentionBackend, AttentionInputs, MergingBackend
 from .cpu import CpuBackend
+from .cpu_fused import CpuFusedBackend
 from .flash_attn import FlashAttnBackend
 from .reference import ReferenceBackend
 from .torch_cuda import TorchCudnnBackend, TorchFlashBackend
@@ -13,6 +14,7 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
         FlashAttnBackend(),
         TorchFlashBackend(),
         TorchCudnnBackend(),
+        CpuFusedBackend(),
         CpuBackend(),
         ReferenceBackend(),
     )

@@ -1,4 +1,4 @@
-"""PyTorch's CPU flash kernels: the path of tests, CI and machines without a GPU."""
+"""PyTorch's CPU flash kernels: any CPU, any floating-point type."""
 
 from __future__ import annotations
 

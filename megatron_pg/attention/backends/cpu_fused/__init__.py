@@ -1,0 +1,110 @@
+"""Tree attention as one kernel on CPUs with AVX-512: no passes, no merge."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...padding import padding_dv, padding_out
+from ...plan import AttentionPlan
+from ...resident import ResidentKV
+from ..base import AttentionInputs
+from .build import operators
+from .tiles import TilesOfPlans
+
+_tiles_of = TilesOfPlans()
+
+
+class CpuFusedBackend:
+    """An online softmax over every token's whole path, in C++ compiled when first called."""
+
+    name = "cpu_fused"
+
+    def refusal(self, inputs: AttentionInputs) -> str | None:
+        """Why the backend cannot take the inputs here; None when it can."""
+        if inputs.device.type != "cpu":
+            return f"needs tensors on cpu, got {inputs.device}"
+        if inputs.dtype not in (torch.float32, torch.float64):
+            return f"takes torch.float32, torch.float64, got {inputs.dtype}"
+        lanes = 64 // inputs.dtype.itemsize
+        if inputs.head_dim % lanes:
+            return f"takes head_dim in multiples of {lanes}, got {inputs.head_dim}"
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability != "AVX512":
+            return f"needs a CPU with AVX-512, PyTorch finds {capability}"
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            return f"needs a C++ compiler, found no {compiler} (CXX names another)"
+        return None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        softmax_scale: float,
+        resident: Sequence[ResidentKV] = (),
+    ) -> Tensor:
+        """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
+        out: Tensor = _FusedTreeAttention.apply(q, k, v, plan, softmax_scale, resident)
+        return out
+
+
+class _FusedTreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        softmax_scale: float,
+        resident: Sequence[ResidentKV],
+    ) -> Tensor:
+        q, k, v = (_with_contiguous_dim(x) for x in (q, k, v))
+        tiles, tokens = _tiles_of[plan], plan.unique_tokens
+        kept = [resident[row] for row in tiles.prefix_rows]
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[1], tokens)
+        keys, values = [k, *(x.k for x in kept)], [v, *(x.v for x in kept)]
+        operators().tree_forward(q, keys, values, tiles.tables, softmax_scale, out, lse)
+        out[tokens:] = padding_out(v[tokens:], q.shape[1])
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tiles, ctx.softmax_scale, ctx.kept = tiles, softmax_scale, kept
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        kept, tokens = ctx.kept, lse.shape[1]
+        dout = _with_contiguous_dim(dout)
+        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        grads = [x.grads() for x in kept]
+        operators().tree_backward(
+            dout,
+            q,
+            [k, *(x.k for x in kept)],
+            [v, *(x.v for x in kept)],
+            out,
+            lse,
+            ctx.tiles.tables,
+            ctx.softmax_scale,
+            dq,
+            [dk, *(kept_dk for kept_dk, _ in grads)],
+            [dv, *(kept_dv for _, kept_dv in grads)],
+        )
+        dq[tokens:] = 0
+        dv[tokens:] = padding_dv(dout[tokens:], v.shape[1])
+        return dq, dk, dv, None, None, None
+
+
+def _with_contiguous_dim(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,73 @@
+"""The C++ operators, compiled once per machine and version of PyTorch."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SOURCE = Path(__file__).with_name("tree_attention.cpp")
+# What PyTorch's own AVX-512 kernels need of a CPU; "native" would tie a shared cache to one CPU.
+_FLAGS = "-std=c++20 -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -fopenmp -fPIC -shared"
+
+
+@functools.cache
+def operators() -> Any:
+    """``torch.ops.megatron_pg_cpu``; compiles (some 10 seconds) unless a cache has it.
+
+    The cache is ``TORCH_EXTENSIONS_DIR`` or ``~/.cache/torch_extensions``. Processes that start
+    together wait for one of them.
+
+    Raises:
+        RuntimeError: if the compiler fails, with what it said.
+    """
+    torch.ops.load_library(library())
+    return torch.ops.megatron_pg_cpu
+
+
+def library_path() -> Path:
+    """Where the library of this source, compiler and PyTorch is, once it is compiled."""
+    key = "\0".join([*_command(), torch.__version__, _SOURCE.read_text()])
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return Path(folder).expanduser() / "megatron_pg" / f"tree_attention-{digest}.so"
+
+
+def library() -> Path:
+    """``library_path()``, compiled if it was not there."""
+    path = library_path()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A killed process lets go of its lock, and only a whole library gets its name.
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(path)
+    return path
+
+
+def _command() -> list[str]:
+    return [os.environ.get("CXX", "c++"), *_FLAGS.split()]
+
+
+def _compile(library: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    partial = library.with_suffix(".partial")
+    libraries = ["-ltorch_cpu", "-lc10"]
+    command = [*_command(), abi, *folders, str(_SOURCE), "-o", str(partial), *libraries]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(
+            f"attention backend 'cpu_fused' could not be compiled by\n  {' '.join(command)}\n"
+            f"{result.stderr.strip()}\nUse backend='cpu', or name another compiler in CXX"
+        )
+    partial.replace(library)

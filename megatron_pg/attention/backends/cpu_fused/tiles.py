@@ -1,0 +1,139 @@
+"""Tiles of queries and the keys they see, as the tables that the C++ operators read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...plan import AttentionPass, AttentionPlan, IntArray
+
+# As in tree_attention.cpp: most queries of a tile, rows of a product, most lanes of a vector.
+TILE_ROWS, PRODUCT_ROWS, LANES = 132, 6, 16
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """What the operators get for one plan.
+
+    Attributes:
+        tables: int64 tiles, ranges and panel spans: the structs of tree_attention.cpp.
+        prefix_rows: the resident prefix row of source 1, 2, ...; source 0 is the row itself.
+    """
+
+    tables: tuple[Tensor, Tensor, Tensor]
+    prefix_rows: tuple[int, ...]
+
+
+class TilesOfPlans:
+    """Tiles by plan, made when a plan's first layer asks; they go with the plan."""
+
+    def __init__(self) -> None:
+        self._made: WeakKeyDictionary[AttentionPlan, Tiles] = WeakKeyDictionary()
+
+    def __getitem__(self, plan: AttentionPlan) -> Tiles:
+        if plan not in self._made:
+            self._made[plan] = make_tiles(plan)
+        return self._made[plan]
+
+
+@dataclass(frozen=True, eq=False)
+class _KeySpans:
+    """Spans of one source, and where their panels begin."""
+
+    source: int
+    spans: IntArray
+    panel_starts: IntArray
+
+    @classmethod
+    def of(cls, source: int, spans: IntArray) -> _KeySpans:
+        widths = -(-np.diff(spans)[:, 0] // LANES) * LANES
+        return cls(source, spans, np.cumsum(widths) - widths)
+
+    def panel_spans(self) -> IntArray:
+        starts, ends = self.spans.T
+        return _columns(self.source, starts, ends - starts, self.panel_starts)
+
+    def ranges(self, index: IntArray) -> IntArray:
+        """Every key of ``spans[index]`` is visible."""
+        starts, ends = self.spans[index].T
+        lens = ends - starts
+        return _columns(self.source, starts, lens, self.panel_starts[index], lens, -1)
+
+
+def make_tiles(plan: AttentionPlan) -> Tiles:
+    """Tiles and ranges that cover every visible pair of the plan exactly once.
+
+    Tiles split the query spans of all passes, so that each lies in one span of a pass or in none.
+    """
+    first, *others = plan.passes
+    starts, ends = _split([p.q_spans + p.q_begin for p in plan.passes])
+    own = _KeySpans.of(0, first.q_spans + first.q_begin)
+    tile_ids, ranges, sources = [], [], [own]
+    for p in others:
+        spans = p.kv_spans + p.kv_begin
+        tiles, index = _tiles_in(p, starts)
+        if p.prefix_row is None:
+            # An ancestor's segment is a span of the first pass.
+            index = np.searchsorted(own.spans[:, 0], spans[:, 0])[index]
+            ranges.append(own.ranges(index))
+        else:
+            sources.append(_KeySpans.of(len(sources), spans))
+            ranges.append(sources[-1].ranges(index))
+        tile_ids.append(tiles)
+    tiles, index = _tiles_in(first, starts)
+    to_diagonal = own.ranges(index)
+    segment_starts = to_diagonal[:, 1].copy()
+    to_diagonal[:, 2] = ends[tiles] - segment_starts
+    to_diagonal[:, 5] = starts[tiles] - segment_starts
+    tile_ids.append(tiles)
+    order = np.argsort(np.concatenate(tile_ids), kind="stable")
+    end_range = np.cumsum(np.bincount(np.concatenate(tile_ids), minlength=len(starts)))
+    table = _columns(starts, ends - starts, np.append(0, end_range[:-1]), end_range)
+    if len(sources) == 1:
+        trees = _tree_of(plan, starts)
+    else:
+        # Resident prefixes are shared between trees.
+        trees = np.zeros_like(starts)
+    tables = (
+        np.column_stack([table, trees]),
+        np.concatenate([*ranges, to_diagonal])[order],
+        np.concatenate([source.panel_spans() for source in sources]),
+    )
+    rows = tuple(p.prefix_row for p in others if p.prefix_row is not None)
+    tiles_table, range_table, panel_table = (torch.from_numpy(x) for x in tables)
+    return Tiles((tiles_table, range_table, panel_table), rows)
+
+
+def _split(spans: list[IntArray]) -> tuple[IntArray, IntArray]:
+    """Starts and ends of tiles: all rows, cut at every span's edge, pieces in even parts."""
+    edges = np.unique(np.concatenate([x.ravel() for x in spans]))
+    lens = np.diff(edges)
+    sizes = -(-lens // -(-lens // TILE_ROWS))
+    sizes = -(-sizes // PRODUCT_ROWS) * PRODUCT_ROWS
+    counts = -(-lens // sizes)
+    piece = np.repeat(np.arange(len(lens)), counts)
+    number = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = edges[piece] + number * sizes[piece]
+    return starts, np.minimum(starts + sizes[piece], edges[piece + 1])
+
+
+def _tiles_in(attention_pass: AttentionPass, starts: IntArray) -> tuple[IntArray, IntArray]:
+    """Tiles that lie in a query span of the pass, and which span."""
+    spans = attention_pass.q_spans + attention_pass.q_begin
+    index = np.searchsorted(spans[:, 0], starts, side="right") - 1
+    tiles = np.nonzero((index >= 0) & (starts < spans[index, 1]))[0]
+    return tiles, index[tiles]
+
+
+def _tree_of(plan: AttentionPlan, starts: IntArray) -> IntArray:
+    forest = plan.layout.forest
+    roots = forest.segment_starts[forest.segment_parents < 0]
+    return np.searchsorted(roots, starts, side="right")
+
+
+def _columns(*columns: IntArray | int) -> IntArray:
+    return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.int64)

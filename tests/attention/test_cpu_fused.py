@@ -1,0 +1,257 @@
+"""The fused CPU kernel: exact cover by tiles, block edges, dtypes, its build and its refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_pg import PackedLayout, PrefixTree, pack_trees
+from megatron_pg import prefix_grouped_attention as attend
+from megatron_pg.attention import AttentionInputs, ResidentKV, make_attention_plan, select_backend
+from megatron_pg.attention.backends.cpu_fused import build
+from megatron_pg.attention.backends.cpu_fused.tiles import PRODUCT_ROWS, TILE_ROWS, make_tiles
+from megatron_pg.tree import ResidentSpans, dense_mask
+from tests.strategies import forests
+from tests.utils import ROOT, assert_close, needs_cpu_fused
+
+NAMES = ("out", "dq", "dk", "dv")
+INPUTS = AttentionInputs(torch.device("cpu"), torch.float32, 64, 4, 2)
+
+
+def make_inputs(layout: PackedLayout, heads: int, kv_heads: int, dim: int, dtype: torch.dtype):
+    """Strided views: heads of one projection side by side, as models have them."""
+    mixed = torch.randn(layout.total_tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    q, k, v = mixed.split([heads, kv_heads, kv_heads], dim=1)
+    return [2 * q, k, v], torch.randn(layout.total_tokens, heads, dim, dtype=dtype)
+
+
+def results(backend: str, layout: PackedLayout, inputs: list[Tensor], dout: Tensor, **more):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*leaves, layout, 0.37, backend=backend, **more)
+    out.backward(dout)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def times_covered(layout: PackedLayout) -> Tensor:
+    """How often tiles and ranges compute each pair of the row."""
+    tiles, ranges, _ = make_tiles(make_attention_plan(layout)).tables
+    count = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.int64)
+    for q_start, q_len, first, end, _ in tiles.tolist():
+        assert 0 < q_len <= TILE_ROWS
+        for source, kv_start, kv_len, _, _, q_offset in ranges[first:end].tolist():
+            pairs = torch.ones(q_len, kv_len, dtype=torch.int64)
+            count[q_start : q_start + q_len, kv_start : kv_start + kv_len] += (
+                pairs if q_offset < 0 else pairs.tril(q_offset)
+            )
+            assert source == 0
+    return count
+
+
+@settings(max_examples=100)
+@given(forest=forests(), factor=st.sampled_from([1, 29]))
+def test_tiles_cover_every_visible_pair_once(forest, factor) -> None:
+    trees = forest[0].forest
+    # Longer segments, so that they take several tiles.
+    tree = PrefixTree(trees.segment_lens * factor, trees.segment_parents, trees.sample_segments)
+    layout = pack_trees([tree], 8)
+    visible = dense_mask(layout)[: layout.unique_tokens, : layout.unique_tokens]
+    covered = times_covered(layout)
+    padding = covered[layout.unique_tokens :].sum() + covered[:, layout.unique_tokens :].sum()
+    assert padding == 0
+    assert torch.equal(covered[: layout.unique_tokens, : layout.unique_tokens], visible.long())
+
+
+def test_a_long_segment_takes_even_tiles() -> None:
+    tiles, ranges, panels = make_tiles(
+        make_attention_plan(pack_trees([PrefixTree.from_group(300, [20, 140])]))
+    ).tables
+    # Of 300 tokens three times 102, 102, 96; of 140 two, multiples of what a product takes.
+    assert tiles[:, 1].tolist() == [102, 102, 96, 20, 72, 68]
+    assert all(n % PRODUCT_ROWS == 0 for n in (102, 72))
+    assert tiles[:, 3].diff(prepend=torch.tensor([0])).tolist() == [1, 1, 1, 2, 2, 2]
+    # A tile sees its own segment up to its last query, after its prefix.
+    assert ranges[-1].tolist() == [0, 320, 140, 336, 140, 72]
+    assert panels.tolist() == [[0, 0, 300, 0], [0, 300, 20, 304], [0, 320, 140, 336]]
+
+
+EDGES = [1, 5, 6, 7, 15, 16, 17, 63, 64, 65, 131, 132, 133, 255, 256, 257, 265]
+kinds_seen: Counter[str] = Counter()
+
+
+@needs_cpu_fused
+@settings(max_examples=40, deadline=None)
+@given(
+    lens=st.lists(st.sampled_from(EDGES), min_size=2, max_size=4),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    dim=st.sampled_from([8, 24, 32, 40, 64]),
+    trees=st.integers(1, 2),
+)
+def test_fp64_at_the_edges_of_tiles_blocks_and_panels(lens, heads, dim, trees) -> None:
+    layout = pack_trees([PrefixTree.from_group(lens[0], lens[1:])] * trees, 8)
+    inputs, dout = make_inputs(layout, *heads, dim, torch.float64)
+    got = results("cpu_fused", layout, inputs, dout)
+    for name, g, w in zip(NAMES, got, results("reference", layout, inputs, dout)):
+        # A query that sees one key has no gradient: what is left is rounding of values around 1.
+        assert_close(name, g, w, 1e-13, least_scale=1e-2)
+    kinds_seen["several blocks of keys"] += max(lens) > 256
+    kinds_seen["several samples"] += len(lens) > 2
+
+
+@needs_cpu_fused
+def test_the_edges_were_met() -> None:
+    assert len(+kinds_seen) == 2, f"run with the test above; saw {kinds_seen}"
+
+
+@needs_cpu_fused
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_fp32_error_is_at_most_that_of_pytorchs_kernel(heads, dim) -> None:
+    layout = pack_trees([PrefixTree.from_group(517, [258, 301, 301, 40])], 8)
+    inputs, dout = make_inputs(layout, *heads, dim, torch.float32)
+    got, control = (results(name, layout, inputs, dout) for name in ("cpu_fused", "cpu"))
+    doubles = [x.double() for x in inputs]
+    for name, g, c, t in zip(
+        NAMES, got, control, results("reference", layout, doubles, dout.double())
+    ):
+        assert g.dtype == torch.float32
+        error, yardstick = ((x.double() - t).abs().max() for x in (g, c))
+        assert error <= 1.5 * yardstick > 0, name
+
+
+@needs_cpu_fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_far_apart(dtype) -> None:
+    """Weights that underflow, and rows whose maximum comes in their last block of keys."""
+    layout = pack_trees([PrefixTree.from_group(600, [300, 300])])
+    inputs, dout = make_inputs(layout, 2, 2, 16, dtype)
+    inputs[0] *= 200
+    inputs[1] *= torch.linspace(0.1, 3, layout.total_tokens, dtype=dtype)[:, None, None]
+    doubles = [x.double() for x in inputs]
+    want = results("reference", layout, doubles, dout.double())
+    for name, g, w in zip(NAMES, results("cpu_fused", layout, inputs, dout), want):
+        assert g.isfinite().all()
+        assert_close(name, g, w, 1e-10 if dtype == torch.float64 else 1e-2)
+    weights = torch.softmax(0.37 * doubles[0][-1, 0] @ doubles[1][:600, 0].T, 0)
+    assert (weights < torch.finfo(dtype).tiny).any(), "some weights underflow"
+
+
+@needs_cpu_fused
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_who_sees_it(bad) -> None:
+    layout = pack_trees([PrefixTree.from_group(40, [30, 30])])
+    inputs, dout = make_inputs(layout, 2, 2, 16, torch.float32)
+    inputs[1][45, :, :] = bad  # in the first response
+    out = results("cpu_fused", layout, inputs, dout)[0]
+    assert out[45:70].isnan().any(dim=2).any(dim=1).all()
+    assert out[:40].isfinite().all() and out[70:].isfinite().all()
+
+
+@needs_cpu_fused
+def test_bits_do_not_depend_on_threads() -> None:
+    trees = [PrefixTree.from_group(300, [140, 20, 7]), PrefixTree.from_group(33, [9] * 3)]
+    layout = pack_trees(trees)
+    inputs, dout = make_inputs(layout, 6, 2, 32, torch.float32)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(results("cpu_fused", layout, inputs, dout))
+    finally:
+        torch.set_num_threads(before)
+    for name, first, *others in zip(NAMES, *runs):
+        assert all(torch.equal(first, other) for other in others), name
+
+
+@needs_cpu_fused
+def test_trees_on_one_resident_prefix_add_to_its_gradient() -> None:
+    tree = PrefixTree.from_group(71, [30, 5]).without_prefix([70, 0, 0])
+    tokens = tree.unique_tokens
+    q_spans = np.array([[0, tokens], [tokens, 2 * tokens]])
+    spans = ResidentSpans(0, q_spans, np.array([[0, 70], [70, 140]]))
+    layout = pack_trees([tree, tree], 8, [spans])
+    inputs, dout = make_inputs(layout, 4, 2, 32, torch.float64)
+    k, v = torch.randn(2, 140, 2, 32, dtype=torch.float64)
+    kept = {name: ResidentKV(k, v) for name in ("cpu_fused", "reference")}
+    got, want = (
+        [results(name, layout, inputs, dout, resident=[kv]) for _ in range(2)][-1]
+        for name, kv in kept.items()
+    )
+    for name, g, w in zip(NAMES, got, want):
+        assert_close(name, g, w, 1e-13)
+    ours, truth = kept.values()
+    assert_close("resident dk", ours.dk, truth.dk, 1e-13)
+    assert_close("resident dv", ours.dv, truth.dv, 1e-13)
+    assert truth.dk.abs().max() > 0
+
+
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(**changed) -> str:
+        fields = dict(device=torch.device("cpu"), dtype=torch.float32, head_dim=64)
+        fields |= dict(num_heads=4, num_kv_heads=2) | changed
+        with pytest.raises(ValueError) as raised:
+            select_backend(AttentionInputs(**fields), "cpu_fused")
+        return str(raised.value)
+
+    assert "got torch.bfloat16" in refusal(dtype=torch.bfloat16)
+    assert "multiples of 16, got 24" in refusal(head_dim=24)
+    assert "multiples of 8, got 12" in refusal(head_dim=12, dtype=torch.float64)
+    assert "got cuda" in refusal(device=torch.device("cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+        assert "PyTorch finds AVX2" in refusal()
+        assert select_backend(INPUTS).name == "cpu"
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "found no no-such-compiler" in refusal()
+    assert select_backend(INPUTS).name == "cpu"
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_SOURCE", tmp_path / "broken.cpp")
+    (tmp_path / "broken.cpp").write_text("this is no C++")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(
+        RuntimeError, match="(?s)could not be compiled by\n  false .*Use backend='cpu'"
+    ):
+        build.library()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+CALL = """
+import torch
+from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
+q, k, v = torch.randn(3, 40, 2, 16)
+layout = pack_trees([PrefixTree.from_group(20, [10, 10])])
+print(prefix_grouped_attention(q, k, v, layout, backend="cpu_fused").shape)
+"""
+
+
+@needs_cpu_fused
+def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch) -> None:
+    """Also where a killed process left its lock and half a library."""
+    wrapper = tmp_path / "counting-c++"
+    wrapper.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec c++ "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    left = build.library_path()
+    left.parent.mkdir(parents=True)
+    left.with_suffix(".lock").touch()
+    left.with_suffix(".partial").write_bytes(b"half")
+    call = [sys.executable, "-c", CALL]
+    started = [subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
+    for process in started:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and b"[40, 2, 16]" in out
+    assert (tmp_path / "runs").read_text() == "run\n"
+    assert left.exists() and not left.with_suffix(".partial").exists()
