@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from ...padding import padding_dv, padding_out
 from ...plan import AttentionPlan
 from ...resident import ResidentKV
 from ..base import AttentionInputs
-from .build import operators
+from .build import compiler, operators
 from .tiles import TilesOfPlans
 
 _tiles_of = TilesOfPlans()
@@ -38,9 +37,8 @@ class CpuFusedBackend:
         capability = torch.backends.cpu.get_cpu_capability()
         if capability != "AVX512":
             return f"needs a CPU with AVX-512, PyTorch finds {capability}"
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler) is None:
-            return f"needs a C++ compiler, found no {compiler} (CXX names another)"
+        if shutil.which(compiler()[0]) is None:
+            return f"needs a C++ compiler, found no {compiler()[0]} (CXX names another)"
         return None
 
     def __call__(

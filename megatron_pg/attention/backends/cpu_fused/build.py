@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,13 @@ def library() -> Path:
     return path
 
 
+def compiler() -> list[str]:
+    """The C++ compiler and its own arguments: ``CXX``, or ``c++``."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
 def _command() -> list[str]:
-    return [os.environ.get("CXX", "c++"), *_FLAGS.split()]
+    return [*compiler(), *_FLAGS.split()]
 
 
 def _compile(library: Path) -> None:
@@ -61,7 +67,8 @@ def _compile(library: Path) -> None:
 
     folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    partial = library.with_suffix(".partial")
+    # The compiler of a killed process may still write to its own.
+    partial = library.with_suffix(f".{os.getpid()}.partial")
     libraries = ["-ltorch_cpu", "-lc10"]
     command = [*_command(), abi, *folders, str(_SOURCE), "-o", str(partial), *libraries]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -31,6 +31,11 @@ constexpr int PRODUCT_ROWS = 6, PRODUCT_VECTORS = 4;
 // 1 to 10 % faster than 66 or 198 rows, or 128 or 512 keys, at five shapes on Zen 4.
 constexpr Index TILE_ROWS = 132, BLOCK_KEYS = 256;
 
+// As many as have some 20 us of work each: a thread that waits for its turn delays all others.
+int num_threads(Index multiplications) {
+    return int(std::clamp<Index>(multiplications >> 20, 1, at::get_num_threads()));
+}
+
 // Rows of the int64 tables. Trees ascend.
 struct Tile {
     Index q_start, q_len, first_range, end_range, tree;
@@ -70,8 +75,13 @@ struct Plan {
     Table<Tile> tiles;
     Table<Range> ranges;
     Table<PanelSpan> panel_spans;
+    Index num_pairs = 0;  // computed, not only visible
     explicit Plan(const std::vector<at::Tensor>& tables)
-        : tiles(tables.at(0)), ranges(tables.at(1)), panel_spans(tables.at(2)) {}
+        : tiles(tables.at(0)), ranges(tables.at(1)), panel_spans(tables.at(2)) {
+        for (Index i = 0; i < tiles.size; ++i)
+            for (Index r = tiles[i].first_range; r < tiles[i].end_range; ++r)
+                num_pairs += tiles[i].q_len * ranges[r].len;
+    }
 };
 
 // Keys and values of the row itself (source 0), or of a resident prefix row.
@@ -127,6 +137,25 @@ struct Simd {
     static V first(Index n, V x) {
         for (Index i = n; i < lanes; ++i) x[i] = -std::numeric_limits<T>::infinity();
         return x;
+    }
+
+    // In steps of 1, 2, 4, ... lanes: of every four blocks, the two off the diagonal change places.
+    static void transpose(V (&rows)[lanes]) {
+#pragma GCC unroll 4
+        for (Index step = 1; step < lanes; step *= 2) {
+            Int upper, lower;
+            for (Index i = 0; i < lanes; ++i) {
+                upper[i] = i & step ? lanes + i - step : i;
+                lower[i] = i & step ? lanes + i : i + step;
+            }
+#pragma GCC unroll 16
+            for (Index i = 0; i < lanes; ++i) {
+                if (i & step) continue;
+                const V a = rows[i], b = rows[i + step];
+                rows[i] = __builtin_shuffle(a, b, upper);
+                rows[i + step] = __builtin_shuffle(a, b, lower);
+            }
+        }
     }
 
     static T sum(V v) {
@@ -208,6 +237,16 @@ void multiply(Index rows, Index vectors, const Product<T>& p) {
     }
 }
 
+// Rows in as few products as possible, even: one of 2 rows takes as long as one of 4.
+template <class Visit>
+void for_products(Index num_rows, Visit visit) {
+    const Index count = (num_rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+    for (Index i = 0; i < count; ++i) {
+        const Index first = i * num_rows / count;
+        visit(first, (i + 1) * num_rows / count - first);
+    }
+}
+
 Index round_up(Index n, Index step) { return (n + step - 1) / step * step; }
 
 // One block of keys of a range, as a tile sees it.
@@ -239,14 +278,13 @@ void multiply_panels(const Block& block, Index head_dim, const T* a, Index a_row
     for (Index key = 0; key < block.keys; key += S::panel) {
         const T* panel = panels + (block.panel_start + key) * head_dim;
         const Index width = std::min(S::panel, round_up(block.panel_len - key, S::lanes));
-        for (Index row = 0; row < block.rows; row += PRODUCT_ROWS) {
-            const Index rows = std::min<Index>(PRODUCT_ROWS, block.rows - row);
+        for_products(block.rows, [&](Index row, Index rows) {
             const Index seen = std::min(block.visible(row + rows - 1) - key, S::panel);
-            if (seen <= 0) continue;
+            if (seen <= 0) return;
             multiply<T>(rows, round_up(seen, S::lanes) / S::lanes,
                         {head_dim, a + row * a_row, a_row, 1, panel, width,
                          scores + row * S::pitch + key, S::pitch, false});
-        }
+        });
     }
 }
 
@@ -254,9 +292,8 @@ void multiply_panels(const Block& block, Index head_dim, const T* a, Index a_row
 template <class T>
 struct Scratch {
     at::Tensor memory;
-    Scratch(Index count, const at::Tensor& like)
-        : memory(at::empty({at::get_num_threads(), round_up(count, Simd<T>::lanes)},
-                           like.options())) {}
+    Scratch(Index threads, Index count, const at::Tensor& like)
+        : memory(at::empty({threads, round_up(count, Simd<T>::lanes)}, like.options())) {}
     T* mine() const { return memory.data_ptr<T>() + omp_get_thread_num() * memory.stride(0); }
 };
 
@@ -277,7 +314,9 @@ at::Tensor make_panels(const Rows<const T>& rows, Index source, const at::Tensor
     at::Tensor panels = at::empty({num_heads, panel_rows, head_dim}, like.options());
     T* const data = panels.data_ptr<T>();
     const Index num_items = num_heads * Index(spans.size());
-#pragma omp parallel for num_threads(at::get_num_threads()) schedule(dynamic)
+    // Moving a number takes as long as some 16 multiplications.
+    const int threads = num_threads(16 * panels.numel());
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (Index item = 0; item < num_items; ++item) {
         const PanelSpan& span = spans[item % spans.size()];
         const Index head = item / spans.size();
@@ -285,10 +324,15 @@ at::Tensor make_panels(const Rows<const T>& rows, Index source, const at::Tensor
         for (Index begin = 0; begin < span.len; begin += S::panel, place += S::panel * head_dim) {
             const Index keys = std::min(S::panel, span.len - begin);
             const Index width = round_up(keys, S::lanes);
-            for (Index key = 0; key < width; ++key)
-                for (Index d = 0; d < head_dim; ++d)
-                    place[d * width + key] =
-                        key < keys ? rows.at(span.kv_start + begin + key, head)[d] : T(0);
+            for (Index key = 0; key < width; key += S::lanes)
+                for (Index d = 0; d < head_dim; d += S::lanes) {
+                    typename S::V square[S::lanes] = {};
+                    for (Index i = 0; i < std::min(S::lanes, keys - key); ++i)
+                        square[i] = S::load(rows.at(span.kv_start + begin + key + i, head) + d);
+                    S::transpose(square);
+                    for (Index i = 0; i < S::lanes; ++i)
+                        S::store(place + (d + i) * width + key, square[i]);
+                }
         }
     }
     return panels;
@@ -345,10 +389,9 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
                        T* scores, T* top, T* total, bool is_first) const {
     using S = Simd<T>;
     using V = typename S::V;
-    for (Index first = 0; first < block.rows; first += PRODUCT_ROWS) {
-        const Index rows = std::min<Index>(PRODUCT_ROWS, block.rows - first);
+    for_products(block.rows, [&](Index first, Index rows) {
         const Index seen = block.visible(first + rows - 1);
-        if (seen <= 0) continue;
+        if (seen <= 0) return;
         for (Index row = first; row < first + rows; ++row) {
             T* line = scores + row * S::pitch;
             const Index own = block.visible(row), end = round_up(own, S::lanes);
@@ -382,14 +425,15 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
             rows, head_dim / S::lanes,
             {seen, scores + first * S::pitch, S::pitch, 1, source.v.at(block.kv_start, kv_head),
              source.v.row, tile_out + first * out.row, out.row, !is_first});
-    }
+    });
 }
 
 template <class T>
 void Forward<T>::run(const at::Tensor& like) const {
     const Index num_items = num_heads * plan.tiles.size;
-    const Scratch<T> scores(TILE_ROWS * Simd<T>::pitch, like);
-#pragma omp parallel for num_threads(at::get_num_threads()) schedule(dynamic)
+    const int threads = num_threads(2 * plan.num_pairs * num_heads * head_dim);
+    const Scratch<T> scores(threads, TILE_ROWS * Simd<T>::pitch, like);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (Index item = 0; item < num_items; ++item)
         tile(plan.tiles[item % plan.tiles.size], item / plan.tiles.size, scores.mine());
 }
@@ -435,8 +479,7 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
         for_blocks(tile, range, [&](const Block& block) {
             multiply_panels(block, head_dim, tile_q, q.row, k_panels, weights);
             multiply_panels(block, head_dim, tile_dout, dout.row, v_panels, dscores);
-            for (Index first = 0; first < tile.q_len; first += PRODUCT_ROWS) {
-                const Index rows = std::min<Index>(PRODUCT_ROWS, tile.q_len - first);
+            for_products(tile.q_len, [&](Index first, Index rows) {
                 const Index seen = block.visible(first + rows - 1);
                 // A product of keys reads up to PRODUCT_ROWS - 1 beyond the last that a row sees.
                 const Index written = std::min(round_up(seen + PRODUCT_ROWS, S::lanes), S::pitch);
@@ -457,11 +500,10 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
                                 {seen, dscores + first * S::pitch, S::pitch, 1,
                                  source.k.at(block.kv_start, kv_head), source.k.row,
                                  tile_dq + first * dq.row, dq.row, !is_first});
-            }
-            for (Index key = 0; key < block.keys; key += PRODUCT_ROWS) {
-                const Index keys = std::min<Index>(PRODUCT_ROWS, block.keys - key);
+            });
+            for_products(block.keys, [&](Index key, Index keys) {
                 const Index row = block.first_row(key), depth = tile.q_len - row;
-                if (depth <= 0) continue;
+                if (depth <= 0) return;
                 const Index place = row * S::pitch + key, kv = block.kv_start + key;
                 multiply<T>(keys, vectors,
                             {depth, weights + place, 1, S::pitch, tile_dout + row * dout.row,
@@ -469,7 +511,7 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
                 multiply<T>(keys, vectors,
                             {depth, dscores + place, 1, S::pitch, tile_q + row * q.row, q.row,
                              source_dk.at(kv, kv_head), source_dk.row, true});
-            }
+            });
             is_first = false;
         });
     }
@@ -483,9 +525,10 @@ void Backward<T>::run(const at::Tensor& like) const {
         if (plan.tiles[i].tree != plan.tiles[i - 1].tree) tree_starts.push_back(i);
     tree_starts.push_back(plan.tiles.size);
     const Index num_trees = tree_starts.size() - 1, num_items = num_heads / grouping * num_trees;
+    const int threads = num_threads(5 * plan.num_pairs * num_heads * head_dim);
     const Index size = TILE_ROWS * Simd<T>::pitch;
-    const Scratch<T> weights(size, like), dscores(size, like);
-#pragma omp parallel for num_threads(at::get_num_threads()) schedule(dynamic)
+    const Scratch<T> weights(threads, size, like), dscores(threads, size, like);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (Index item = 0; item < num_items; ++item) {
         const Index kv_head = item / num_trees, tree = item % num_trees;
         for (Index head = kv_head * grouping; head < (kv_head + 1) * grouping; ++head)
