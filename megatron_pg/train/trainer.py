@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from ..attention import AttentionInputs, merge_implementation, select_backend
-from ..attention.backends import MergingBackend
 from ..checkpoint import export_hf
 from ..mcore import count_attention_calls
 from .batch import Minibatch, TokenCounts, packing_config
@@ -305,6 +304,6 @@ def _select_attention(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> str
         ),
         config.model.attention_backend,
     )
-    if not isinstance(backend, MergingBackend):
+    if not backend.merges:
         return backend.name
     return f"{backend.name}, {merge_implementation(ranks.device)} merge"

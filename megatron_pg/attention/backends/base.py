@@ -31,9 +31,15 @@ class AttentionInputs:
 
 
 class AttentionBackend(Protocol):
-    """Attention of every sample over its own path, differentiable in q, k, v."""
+    """Attention of every sample over its own path, differentiable in q, k, v.
+
+    Attributes:
+        name: in the registry.
+        merges: whether it merges passes, by what ``merge_implementation`` names.
+    """
 
     name: str
+    merges: bool
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""
@@ -54,6 +60,7 @@ class MergingBackend:
     """A backend made of a varlen kernel and the merge."""
 
     name: str
+    merges = True
     kernel: VarlenKernel
     dtypes: tuple[torch.dtype, ...]
     device_type: str

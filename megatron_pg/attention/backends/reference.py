@@ -17,6 +17,7 @@ class ReferenceBackend:
     """``softmax(scale * q k^T restricted to visible pairs) v``, by autograd."""
 
     name = "reference"
+    merges = False
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """None: it takes every input."""

@@ -24,6 +24,7 @@ class CpuFusedBackend:
     """An online softmax over every token's whole path, in C++ compiled when first called."""
 
     name = "cpu_fused"
+    merges = False
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""

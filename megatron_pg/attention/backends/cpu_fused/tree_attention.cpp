@@ -28,7 +28,8 @@ constexpr Index VECTOR_BYTES = 64;
 // 6 x 4 sums, 4 operands and a factor fit the 32 registers of AVX-512.
 constexpr int PRODUCT_ROWS = 6, PRODUCT_VECTORS = 4;
 // Weights and their gradients of 132 x 256 pairs, and 256 keys and values, stay in 1 MiB of L2:
-// 1 to 10 % faster than 66 or 198 rows, or 128 or 512 keys, at five shapes on Zen 4.
+// at three shapes on Zen 4 as fast as 512 keys within 5 %, and 2 to 16 % faster than 66 or 198
+// rows or 128 keys.
 constexpr Index TILE_ROWS = 132, BLOCK_KEYS = 256;
 
 // As many as have some 20 us of work each: a thread that waits for its turn delays all others.
@@ -76,11 +77,15 @@ struct Plan {
     Table<Range> ranges;
     Table<PanelSpan> panel_spans;
     Index num_pairs = 0;  // computed, not only visible
+    Index max_rows = 0;   // of a tile
     explicit Plan(const std::vector<at::Tensor>& tables)
         : tiles(tables.at(0)), ranges(tables.at(1)), panel_spans(tables.at(2)) {
-        for (Index i = 0; i < tiles.size; ++i)
+        for (Index i = 0; i < tiles.size; ++i) {
+            TORCH_CHECK(tiles[i].q_len <= TILE_ROWS, "a tile holds up to ", TILE_ROWS, " rows");
+            max_rows = std::max(max_rows, tiles[i].q_len);
             for (Index r = tiles[i].first_range; r < tiles[i].end_range; ++r)
                 num_pairs += tiles[i].q_len * ranges[r].len;
+        }
     }
 };
 
@@ -432,7 +437,7 @@ template <class T>
 void Forward<T>::run(const at::Tensor& like) const {
     const Index num_items = num_heads * plan.tiles.size;
     const int threads = num_threads(2 * plan.num_pairs * num_heads * head_dim);
-    const Scratch<T> scores(threads, TILE_ROWS * Simd<T>::pitch, like);
+    const Scratch<T> scores(threads, plan.max_rows * Simd<T>::pitch, like);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (Index item = 0; item < num_items; ++item)
         tile(plan.tiles[item % plan.tiles.size], item / plan.tiles.size, scores.mine());
@@ -526,7 +531,7 @@ void Backward<T>::run(const at::Tensor& like) const {
     tree_starts.push_back(plan.tiles.size);
     const Index num_trees = tree_starts.size() - 1, num_items = num_heads / grouping * num_trees;
     const int threads = num_threads(5 * plan.num_pairs * num_heads * head_dim);
-    const Index size = TILE_ROWS * Simd<T>::pitch;
+    const Index size = plan.max_rows * Simd<T>::pitch;
     const Scratch<T> weights(threads, size, like), dscores(threads, size, like);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (Index item = 0; item < num_items; ++item) {
