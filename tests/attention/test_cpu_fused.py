@@ -223,7 +223,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match="(?s)could not be compiled by\n  false .*Use backend='cpu'"
     ):
-        build.library()
+        build.compiled()
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -244,7 +244,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch)
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    left = build.library_path()
+    left = build.compiled_path()
     left.parent.mkdir(parents=True)
     left.with_suffix(".lock").touch()
     call = [sys.executable, "-c", CALL]

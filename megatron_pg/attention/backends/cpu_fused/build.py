@@ -28,11 +28,11 @@ def operators() -> Any:
     Raises:
         RuntimeError: if the compiler fails, with what it said.
     """
-    torch.ops.load_library(library())
+    torch.ops.load_library(compiled())
     return torch.ops.megatron_pg_cpu
 
 
-def library_path() -> Path:
+def compiled_path() -> Path:
     """Where the library of this source, compiler and PyTorch is, once it is compiled."""
     key = "\0".join([*_command(), torch.__version__, _SOURCE.read_text()])
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
@@ -40,9 +40,9 @@ def library_path() -> Path:
     return Path(folder).expanduser() / "megatron_pg" / f"tree_attention-{digest}.so"
 
 
-def library() -> Path:
-    """``library_path()``, compiled if it was not there."""
-    path = library_path()
+def compiled() -> Path:
+    """``compiled_path()``, with the compiler run if it was not there."""
+    path = compiled_path()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         # A killed process lets go of its lock, and only a whole library gets its name.
