@@ -67,7 +67,7 @@ class _FusedTreeAttention(torch.autograd.Function):
         softmax_scale: float,
         resident: Sequence[ResidentKV],
     ) -> Tensor:
-        q, k, v = (_with_contiguous_dim(x) for x in (q, k, v))
+        q, k, v = (_heads_apart(x) for x in (q, k, v))
         tiles, tokens = _tiles_of[plan], plan.unique_tokens
         kept = [resident[row] for row in tiles.prefix_rows]
         out = q.new_empty(q.shape)
@@ -84,8 +84,8 @@ class _FusedTreeAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         kept, tokens = ctx.kept, lse.shape[1]
-        dout = _with_contiguous_dim(dout)
-        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        dout = _heads_apart(dout)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grads = [x.grads() for x in kept]
         operators().tree_backward(
             dout,
@@ -105,5 +105,9 @@ class _FusedTreeAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def _with_contiguous_dim(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _heads_apart(x: Tensor) -> Tensor:
+    """``x``, ``[T, H, D]``, with each head's rows one after another in memory.
+
+    Rows of all heads side by side are a power of two apart: a few sets of each cache hold them.
+    """
+    return x.transpose(0, 1).contiguous().transpose(0, 1)

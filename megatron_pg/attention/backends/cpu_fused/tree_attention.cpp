@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <immintrin.h>
 #include <omp.h>
 #include <torch/library.h>
 
@@ -109,27 +110,30 @@ struct Simd {
     typedef T Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T))));
     typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Int
         __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr bool is_float = sizeof(T) == 4;
 
     static V load(const T* x) { return *reinterpret_cast<const Unaligned*>(x); }
     static void store(T* x, V v) { *reinterpret_cast<Unaligned*>(x) = v; }
     static V all(T x) { return x - V{}; }
 
-    // 2 ** x for x up to the largest exponent; 0 where the result would be subnormal.
+    // 2 ** x for x up to the largest exponent.
     static V exp2(V x) {
-        constexpr bool is_float = sizeof(T) == 4;
-        constexpr int mantissa = is_float ? 23 : 52, degree = is_float ? 7 : 13;
-        constexpr T lowest = is_float ? -126 : -1022;
-        // Adding 1.5 * 2 ** mantissa leaves the nearest integer in the low bits.
-        constexpr T rounder = is_float ? T(12582912) : T(6755399441055744);
-        const V shifted = (x < lowest ? all(lowest) : x) + rounder;
-        const V fraction = (x - (shifted - rounder)) * T(0.693147180559945309417);
-        V sum = all(reciprocal_factorial(degree));
+        constexpr int degree = is_float ? 7 : 13;
+        // 2 ** lowest is 0, and -inf - -inf is not met. NaN stays: the second operand wins.
+        const V lowest = all(is_float ? -160 : -1100);
+        V whole;
+        if constexpr (is_float)
+            whole = _mm512_roundscale_ps(x = _mm512_max_ps(lowest, x), 0);
+        else
+            whole = _mm512_roundscale_pd(x = _mm512_max_pd(lowest, x), 0);
+        const V fraction = (x - whole) * T(0.693147180559945309417);
+        V power = all(reciprocal_factorial(degree));
 #pragma GCC unroll 16
-        for (int n = degree - 1; n >= 0; --n) sum = sum * fraction + reciprocal_factorial(n);
-        const Int exponent = reinterpret_cast<Int>(shifted) << mantissa;
-        const V power = reinterpret_cast<V>(reinterpret_cast<Int>(sum) + exponent);
-        // NaN is neither: it stays.
-        return x >= lowest ? power : (x < lowest ? V{} : x);
+        for (int n = degree - 1; n >= 0; --n) power = power * fraction + reciprocal_factorial(n);
+        if constexpr (is_float)
+            return _mm512_scalef_ps(power, whole);
+        else
+            return _mm512_scalef_pd(power, whole);
     }
 
     static constexpr T reciprocal_factorial(int n) {
@@ -164,15 +168,17 @@ struct Simd {
     }
 
     static T sum(V v) {
-        T total = 0;
-        for (Index i = 0; i < lanes; ++i) total += v[i];
-        return total;
+        if constexpr (is_float)
+            return _mm512_reduce_add_ps(v);
+        else
+            return _mm512_reduce_add_pd(v);
     }
 
     static T max(V v) {
-        T top = v[0];
-        for (Index i = 1; i < lanes; ++i) top = std::max(top, v[i]);
-        return top;
+        if constexpr (is_float)
+            return _mm512_reduce_max_ps(v);
+        else
+            return _mm512_reduce_max_pd(v);
     }
 };
 
