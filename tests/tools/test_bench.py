@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
 from tests.utils import ROOT
 from tools.bench import attention, timing
-from tools.bench.registry import BenchmarkMismatch, Options
+from tools.bench.processes import median_row, rows_of_processes
+from tools.bench.registry import BenchmarkMismatch, BenchmarkRow, Options
 from tools.bench.render import make_panels
 from tools.bench.shapes import Shape, binary_tree, ragged_star, standard_shapes, star, two_level
 
@@ -91,6 +93,29 @@ def test_residency_keeps_the_peak_flat(tmp_path: Path) -> None:
     assert twice["ours_peak_bytes"] < 1.1 * some["ours_peak_bytes"]
     assert twice["baseline_peak_bytes"] > 1.5 * some["baseline_peak_bytes"]
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_several_processes_are_medians(tmp_path: Path) -> None:
+    rows = run("attention", tmp_path, "--processes", "2")
+    check_rows("attention", rows)
+    assert {row["processes"] for row in rows} == {2}
+
+    def row(ratio: float, ours_ms: float, **more) -> BenchmarkRow:
+        fixed = dict(benchmark="layer", shape={"name": "s"}, baseline="written out", bound=2.0)
+        return BenchmarkRow(**fixed, ratio=ratio, ours_ms=ours_ms, baseline_ms=9.0, **more)
+
+    median = median_row([row(1.0, 5.0, max_error=1e-7), row(3.0, 2.0), row(1.5, 4.0, load=0.5)])
+    assert (median.ratio, median.ratio_spread, median.share) == (1.5, (1.25, 2.25), 0.75)
+    assert (median.ours_ms, median.max_error, median.load) == (4.0, 1e-7, 0.5)
+    with pytest.raises(ValueError, match="one comparison"):
+        median_row([row(1.0, 5.0), replace(row(1.0, 5.0), bound=3.0)])
+
+
+def test_a_failing_process_reports_nothing(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError, match="status 3"):
+        rows_of_processes([sys.executable, "-c", "raise SystemExit(3)"], 2)
+    with pytest.raises(SystemExit):
+        main(["attention", "--quick", "--processes", "2", "--plot", str(tmp_path / "figure.png")])
 
 
 def test_panels_draw_time_and_memory_with_their_bounds() -> None:

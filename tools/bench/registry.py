@@ -58,8 +58,10 @@ class BenchmarkRow:
         bound: the ratio that arithmetic allows, see each benchmark's docstring.
         ours_ms: median of ours; None where no time is compared.
         baseline_ms: median of the baseline.
-        ratio_spread: quartiles of the ratio over the interleaved rounds.
-        rounds: interleaved rounds behind the medians.
+        ratio_spread: quartiles of the ratio over the interleaved rounds; over the processes
+            where there were several.
+        rounds: interleaved rounds behind the medians, in each process.
+        processes: fresh processes whose medians the row is the median of.
         clock: which clock they were taken with.
         ours_peak_bytes: peak of what one run allocates, where measured.
         baseline_peak_bytes: the same for the baseline.
@@ -77,6 +79,7 @@ class BenchmarkRow:
     baseline_ms: float | None = None
     ratio_spread: tuple[float, float] | None = None
     rounds: int | None = None
+    processes: int = 1
     clock: str | None = None
     ours_peak_bytes: int | None = None
     baseline_peak_bytes: int | None = None

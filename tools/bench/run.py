@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console  # noqa: E402
 
 from tools.bench import attention, layer, logprob, memory, pack, resident, step  # noqa: E402, F401
 from tools.bench.machine import describe_machine, keep_freed_memory  # noqa: E402
+from tools.bench.processes import rows_of_processes  # noqa: E402
 from tools.bench.registry import (  # noqa: E402
     BENCHMARKS,
     BenchmarkMismatch,
@@ -31,9 +33,14 @@ from tools.bench.render import make_table, plot_peaks, plot_rows  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     """Run the named benchmarks, print a table and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    outside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    outside.add_argument("--json", type=Path, help="write the rows here")
+    outside.add_argument(
+        "--processes", type=int, default=1, help="medians over so many fresh processes"
+    )
+    parser = argparse.ArgumentParser(description=__doc__, parents=[outside], allow_abbrev=False)
     parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME")
-    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="also run the shapes of the figure; its PNG")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--rounds", type=int, help="interleaved rounds of every comparison")
@@ -46,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
     )
     args = parser.parse_args(argv)
+    if args.processes > 1 and args.plot:
+        parser.error("--plot draws the rows of one process: leave out --processes")
     torch.set_num_threads(args.threads)
     options = Options(
         quick=args.quick,
@@ -58,16 +67,25 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe_machine(args.threads, options)
     console = Console(width=None if sys.stdout.isatty() else 150)
     rows: list[BenchmarkRow] = []
-    try:
-        for name in BENCHMARKS if "all" in args.names else args.names:
-            for row in BENCHMARKS[name](options):
-                rows.append(row)
-                console.print(f"{name}: {row.shape['name']}", style="dim")
-                if args.json:
-                    write_rows(rows, machine, args.json)
-    except BenchmarkMismatch as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
+    if args.processes > 1:
+        _, inside = outside.parse_known_args(argv)
+        try:
+            rows = rows_of_processes([sys.executable, __file__, *inside], args.processes)
+        except subprocess.CalledProcessError as error:
+            return error.returncode
+        if args.json:
+            write_rows(rows, machine, args.json)
+    else:
+        try:
+            for name in BENCHMARKS if "all" in args.names else args.names:
+                for row in BENCHMARKS[name](options):
+                    rows.append(row)
+                    console.print(f"{name}: {row.shape['name']}", style="dim")
+                    if args.json:
+                        write_rows(rows, machine, args.json)
+        except BenchmarkMismatch as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
     console.print(make_table(rows))
     if args.plot:
         drawn = [row.as_json(machine) for row in rows]

@@ -42,12 +42,14 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
             f"process, attention backend {machine['attention_backend']}, Python "
             f"{machine['python']}, {versions}; commit {machine['commit']}, {machine['date']}"
             + (f"; {clock}, medians of {row['rounds']} rounds" if clock else "")
+            + (f" and {row['processes']} processes" if row.get("processes", 1) > 1 else "")
         )
         measured.setdefault(text, {})[row["benchmark"]] = None
     lines += [f"* {', '.join(names)}: {text}." for text, names in measured.items()]
     lines += [
         "",
-        "ratio is baseline over ours (of times the median over rounds, each within its round);",
+        "ratio is baseline over ours (of times the median over rounds, each within its round, then",
+        "over processes where there were several);",
         "bound is the ratio that arithmetic allows, share what is reached of it; load is the",
         "machine's one-minute load average when the row was measured.",
         "The JSON file of the same name holds all rows with quartiles, sizes and peak memory.",
