@@ -118,6 +118,13 @@ def test_a_failing_process_reports_nothing(tmp_path: Path) -> None:
         main(["attention", "--quick", "--processes", "2", "--plot", str(tmp_path / "figure.png")])
 
 
+@pytest.mark.parametrize("option", ["--processes", "--rounds", "--threads"])
+def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["attention", "--quick", option, "0"])
+    assert f"{option}: takes 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     def row(prefix_len: int, baseline: str, ratio: float, peaks: tuple[int, int] | None) -> dict:
         shape = dict(prefix_len=prefix_len, suffix_len=8, num_generations=4, sweep="prefix_len")

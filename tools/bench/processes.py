@@ -1,4 +1,4 @@
-"""The same benchmarks in several processes: where memory lies differs from one to the next."""
+"""The same benchmarks in several processes: a ratio may move more between them than within one."""
 
 from __future__ import annotations
 

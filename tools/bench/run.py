@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     outside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     outside.add_argument("--json", type=Path, help="write the rows here")
     outside.add_argument(
-        "--processes", type=int, default=1, help="medians over so many fresh processes"
+        "--processes", type=_positive, default=1, help="medians over so many fresh processes"
     )
     parser = argparse.ArgumentParser(description=__doc__, parents=[outside], allow_abbrev=False)
     parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME")
     parser.add_argument("--plot", type=Path, help="also run the shapes of the figure; its PNG")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds of every comparison")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=_positive, help="interleaved rounds of every comparison")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads())
     parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
     parser.add_argument(
         "--ranks", type=int, choices=(1, 2), help="step, resident: on so many processes"
@@ -91,6 +91,13 @@ def main(argv: list[str] | None = None) -> int:
         drawn = [row.as_json(machine) for row in rows]
         (plot_peaks if args.names == ["resident_memory"] else plot_rows)(drawn, args.plot)
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"takes 1 or more, got {number}")
+    return number
 
 
 def write_rows(rows: list[BenchmarkRow], machine: dict[str, Any], file: Path) -> None:

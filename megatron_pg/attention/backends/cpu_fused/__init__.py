@@ -108,6 +108,7 @@ class _FusedTreeAttention(torch.autograd.Function):
 def _heads_apart(x: Tensor) -> Tensor:
     """``x``, ``[T, H, D]``, with each head's rows one after another in memory.
 
-    Rows of all heads side by side are a power of two apart: a few sets of each cache hold them.
+    Rows of all heads side by side are usually a power of two apart; a cache holds those of one
+    head in a few of its sets.
     """
     return x.transpose(0, 1).contiguous().transpose(0, 1)
