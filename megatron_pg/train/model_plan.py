@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ..attention import AttentionInputs, merge_implementation, select_backend
 from ..checkpoint import HfModel, make_megatron_args, read_hf_config
 from ..mcore import cpu
 from .config import ModelConfig, ParallelConfig
@@ -113,6 +114,38 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         )
         origin = Origin(Path(model.hf), args)
     return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl), origin)
+
+
+def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -> str:
+    """Names of the backend that will train the model, and of its merge if it has one.
+
+    Args:
+        plan: of the model.
+        backend_name: ``model.attention_backend``.
+        device: of this rank.
+
+    Raises:
+        ValueError: if this device cannot train the model with that backend.
+    """
+    model = plan.config
+    if model.params_dtype == torch.float64:
+        raise ValueError(
+            "model.transformer.params_dtype=float64: Megatron's optimizer takes no gradients in "
+            "float64; use float32"
+        )
+    backend = select_backend(
+        AttentionInputs(
+            device=device,
+            dtype=model.params_dtype,
+            head_dim=model.kv_channels,
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.num_query_groups or model.num_attention_heads,
+        ),
+        backend_name,
+    )
+    if not backend.merges:
+        return backend.name
+    return f"{backend.name}, {merge_implementation(device)} merge"
 
 
 def _check_stages(config: TransformerConfig) -> None:

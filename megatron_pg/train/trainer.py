@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..attention import AttentionInputs, merge_implementation, select_backend
 from ..checkpoint import export_hf
 from ..mcore import count_attention_calls
 from .batch import Minibatch, TokenCounts, packing_config
@@ -23,7 +22,7 @@ from .config_file import config_dict
 from .evaluate import Evaluation, evaluate
 from .metrics import MetricsWriter, PhaseTimer
 from .model import build_reference, build_trained_model
-from .model_plan import ModelPlan, plan_model
+from .model_plan import plan_model, select_attention
 from .passes import HeadConfig, train_pass
 from .prepare import Preparation
 from .ranks import Ranks
@@ -139,7 +138,7 @@ class Trainer:
         """Everything of the run, after all that can be refused has been looked at."""
         config, ranks = self.config, self.ranks
         plan = plan_model(config.model, config.parallel)
-        self.attention = _select_attention(config, plan, ranks)
+        self.attention = select_attention(plan, config.model.attention_backend, ranks.device)
         packing = packing_config(config, plan)
         inputs = (
             share_recording(config, plan.vocab_size, packing, ranks)
@@ -280,30 +279,3 @@ class Trainer:
         }
         writer.print(closing_table(writer.history, self.totals, kinds))
         writer.close()
-
-
-def _select_attention(config: TrainConfig, plan: ModelPlan, ranks: Ranks) -> str:
-    """Names of the backend that will run, and of the merge if it has one.
-
-    Raises:
-        ValueError: if this machine cannot run a valid configuration.
-    """
-    model = plan.config
-    if model.params_dtype == torch.float64:
-        raise ValueError(
-            "model.transformer.params_dtype=float64: Megatron's optimizer takes no gradients in "
-            "float64; use float32"
-        )
-    backend = select_backend(
-        AttentionInputs(
-            device=ranks.device,
-            dtype=model.params_dtype,
-            head_dim=model.kv_channels,
-            num_heads=model.num_attention_heads,
-            num_kv_heads=model.num_query_groups or model.num_attention_heads,
-        ),
-        config.model.attention_backend,
-    )
-    if not backend.merges:
-        return backend.name
-    return f"{backend.name}, {merge_implementation(ranks.device)} merge"

@@ -1,7 +1,8 @@
 """What is shared: prefix trees and the packed row."""
 
-from .layout import PackedLayout, pack_trees
+from .layout import PackedLayout
 from .mask import dense_mask, resident_mask
+from .pack import pack_trees
 from .resident import ResidentSpans
 from .tree import PrefixTree
 

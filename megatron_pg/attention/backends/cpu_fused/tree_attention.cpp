@@ -2,8 +2,8 @@
 //
 // A tile is a few queries of one segment. Its ranges are the keys that it sees: the segments of
 // its ancestors in full, and its own segment up to the diagonal. One online softmax runs over all
-// of them, so nothing is merged afterwards. Keys and values are read in place; the products with
-// transposed keys or values read copies in panels.
+// of them, so nothing is merged afterwards. A key or value is read where it lies by every tile that
+// sees it; only the products with transposed keys or values read copies, in panels.
 //
 // __init__.py checks shapes, types and strides; tiles.py makes the tables.
 
