@@ -109,7 +109,7 @@ def grpo_loss(
     loss = torch.stack(list(shares.values())).sum()
     sums = {"loss": loss.detach()} | {name: share.detach() for name, share in shares.items()}
     sums |= {name: metric.detach().sum() for name, metric in metrics.items()}
-    sums["num_tokens"] = weights.new_tensor(len(weights))
+    sums["num_tokens"] = weights.new_full((), len(weights))
     return loss, sums
 
 

@@ -78,6 +78,7 @@ def vocab_parallel_logprobs(
         raise ValueError(f"{len(target_tokens)} target_tokens for {len(rows)} rows")
     dtype = torch.promote_types(rows.dtype, torch.float32)
     first = len(weight) * (0 if tp_group is None else dist.get_rank(tp_group))
+    temperatures = _as_temperature(temperature, len(rows), dtype)
     local_targets = target_tokens - first
     num_columns = min(max(vocab_size - first, 0), len(weight))
     is_owned = (local_targets >= 0) & (local_targets < num_columns)
@@ -85,7 +86,7 @@ def vocab_parallel_logprobs(
         num_columns=num_columns,
         targets=torch.where(is_owned, local_targets, 0).to(rows.device, non_blocking=True),
         is_owned=is_owned.to(rows.device, non_blocking=True),
-        temperature=_as_temperature(temperature, len(rows), dtype).to(rows.device),
+        temperature=temperatures.to(rows.device, non_blocking=True),
         chunk_tokens=chunk_tokens,
         dtype=dtype,
         group=tp_group if tp_size > 1 else None,

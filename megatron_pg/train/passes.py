@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ..mcore import (
     prefix_resident_forward_backward,
 )
 from .ranks import Ranks
+
+Values = TypeVar("Values", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,16 @@ def compute_logprobs(
             return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
-            logprobs = output[0][batch.edge_ids.to(ranks.device)]
+            logprobs = output[0][_to(batch.edge_ids, ranks)]
             nothing = torch.zeros((), device=ranks.device)
-            return nothing, _no_tokens(ranks), {"logprobs": logprobs.detach().double().cpu()}
+            return nothing, _no_tokens(ranks), {"logprobs": logprobs.detach()}
 
         return output, loss_func
 
     with torch.no_grad():
         results = _run_schedule(chunks, waves, forward_step, head, forward_only=True)
-    return [result["logprobs"] for result in results]
+    # Fetched when all is launched: within the schedule the host would wait for every microbatch.
+    return [result["logprobs"].double().cpu() for result in results]
 
 
 def train_pass(
@@ -93,19 +96,7 @@ def train_pass(
             return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
-            edge_ids = batch.edge_ids.to(ranks.device)
-            loss, sums = grpo_loss(
-                output[0][edge_ids],
-                output[1][edge_ids] if policy.entropy_coeff else output[1][edge_ids].detach(),
-                weights=batch.weights.to(ranks.device),
-                advantages=batch.advantages.to(ranks.device),
-                sample_ids=batch.sample_ids.to(ranks.device),
-                num_samples=len(batch.sample_numbers),
-                config=policy,
-                old_logprobs=_to(batch.old_logprobs, ranks),
-                ref_logprobs=_to(batch.ref_logprobs, ranks),
-                rollout_logprobs=_to(batch.rollout_logprobs, ranks),
-            )
+            loss, sums = microbatch_loss(output, batch, policy, ranks)
             return loss, _no_tokens(ranks), sums
 
         return output, loss_func
@@ -113,8 +104,37 @@ def train_pass(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     results = _run_schedule(chunks, waves, forward_step, head, forward_only=False)
-    names = results[0] if results else {}
-    return {name: float(sum(float(r[name]) for r in results)) for name in names}
+    if not results:
+        return {}
+    sums = torch.stack([torch.stack(list(result.values())) for result in results]).sum(0)
+    return dict(zip(results[0], sums.tolist()))
+
+
+def microbatch_loss(
+    output: tuple[Tensor, Tensor], batch: Microbatch, policy: PolicyLossConfig, ranks: Ranks
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``grpo_loss`` of a microbatch, without waiting for the device.
+
+    Args:
+        output: the last stage's logprobs and entropies ``[E]``.
+        batch: whose trained tokens read them.
+        policy: the loss.
+        ranks: whose device ``output`` lives on.
+    """
+    logprobs, entropy = output
+    edge_ids = _to(batch.edge_ids, ranks)
+    return grpo_loss(
+        logprobs[edge_ids],
+        entropy[edge_ids] if policy.entropy_coeff else entropy[edge_ids].detach(),
+        weights=_to(batch.weights, ranks),
+        advantages=_to(batch.advantages, ranks),
+        sample_ids=_to(batch.sample_ids, ranks),
+        num_samples=len(batch.sample_numbers),
+        config=policy,
+        old_logprobs=_to(batch.old_logprobs, ranks),
+        ref_logprobs=_to(batch.ref_logprobs, ranks),
+        rollout_logprobs=_to(batch.rollout_logprobs, ranks),
+    )
 
 
 def _forward(
@@ -139,7 +159,7 @@ def _forward(
         prefix_kv=scheduled.prefix_kv,
         resident=scheduled.resident,
     )
-    tokens = row.tokens.to(ranks.device, non_blocking=True)
+    tokens = _to(row.tokens, ranks)
     return model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
 
 
@@ -174,5 +194,5 @@ def _no_tokens(ranks: Ranks) -> Tensor:
     return torch.zeros((), dtype=torch.int, device=ranks.device)
 
 
-def _to(values: Tensor | None, ranks: Ranks) -> Tensor | None:
+def _to(values: Values, ranks: Ranks) -> Values:
     return None if values is None else values.to(ranks.device, non_blocking=True)

@@ -1,0 +1,195 @@
+"""The host never waits for the device between a microbatch's tokens and its gradients.
+
+Meta tensors stand for the device: they hold no values, so whatever would fetch one fails, and every
+operator passes a dispatcher where copies that would be waited for can be seen.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_pg import PrefixTree, pack_trees
+from megatron_pg.attention.backends.torch_cuda import TorchFlashKernel
+from megatron_pg.attention.merge import LseMergeAttention
+from megatron_pg.data import Group, Microbatch, Sample, pack_groups
+from megatron_pg.loss import (
+    POLICY_LOSSES,
+    PolicyLossConfig,
+    gather_predictors,
+    vocab_parallel_logprobs,
+)
+from megatron_pg.mcore import PrefixGroupedSeqParams
+from megatron_pg.train.passes import microbatch_loss
+from megatron_pg.train.ranks import Ranks
+
+DEVICE = torch.device("meta")
+
+
+class CopiesToDevice:
+    """Counts copies from host to device within it, and names calls that the host would wait in."""
+
+    def __init__(self) -> None:
+        self.num_copies = 0
+        self.waits: list[str] = []
+        self._modes = ExitStack()
+
+    def __enter__(self) -> CopiesToDevice:
+        self._modes.enter_context(_Calls(self))
+        self._modes.enter_context(_Operators(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._modes.close()
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, watch: CopiesToDevice) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs, outputs = tensors((args, kwargs)), tensors(out)
+        # A number of the host travels as argument of a kernel.
+        from_host = any(x.device.type == "cpu" and x.dim() for x in inputs)
+        if from_host and any(x.device == DEVICE for x in inputs + outputs):
+            self.watch.num_copies += 1
+            if not kwargs.get("non_blocking"):
+                self.watch.waits.append(str(func))
+        return out
+
+
+class _Calls(TorchFunctionMode):
+    """Tensors made of Python numbers: copied below the dispatcher, and waited for."""
+
+    def __init__(self, watch: CopiesToDevice) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, Tensor.new_tensor) and out.device == DEVICE:
+            self.watch.waits.append(func.__name__)
+        return out
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+
+def one_rank() -> Ranks:
+    return Ranks(
+        device=DEVICE, rank=0, world_size=1, dp_rank=0, dp_size=1, is_last_stage=True, tp_rank=0
+    )
+
+
+def test_the_watch_sees_what_waits():
+    ids = torch.arange(3)
+    for waits in (
+        lambda: ids.to(DEVICE),
+        lambda: torch.zeros(4, device=DEVICE).new_tensor(3),
+        lambda: torch.tensor([3, 4], device=DEVICE),
+        lambda: torch.zeros(4, device=DEVICE)[ids],
+    ):
+        with CopiesToDevice() as watch:
+            waits()
+        assert watch.waits
+    with CopiesToDevice() as watch:
+        ids.to(DEVICE, non_blocking=True)
+        torch.zeros(4, device=DEVICE).new_full((), 3)
+    assert (watch.num_copies, watch.waits) == (1, [])
+    for fetch in (float, bool, Tensor.tolist, torch.nonzero, torch.unique):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            fetch(torch.zeros((), device=DEVICE))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention(padded):
+    conversation = PrefixTree.from_sequences([[1, 2, 3, 4, 5], [1, 2, 3, 6], [1, 7, 8], [1, 7, 9]])
+    trees = [PrefixTree.from_group(9, [4, 4, 5]), conversation]
+    layout = pack_trees(trees, 64 if padded else 1)
+    with CopiesToDevice() as plan:
+        params = PrefixGroupedSeqParams.from_layout(layout, DEVICE)
+        rotary = params.gather_rotary(torch.zeros(params.max_seqlen_q, 1, 1, 64, device=DEVICE))
+        run_layer(params)
+    with CopiesToDevice() as next_layer:
+        run_layer(params)
+    assert plan.waits == [] and next_layer.waits == []
+    assert plan.num_copies > 0 and next_layer.num_copies == 0
+    assert rotary.shape == (layout.total_tokens, 1, 1, 64)
+    assert len(params.plan.passes) > 2 and any(p.q_rows is not None for p in params.plan.passes)
+
+
+def run_layer(params: PrefixGroupedSeqParams) -> None:
+    tokens = params.layout.total_tokens
+    q, k, v = (on_device(tokens, heads, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
+    out = LseMergeAttention.apply(q, k, v, params.plan, TorchFlashKernel(), 0.125, ())
+    out.backward(torch.ones_like(out))
+    assert all(x.grad.shape == x.shape for x in (q, k, v))
+
+
+@pytest.mark.parametrize("policy_loss", sorted(POLICY_LOSSES))
+@pytest.mark.parametrize("importance_mode", ["token_truncate", "sequence_mask", "geometric_mask"])
+def test_logprobs_and_loss(policy_loss, importance_mode):
+    batch = a_microbatch()
+    hidden, weight = on_device(batch.layout.total_tokens, 1, 16), on_device(32, 16)
+    policy = PolicyLossConfig(
+        policy_loss=policy_loss,
+        kl_loss_coef=0.1,
+        kl_loss_type="k3+",
+        use_unbiased_kl=True,
+        entropy_coeff=0.01,
+        importance_mode=importance_mode,
+    )
+    with CopiesToDevice() as watch:
+        rows = gather_predictors(hidden, batch.predictor_ids)
+        output = vocab_parallel_logprobs(
+            rows, weight, batch.target_tokens, temperature=0.7, chunk_tokens=4, with_entropy=True
+        )
+        loss, sums = microbatch_loss(output, batch, policy, one_rank())
+        loss.backward()
+    assert watch.waits == [] and watch.num_copies > 8
+    assert hidden.grad is not None and weight.grad is not None
+    assert {"importance_weight", "kl", "entropy", "num_tokens"} <= set(sums)
+    repeats = torch.bincount(batch.predictor_ids).max()
+    assert repeats > 1 and len(batch.edge_ids) > len(batch.predictor_ids)
+
+
+def a_microbatch() -> Microbatch:
+    """One row of two groups in which responses share a token that is trained."""
+    groups = []
+    for number in range(2):
+        samples = []
+        for response in ([7, 8, 9], [7, 8, 5, 6], [4]):
+            logprobs = -torch.ones(len(response), dtype=torch.float64)
+            samples.append(
+                Sample(
+                    prompt_ids=torch.tensor([1, 2, 3 + number]),
+                    response_ids=torch.tensor(response),
+                    reward=1.0,
+                    loss_mask=torch.ones(len(response), dtype=torch.bool),
+                    old_logprobs=logprobs,
+                    ref_logprobs=logprobs,
+                    rollout_logprobs=logprobs,
+                )
+            )
+        groups.append(Group(str(number), tuple(samples)))
+    (batch,) = pack_groups(groups, 64, advantages=torch.linspace(-1, 1, 6), min_shared=1)
+    return batch
