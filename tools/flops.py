@@ -27,21 +27,20 @@ def packed_flops(
     tree: PrefixTree, predicted_tokens: float, cost: CostModel, weights: FlopWeights
 ) -> float:
     """Every shared token once; ``predicted_tokens`` distinct targets reach the output layer."""
-    return _flops(tree.unique_tokens, tree.attention_pairs, predicted_tokens, cost, weights)
+    return flops(tree.unique_tokens, tree.attention_pairs, predicted_tokens, cost, weights)
 
 
 def written_out_flops(
     tree: PrefixTree, predicted_tokens: float, cost: CostModel, weights: FlopWeights
 ) -> float:
     """Every sample in full; ``predicted_tokens`` are counted once for each sample."""
-    return _flops(
-        tree.logical_tokens, tree.logical_attention_pairs, predicted_tokens, cost, weights
-    )
+    return flops(tree.logical_tokens, tree.logical_attention_pairs, predicted_tokens, cost, weights)
 
 
-def _flops(
+def flops(
     tokens: int, pairs: int, predicted_tokens: float, cost: CostModel, weights: FlopWeights
 ) -> float:
+    """Of ``tokens`` through all layers, ``pairs`` in attention, ``predicted_tokens`` at the end."""
     return (
         weights.per_token * cost.per_token * tokens
         + weights.per_attention_pair * cost.per_attention_pair * pairs

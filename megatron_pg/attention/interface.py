@@ -76,13 +76,14 @@ def _check_resident(k: Tensor, plan: AttentionPlan, resident: Sequence[ResidentK
     for p in plan.passes:
         if p.prefix_row is None:
             continue
-        kept = resident[p.prefix_row].k
-        if kept.shape[1:] != k.shape[1:] or len(kept) < p.kv_end or kept.dtype != k.dtype:
-            raise ValueError(
-                f"resident[{p.prefix_row}] holds {kept.dtype} keys of shape {tuple(kept.shape)}; "
-                f"the row has {k.dtype} keys of shape {tuple(k.shape)} and sees "
-                f"{p.kv_end} of its tokens"
-            )
+        kept = resident[p.prefix_row]
+        for name, x in (("keys", kept.k), ("values", kept.v)):
+            if x.shape[1:] != k.shape[1:] or len(x) < p.kv_end or x.dtype != k.dtype:
+                raise ValueError(
+                    f"resident[{p.prefix_row}] holds {x.dtype} {name} of shape {tuple(x.shape)}; "
+                    f"the row has {k.dtype} {name} of shape {tuple(k.shape)} and sees "
+                    f"{p.kv_end} of its tokens"
+                )
 
 
 def select_backend(inputs: AttentionInputs, backend: str = "auto") -> AttentionBackend:
@@ -147,7 +148,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> None:
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must have equal shapes and q's head_dim "
             f"{q.shape[2]}"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if 0 in (q.shape[1], q.shape[2], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q's {q.shape[1]} heads must be a multiple of the {k.shape[1]} heads of k and v"
+            f"q's {q.shape[1]} heads must be a multiple of the {k.shape[1]} heads of k and v, "
+            f"none of them 0, and head_dim {q.shape[2]} at least 1"
         )

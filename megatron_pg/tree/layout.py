@@ -56,6 +56,11 @@ class PackedLayout:
                 f"resident_spans hold {pairs} pairs, the resident prefixes of the trees "
                 f"{expected}; name for every root the prefix row that it continues"
             )
+        last = max((int(s.q_spans.max(initial=0)) for s in self.resident_spans), default=0)
+        if last > self.unique_tokens:
+            raise ValueError(
+                f"resident_spans reach to token {last} of a row of {self.unique_tokens} tokens"
+            )
 
     @property
     def num_trees(self) -> int:

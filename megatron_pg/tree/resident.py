@@ -20,7 +20,7 @@ class ResidentSpans:
         kv_spans: ``[num_spans, 2]`` half-open, packed indices of the prefix row, ascending.
 
     Raises:
-        ValueError: if spans are empty, overlap or do not ascend.
+        ValueError: if spans are empty, overlap, do not ascend or begin before 0.
     """
 
     row: int
@@ -33,8 +33,11 @@ class ResidentSpans:
             if bounds.shape != self.q_spans.shape or bounds.ndim != 2 or bounds.shape[1] != 2:
                 raise ValueError(f"{name} must be [num_spans, 2], got {bounds.shape}")
             flat = bounds.ravel()
-            if (bounds[:, 0] >= bounds[:, 1]).any() or (flat[1:] < flat[:-1]).any():
-                raise ValueError(f"{name} must ascend without overlap, got {bounds.tolist()}")
+            is_empty = (bounds[:, 0] >= bounds[:, 1]).any()
+            if is_empty or (flat[1:] < flat[:-1]).any() or (flat < 0).any():
+                raise ValueError(
+                    f"{name} must ascend from 0 without overlap, got {bounds.tolist()}"
+                )
 
     @property
     def num_pairs(self) -> int:

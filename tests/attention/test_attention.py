@@ -287,6 +287,11 @@ def rows() -> int:
         (lambda: {"q": torch.zeros(rows(), 32)}, r"must be \[tokens, heads, head_dim\]"),
         (lambda: {"k": torch.zeros(rows(), 2, 8)}, "k is torch.float32 on cpu, q is torch.float64"),
         (lambda: {"q": torch.zeros(rows(), 3, 8, dtype=torch.float64)}, "multiple of the 2 heads"),
+        (lambda: {"q": torch.zeros(rows(), 0, 8, dtype=torch.float64)}, "none of them 0"),
+        (
+            lambda: {n: torch.zeros(rows(), 2, 0, dtype=torch.float64) for n in "qkv"},
+            "head_dim 0 at least 1",
+        ),
         (lambda: {"v": torch.zeros(rows(), 2, 4, dtype=torch.float64)}, "must have equal shapes"),
         (lambda: {"q": torch.zeros(rows(), 4, 16, dtype=torch.float64)}, "q's head_dim 16"),
         (lambda: {"softmax_scale": float("nan")}, "softmax_scale=nan must be finite"),

@@ -145,8 +145,12 @@ def test_refusals() -> None:
     cut = tree.without_prefix([4, 0])
     with pytest.raises(ValueError, match="name for every root"):
         pack_trees([cut])
-    with pytest.raises(ValueError, match="ascend without overlap"):
+    with pytest.raises(ValueError, match="ascend from 0 without overlap"):
         ResidentSpans(0, np.array([[0, 2], [1, 3]]), np.array([[0, 2], [2, 4]]))
+    with pytest.raises(ValueError, match="ascend from 0 without overlap"):
+        ResidentSpans(0, np.array([[0, 4]]), np.array([[-4, 0]]))
+    with pytest.raises(ValueError, match="reach to token 16 of a row of 4 tokens"):
+        pack_trees([cut], 1, [ResidentSpans(0, np.array([[0, 16]]), np.array([[0, 1]]))])
     layout = pack_trees([cut], 1, [ResidentSpans(0, np.array([[0, 4]]), np.array([[0, 4]]))])
     row = torch.randn(4, 1, DIM)
     with pytest.raises(ValueError, match="1 resident prefix row"):
@@ -154,3 +158,5 @@ def test_refusals() -> None:
     short = ResidentKV(row[:3], row[:3])
     with pytest.raises(ValueError, match="sees 4 of its tokens"):
         prefix_grouped_attention(row, row, row, layout, resident=[short])
+    with pytest.raises(ValueError, match="float32 values of shape"):
+        prefix_grouped_attention(row, row, row, layout, resident=[ResidentKV(row, row[:3])])

@@ -58,8 +58,10 @@ def test_model_rows_keep_the_contract(name: str, tmp_path: Path) -> None:
 @pytest.mark.megatron
 @pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
 def test_step_runs_on_one_rank_and_on_two(tmp_path: Path) -> None:
-    rows = run("step", tmp_path)
+    rows = run("step", tmp_path, "--threads", "2")
     check_rows("step", rows)
+    for row in rows:
+        assert row["threads"] == (2 if row["shape"]["tp"] * row["shape"]["pp"] == 1 else 1)
     assert {(r["shape"]["tp"], r["shape"]["pp"]) for r in rows} == {(1, 1), (2, 1), (1, 2)}
     (lone,) = (r for r in rows if r["shape"].get("num_generations") == 1)
     assert lone["bound"] == 1.0
@@ -116,6 +118,8 @@ def test_a_failing_process_reports_nothing(tmp_path: Path) -> None:
         rows_of_processes([sys.executable, "-c", "raise SystemExit(3)"], 2)
     with pytest.raises(SystemExit):
         main(["attention", "--quick", "--processes", "2", "--plot", str(tmp_path / "figure.png")])
+    with pytest.raises(SystemExit):
+        main(["resident", "--quick", "--plot", str(tmp_path / "figure.png")])
 
 
 @pytest.mark.parametrize("option", ["--processes", "--rounds", "--threads"])
@@ -149,6 +153,9 @@ def test_panels_draw_time_and_memory_with_their_bounds() -> None:
     written_out, peer = panels["layer", "time", "prefix_len"]
     assert (peer.label, written_out.label) == ("peer, R8 G4", "written out, R8 G4")
     assert (peer.ratios, written_out.bounds) == ([1.0, 1.5], [4.0, 6.0])
+    split = {**rows[0], "shape": {**rows[0]["shape"], "tp": 2}}
+    _, _, of_two_ranks = make_panels([*rows, split])["layer", "time", "prefix_len"]
+    assert (of_two_ranks.label, of_two_ranks.x) == ("written out, R8 G4 tp=2", [64])
 
 
 def test_bound_of_the_peer_counts_the_pairs_of_its_calls() -> None:
@@ -157,6 +164,18 @@ def test_bound_of_the_peer_counts_the_pairs_of_its_calls() -> None:
     assert attention.prefix_grouper_pairs(ragged, causal_prefix=False) == 9 + 2 * 2 * 5
     assert attention.prefix_grouper_pairs(ragged, causal_prefix=True) == 6 + 2 * 2 * 5
     assert ragged.tree.attention_pairs == 6 + (2 * 3 + 3) + (3 + 1)
+
+
+@pytest.mark.megatron
+def test_bound_of_the_stock_spec_counts_padding_and_hidden_scores() -> None:
+    from tools.bench.gpt import Dims
+    from tools.bench.layer import _stock_flops
+
+    ragged, dims = Shape(PrefixTree.from_group(3, [2, 1]), {}), Dims(num_layers=1)
+    cost = dims.cost_model
+    # 2 samples padded to 5 tokens. Scores are kept, so their backward is 2 forwards, not 2.5.
+    want = 3 * cost.per_token * 2 * 5 + 3 * cost.per_attention_pair * 2 * 5 * 5
+    assert _stock_flops(ragged, dims) == pytest.approx(want)
 
 
 def test_flex_baseline_sees_what_a_token_sees() -> None:
@@ -187,7 +206,9 @@ def test_a_wrong_result_stops_without_a_speed_up(
 
 @pytest.mark.megatron
 @pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
-@pytest.mark.parametrize("name", ["layer", "logprob", "step", "memory"])
+@pytest.mark.parametrize(
+    "name", ["layer", "logprob", "step", "memory", "resident", "resident_memory"]
+)
 def test_a_wrong_model_stops_without_a_speed_up(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +216,9 @@ def test_a_wrong_model_stops_without_a_speed_up(
 
     def wrong_when_packed(q, k, v, layout, *more, **named):
         out = right(q, k, v, layout, *more, **named)
-        is_wrong.append(getattr(layout, "layout", layout).num_trees == 1)
+        layout = getattr(layout, "layout", layout)
+        is_ours = layout.resident_spans if "resident" in name else layout.num_trees == 1
+        is_wrong.append(bool(is_ours))
         return out * (1.1 if is_wrong[-1] else 1.0)
 
     monkeypatch.setattr(core_attention, "prefix_grouped_attention", wrong_when_packed)

@@ -65,6 +65,8 @@ class Dims:
             ffn=self.ffn_hidden_size,
             heads=self.num_heads,
             vocab=self.vocab_size,
+            query_groups=self.num_query_groups,
+            chunk_tokens=self.chunk_tokens,
             tp=self.tp,
             pp=self.pp,
         )

@@ -24,7 +24,7 @@ from tools.bench.gpt import (
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, flop_bound, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
-from tools.flops import FORWARD_BACKWARD
+from tools.flops import FORWARD_BACKWARD, flops, packed_flops
 
 # Scores, probabilities and their gradients of the stock attention, at most this many bytes.
 MAX_STOCK_SCORE_BYTES = 8 * 2**30
@@ -37,8 +37,8 @@ def layer(options: Options) -> Iterator[BenchmarkRow]:
     """A layer of the benchmarks' model; the bound weighs tokens and attention pairs by FLOPs.
 
     Baselines: the same layer on the samples written out, packed without padding; and
-    Megatron-Core's local spec on a batch of the samples, padded to the longest. Its attention
-    holds all scores, so it is left out where they are too many.
+    Megatron-Core's local spec on a batch of the samples, padded to the longest, whose bound counts
+    the padding and all scores. Its attention holds them, so it is left out where they are too many.
     """
     for shape in standard_shapes(options):
         yield from _compare(shape, options)
@@ -85,12 +85,18 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
         del out, dhidden, dweights
         times = time_interleaved(paths, options.num_rounds(5), options.clock)
         peaks = {name: peak_bytes(run) for name, run in paths.items()}
+    weights = replace(FORWARD_BACKWARD, per_loss_token=0)
+    bounds = {
+        "written out": flop_bound(shape, dims.cost_model, weights),
+        "stock spec": _stock_flops(shape, dims)
+        / packed_flops(shape.tree, 0, dims.cost_model, weights),
+    }
     return [
         BenchmarkRow(
             benchmark="layer",
             shape=shape.describe(**dims.describe(), dtype=str(options.dtype)),
             baseline=name,
-            bound=flop_bound(shape, dims.cost_model, replace(FORWARD_BACKWARD, per_loss_token=0)),
+            bound=bounds[name],
             max_error=error[name],
             ours_peak_bytes=peaks["ours"],
             baseline_peak_bytes=peaks[name],
@@ -118,6 +124,14 @@ def _stock_score_bytes(shape: Shape, dims: Dims) -> int:
     """fp32 scores and probabilities, and what forward and backward make of them: six in all."""
     lens = shape.tree.sample_lens
     return int(6 * 4 * dims.num_heads * len(lens) * max(lens) ** 2)
+
+
+def _stock_flops(shape: Shape, dims: Dims) -> float:
+    """Forward and backward of the padded batch, its hidden scores computed and kept."""
+    num_samples, longest = len(shape.tree.sample_lens), int(max(shape.tree.sample_lens))
+    # Scores that were kept are not computed anew: their backward costs twice their forward.
+    weights = replace(FORWARD_BACKWARD, per_attention_pair=3)
+    return flops(num_samples * longest, num_samples * longest**2, 0, dims.cost_model, weights)
 
 
 def _stock_path(

@@ -21,7 +21,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "prefi
 HEAD_DIM = 64
 
 
-def describe_machine(threads: int, options: Options) -> dict[str, Any]:
+def describe_machine(options: Options) -> dict[str, Any]:
     """Hardware, versions, commit and load, as every row of a result file carries them.
 
     ``attention_backend`` is what "auto" takes at the benchmarks' head size, ours and written out.
@@ -30,7 +30,6 @@ def describe_machine(threads: int, options: Options) -> dict[str, Any]:
     return {
         "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cores": os.cpu_count(),
-        "threads": threads,
         "attention_backend": select_backend(
             AttentionInputs(options.device, options.dtype, HEAD_DIM, 1, 1)
         ).name,

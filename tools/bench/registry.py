@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Options:
         shapes: only shapes whose name contains one of these; empty takes all.
         clock: "wall", or "cpu" for the time that the process got (see ``time_interleaved``).
         sweep: also the shapes of the plots.
-        ranks: ``step`` on one process, on two (tp=2 and pp=2), or both.
+        ranks: ``step`` and ``resident`` on one process, on two, or both.
     """
 
     quick: bool = False
@@ -65,6 +65,7 @@ class BenchmarkRow:
         clock: which clock they were taken with.
         ours_peak_bytes: peak of what one run allocates, where measured.
         baseline_peak_bytes: the same for the baseline.
+        threads: of each process that measured.
         max_error: largest difference between the two paths' results, relative to the largest
             value of a result.
         load: one-minute load average of the machine when the row was measured.
@@ -81,6 +82,7 @@ class BenchmarkRow:
     rounds: int | None = None
     processes: int = 1
     clock: str | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
     ours_peak_bytes: int | None = None
     baseline_peak_bytes: int | None = None
     max_error: float | None = None

@@ -125,6 +125,7 @@ def make_panels(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], li
         held = [
             f"{s}{shape[n]}" for n, s in LETTERS.items() if n != sweep and "prefix_len" in shape
         ]
+        held += _ranks(shape)
         label = " ".join([row["baseline"] + "," * bool(held), *held])
         measured = {}
         if row["ours_ms"] is not None:
@@ -148,7 +149,6 @@ def _line(label: str, points: list[tuple[int, float, float]]) -> Line:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     shape = row["shape"]
-    ranks = "".join(f" {n}={shape[n]}" for n in ("tp", "pp") if shape.get(n, 1) > 1)
     figures = [f"{row[name]:.3f}" for name in ("ratio", "bound", "share")]
     if row["ours_ms"] is not None:
         sizes = [f"{row[name]:.1f} ms" for name in ("ours_ms", "baseline_ms")]
@@ -157,4 +157,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
             f"{row[name] / 2**20:.1f} MiB" for name in ("ours_peak_bytes", "baseline_peak_bytes")
         ]
     load = "" if row["load"] is None else f"{row['load']:.1f}"
-    return [row["benchmark"], shape["name"] + ranks, row["baseline"], *figures, *sizes, load]
+    name = " ".join([shape["name"], *_ranks(shape)])
+    return [row["benchmark"], name, row["baseline"], *figures, *sizes, load]
+
+
+def _ranks(shape: dict[str, Any]) -> list[str]:
+    return [f"{name}={shape[name]}" for name in ("tp", "pp") if shape.get(name, 1) > 1]

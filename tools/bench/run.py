@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
     )
     args = parser.parse_args(argv)
+    if args.plot and args.names == ["resident"]:
+        parser.error("resident varies no length: there is nothing to plot")
     if args.processes > 1 and args.plot:
         parser.error("--plot draws the rows of one process: leave out --processes")
     torch.set_num_threads(args.threads)
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         shapes=tuple(part for part in args.shapes.split(",") if part),
         ranks=(args.ranks,) if args.ranks else (1, 2),
     )
-    machine = describe_machine(args.threads, options)
+    machine = describe_machine(options)
     console = Console(width=None if sys.stdout.isatty() else 150)
     rows: list[BenchmarkRow] = []
     if args.processes > 1:

@@ -38,7 +38,7 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
         versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
         clock = {"cpu": "time that the process got", "wall": "wall clock"}.get(row["clock"] or "")
         text = (
-            f"{machine['hardware']}, {machine['cores']} cores, {machine['threads']} thread(s) a "
+            f"{machine['hardware']}, {machine['cores']} cores, {_threads(row)} thread(s) a "
             f"process, attention backend {machine['attention_backend']}, Python "
             f"{machine['python']}, {versions}; commit {machine['commit']}, {machine['date']}"
             + (f"; {clock}, medians of {row['rounds']} rounds" if clock else "")
@@ -57,6 +57,11 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
         make_markdown(rows),
     ]
     return "\n".join(lines)
+
+
+def _threads(row: dict[str, Any]) -> int:
+    """Of the process that measured; older rows hold those of the process that started it."""
+    return int(row["threads"] if "threads" in row else row["machine"]["threads"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +13,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
 from tools.bench.gpt import Dims, Work, build_model, make_config
+from tools.bench.timing import check_equal
 
 
 class Trainer:
     """A model with its optimizer. Every step starts from cleared gradients."""
 
     def __init__(self, dims: Dims, dtype: torch.dtype) -> None:
+        self.is_single_precision = dtype == torch.float32
         config = make_config(dims, dtype)
         config.finalize_model_grads_func = finalize_model_grads
         self.hidden_size = dims.hidden_size
@@ -66,10 +67,30 @@ class Trainer:
         if not success:
             raise RuntimeError("the optimizer skipped the step: a gradient is not finite")
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Copy of every parameter's gradient."""
-        named = self.model.module.named_parameters()
-        return {name: parameter.main_grad.detach().clone() for name, parameter in named}
+    def check_equal(
+        self, paths: Mapping[str, Callable[[], float | None]], baseline: str, ours: str = "ours"
+    ) -> float:
+        """Run both paths once; the largest difference between their gradients (``check_equal``).
+
+        Args:
+            paths: each returns its loss, None on ranks that have none, and leaves gradients.
+            baseline: name of the one path.
+            ours: name of the other.
+
+        Raises:
+            BenchmarkMismatch: if losses or the gradients of a parameter differ.
+        """
+        losses, gradients = {}, {}
+        for name in (ours, baseline):
+            losses[name] = paths[name]()
+            named = self.model.module.named_parameters()
+            gradients[name] = {n: p.main_grad.detach().clone() for n, p in named}
+        loss, want = losses[ours], losses[baseline]
+        if loss is not None and want is not None:
+            pair = ("loss", torch.tensor(loss), torch.tensor(want))
+            check_equal([pair], 1e-5 if self.is_single_precision else 2e-2)
+        pairs = [(n, g, gradients[baseline][n]) for n, g in gradients[ours].items()]
+        return check_equal(pairs, 1e-3 if self.is_single_precision else 1e-1)
 
 
 def _forward_step(batches: Iterator[Work], model: Any) -> Any:

@@ -5,7 +5,8 @@
 // of them, so nothing is merged afterwards. A key or value is read where it lies by every tile that
 // sees it; only the products with transposed keys or values read copies, in panels.
 //
-// __init__.py checks shapes, types and strides; tiles.py makes the tables.
+// interface.py and layout.py check what is given, __init__.py brings it into order; tiles.py makes
+// the tables.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
