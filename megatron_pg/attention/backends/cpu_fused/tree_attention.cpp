@@ -120,7 +120,7 @@ struct Simd {
     // 2 ** x for x up to the largest exponent.
     static V exp2(V x) {
         constexpr int degree = is_float ? 7 : 13;
-        // 2 ** lowest is 0, and -inf - -inf is not met. NaN stays: the second operand wins.
+        // 2 ** lowest is 0, the weight of -inf. NaN stays: the second operand wins.
         const V lowest = all(is_float ? -160 : -1100);
         V whole;
         if constexpr (is_float)
@@ -395,7 +395,8 @@ void Forward<T>::tile(const Tile& tile, Index head, T* scores) const {
 }
 
 // One step of the online softmax: scores become weights, top and total the running maximum and
-// sum of every row, tile_out the running sum of weighted values.
+// sum of every row, tile_out the running sum of weighted values. Rows of a product meet the values
+// that only the last of them sees with weight 0: one that is not finite makes them NaN.
 template <class T>
 void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_head, T* tile_out,
                        T* scores, T* top, T* total, bool is_first) const {
