@@ -40,7 +40,10 @@ def gpt_builder(
         pg_collection: process groups; Megatron's global ones when None.
 
     Raises:
-        ValueError: listing every setting that prefix grouping does not support.
+        ValueError: listing every setting that prefix grouping does not support; a normalization
+            that PyTorch's norms do not have.
+        NotImplementedError: if ``args.spec`` names layers without ``SelfAttention``.
+        ImportError: if ``config`` is None and Megatron-LM is not there to make it.
     """
     if config is None:
         from megatron.training.arguments import core_transformer_config_from_args

@@ -18,8 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` whose gradient Megatron sums over the sequence-parallel ranks.
 
-    Takes the arguments with which Megatron-Core builds norms; raises ValueError on
-    ``layernorm_zero_centered_gamma``, which PyTorch's norm does not have.
+    Takes the arguments with which Megatron-Core builds norms.
+
+    Raises:
+        ValueError: on ``layernorm_zero_centered_gamma``, which PyTorch's norm does not have.
     """
 
     def __init__(
@@ -31,7 +33,13 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
-    """``torch.nn.LayerNorm`` whose gradients Megatron sums over the sequence-parallel ranks."""
+    """``torch.nn.LayerNorm`` whose gradients Megatron sums over the sequence-parallel ranks.
+
+    Takes the arguments with which Megatron-Core builds norms.
+
+    Raises:
+        ValueError: on ``layernorm_zero_centered_gamma``, which PyTorch's norm does not have.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
@@ -59,6 +67,9 @@ def with_sequence_parallel_norms(
         layer_spec: a layer's spec, as ``get_gpt_layer_local_spec`` returns it.
         config: decides RMSNorm or LayerNorm and the number of layers of this stage.
         vp_stage: the virtual pipeline stage of an interleaved schedule.
+
+    Raises:
+        ValueError: if ``config.normalization`` is neither "RMSNorm" nor "LayerNorm".
     """
     norm = {"RMSNorm": SequenceParallelRMSNorm, "LayerNorm": SequenceParallelLayerNorm}.get(
         config.normalization

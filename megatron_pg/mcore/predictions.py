@@ -20,6 +20,9 @@ class Predictions:
             included, when None.
         with_entropy: also return the entropy of every prediction.
         chunk_tokens: predictions whose logits exist at once.
+
+    Raises:
+        ValueError: if the two lists differ in shape, have not one dimension, or lie on a device.
     """
 
     predictor_ids: Tensor

@@ -58,8 +58,10 @@ def prefix_resident_forward_backward(
         NotImplementedError: if parameters are gathered beside the forward pass
             (``param_sync_func``), which counts on one call per step.
         ValueError: if gradients are reduced beside the backward pass and ``no_sync_func`` is not
-            there to hold that until the last one.
+            there to hold that until the last one, or if ``mode`` is neither of the two.
     """
+    if mode not in ("retain", "recompute"):
+        raise ValueError(f"mode={mode!r}: use 'retain' or 'recompute'")
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]
     config = get_model_config(chunks[0])
     total_rows = sum(len(wave.microbatches) for wave in waves)

@@ -16,7 +16,7 @@ from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_atte
 Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
 
 
-def with_prefix_grouped_attention(spec: Spec, backend: str = "auto") -> Spec:
+def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spec:
     """The same spec, its self-attention able to run packed groups; the given one is unchanged.
 
     Equals the given spec for ordinary batches, with the same state-dict keys. The self-attention
@@ -25,13 +25,14 @@ def with_prefix_grouped_attention(spec: Spec, backend: str = "auto") -> Spec:
 
     Args:
         spec: a layer's ``ModuleSpec``, a block's ``ModuleSpec`` or ``TransformerBlockSubmodules``.
-        backend: attention backend by name, or "auto" for the fastest that takes the inputs.
+        backend: attention backend by name, or "auto" for the fastest that takes the inputs. None:
+            "auto", or the one of a spec that is wrapped already.
 
     Returns:
         The same kind of object. A spec that is wrapped already comes back equal.
 
     Raises:
-        ValueError: if the object is no such spec.
+        ValueError: if the object is no such spec, or is wrapped already with another backend.
         NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention``.
     """
     if isinstance(spec, TransformerBlockSubmodules):
@@ -56,9 +57,9 @@ def with_prefix_grouped_attention(spec: Spec, backend: str = "auto") -> Spec:
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
-def _wrap_attention(spec: Any, backend: str) -> Any:
+def _wrap_attention(spec: Any, backend: str | None) -> Any:
     cls: Any = get_module(spec)
-    if cls is IdentityOp or issubclass(cls, PrefixGroupedSelfAttention):
+    if cls is IdentityOp:
         return spec
     if not issubclass(cls, SelfAttention):
         raise NotImplementedError(
@@ -73,10 +74,17 @@ def _wrap_attention(spec: Any, backend: str) -> Any:
             f"core_attention is {core!r}; prefix grouping needs a class or its ModuleSpec"
         )
     if not issubclass(core_cls, PrefixGroupedCoreAttention):
-        core_cls = prefix_grouped_core_attention(core_cls, backend)
+        core_cls = prefix_grouped_core_attention(core_cls, "auto" if backend is None else backend)
+    elif backend not in (None, core_cls.attention_backend):
+        raise ValueError(
+            f"backend={backend!r}, but the spec is wrapped already with "
+            f"{core_cls.attention_backend!r}; wrap the original spec, or leave backend out"
+        )
+    if not issubclass(cls, PrefixGroupedSelfAttention):
+        cls = prefix_grouped_self_attention(cls)
     core = replace(core, module=core_cls) if isinstance(core, ModuleSpec) else core_cls
     return replace(
         spec,
-        module=prefix_grouped_self_attention(cls),
+        module=cls,
         submodules=replace(spec.submodules, core_attention=core),
     )

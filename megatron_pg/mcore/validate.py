@@ -50,6 +50,11 @@ _REQUIRED: dict[str, tuple[tuple[object, ...], str, str]] = {
         "linear and sparse attention carry state across the row",
         "set experimental_attention_variant=None",
     ),
+    "mrope_section": (
+        (None,),
+        "positions of a packed row are one number per token",
+        "set mrope_section=None and position_embedding_type='rope'",
+    ),
     "window_size": (
         (None,),
         "sliding windows are not expressed in the attention plan",

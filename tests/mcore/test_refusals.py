@@ -27,6 +27,7 @@ UNSUPPORTED = {
     "context_parallel_size": 2,
     "multi_latent_attention": True,
     "experimental_attention_variant": "gated_delta_net",
+    "mrope_section": [16, 24, 24],
     "window_size": (128, 0),
     "softmax_type": "learnable",
     "attn_logit_softcapping": 30.0,

@@ -87,7 +87,7 @@ def test_kept_values_do_not_keep_the_projection_that_they_are_a_view_of() -> Non
         assert (stored == prefix_kv.num_bytes == 2 * 4 * 2 * 3 * 4) == (not has_graph)
 
 
-def test_overlaps_that_count_on_one_call_are_refused() -> None:
+def test_overlaps_that_count_on_one_call_and_unknown_modes_are_refused() -> None:
     model = torch.nn.Linear(2, 2)
     model.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     model.ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True)
@@ -98,6 +98,8 @@ def test_overlaps_that_count_on_one_call_are_refused() -> None:
         model=model,
         seq_length=4,
     )
+    with pytest.raises(ValueError, match="mode='recompite': use 'retain' or 'recompute'"):
+        call(mode="recompite")
     with pytest.raises(ValueError, match="needs config.no_sync_func"):
         call()
     model.config.param_sync_func = lambda parameters: None

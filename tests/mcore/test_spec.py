@@ -110,6 +110,17 @@ def test_wrapping_twice_is_wrapping_once() -> None:
     assert repr(with_prefix_grouped_attention(once)) == repr(once)
 
 
+def test_the_backend_of_a_wrapped_spec_stays() -> None:
+    once = with_prefix_grouped_attention(get_gpt_layer_local_spec(), backend="reference")
+    for backend in (None, "reference"):
+        assert repr(with_prefix_grouped_attention(once, backend)) == repr(once)
+        core = with_prefix_grouped_attention(once, backend).submodules.self_attention.submodules
+        assert core.core_attention.attention_backend == "reference"
+    for backend in ("auto", "cpu"):
+        with pytest.raises(ValueError, match=f"backend='{backend}', but .* with 'reference'"):
+            with_prefix_grouped_attention(once, backend)
+
+
 def test_the_backend_is_named_in_the_spec(one_rank) -> None:
     spec = with_prefix_grouped_attention(get_gpt_layer_local_spec(), backend="reference")
     core = spec.submodules.self_attention.submodules.core_attention
