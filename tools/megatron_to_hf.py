@@ -45,7 +45,8 @@ def main() -> None:
         )
     print(f"{'would write' if args.dry_run else 'wrote'} {args.out}")
     if not has_tokenizer:
-        print("no tokenizer: the checkpoint has no huggingface/ folder; pass --hf-config DIR")
+        folder = args.hf_config or "the checkpoint's huggingface/"
+        print(f"no tokenizer: none in {folder}; pass --hf-config DIR of a folder that has one")
 
 
 if __name__ == "__main__":

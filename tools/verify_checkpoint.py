@@ -18,6 +18,7 @@ from megatron_pg.checkpoint import (
     compare_weights,
     open_weights,
 )
+from megatron_pg.checkpoint.torch_dist import is_torch_dist
 
 
 def main() -> None:
@@ -43,16 +44,23 @@ def main() -> None:
         options = dict(hf_config=args.hf_config, trust_pickle=args.trust_pickle)
         a, b = (open_weights(path, **options) for path in (args.a, args.b))
         found = compare_weights(a, b, progress)
-        both_megatron = isinstance(a, MegatronFolder) and isinstance(b, MegatronFolder)
-        if both_megatron and not args.weights_only:
-            found = chain(found, compare_training_state(a, b))
+        megatron = [x for x in (a, b) if isinstance(x, MegatronFolder)]
+        both_torch_dist = len(megatron) == 2 and all(is_torch_dist(x.path) for x in megatron)
+        if both_torch_dist and not args.weights_only:
+            found = chain(found, compare_training_state(*megatron))
         differences = list(islice(found, args.limit + 1))
-        behaviour = compare_logits(a, b, args.num_tokens, args.seed) if args.logits else None
     for line in differences[: args.limit]:
         print(line)
     if len(differences) > args.limit:
         print(f"... more than {args.limit} differences")
-    if behaviour is not None:
+    if megatron and not (both_torch_dist or args.weights_only):
+        print("optimizer state not compared: only that of two torch_dist checkpoints is read")
+    behaviour = None
+    if args.logits and a.model.vocab_size != b.model.vocab_size:
+        print("logits not compared: the vocabularies differ")
+    elif args.logits:
+        with report_errors():
+            behaviour = compare_logits(a, b, args.num_tokens, args.seed)
         print(behaviour)
     equal = not differences and (behaviour is None or behaviour.equal)
     print(f"{args.a} and {args.b} {'are equal' if equal else 'differ'}")

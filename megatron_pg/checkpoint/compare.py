@@ -50,7 +50,8 @@ def compare_weights(
 def compare_training_state(a: MegatronFolder, b: MegatronFolder) -> Iterator[str]:
     """Differences between the optimizer tensors of two torch_dist checkpoints of any layout.
 
-    Rows that pad the vocabulary are not compared. Legacy checkpoints have none to compare.
+    Rows that pad the vocabulary are not compared. The optimizer state of a legacy checkpoint is not
+    read: with one of them nothing is compared and nothing is yielded.
     """
     if not (is_torch_dist(a.path) and is_torch_dist(b.path)):
         return

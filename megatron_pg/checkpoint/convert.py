@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .files import atomic_folder, require_absent
+from .files import atomic_folder, has_tokenizer, require_absent
 from .hf_folder import HfFolder
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
 from .layout import iteration_name, write_hf_metadata_folder, write_tracker
@@ -142,7 +142,7 @@ def megatron_to_hf(
         progress: called after every tensor.
 
     Returns:
-        Whether configuration and tokenizer were found, rather than made from ``args``.
+        Whether a tokenizer was found to go along.
 
     Raises:
         ValueError: naming the file: a damaged or mismatching checkpoint, an output that exists.
@@ -153,7 +153,7 @@ def megatron_to_hf(
     require_absent(out)
     if not dry_run:
         write_hf(source, out, source.hf_config, dtype, max_shard_bytes, progress)
-    return source.hf_config is not None
+    return source.hf_config is not None and has_tokenizer(source.hf_config)
 
 
 def write_hf(
@@ -184,6 +184,8 @@ def open_weights(
 
     Raises:
         ValueError: if it is neither, or damaged, or needs ``trust_pickle``.
+        NotImplementedError: an unsupported architecture or setting, or a legacy expert-parallel
+            checkpoint.
     """
     path = Path(path)
     if (path / "config.json").is_file():

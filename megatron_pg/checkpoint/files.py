@@ -64,6 +64,12 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether one of the files is there from which ``transformers`` makes a tokenizer."""
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in vocabularies)
+
+
 def require_absent(path: Path) -> None:
     """Refuse an output folder that holds something, or that cannot be made.
 

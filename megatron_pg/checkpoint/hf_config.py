@@ -116,7 +116,16 @@ class HfModel:
         )
 
     def padded_vocab_size(self, tp_size: int = 1, make_vocab_size_divisible_by: int = 1) -> int:
-        """Vocabulary rounded up to ``make_vocab_size_divisible_by * tp_size``, as Megatron-LM."""
+        """Vocabulary rounded up to ``make_vocab_size_divisible_by * tp_size``, as Megatron-LM.
+
+        Raises:
+            ValueError: if one of the two is below 1.
+        """
+        if tp_size < 1 or make_vocab_size_divisible_by < 1:
+            raise ValueError(
+                f"tp_size={tp_size} and make_vocab_size_divisible_by="
+                f"{make_vocab_size_divisible_by} must be at least 1"
+            )
         multiple = make_vocab_size_divisible_by * tp_size
         return -(-self.vocab_size // multiple) * multiple
 

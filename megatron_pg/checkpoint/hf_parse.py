@@ -43,7 +43,12 @@ def read_hf_config(hf_dir: str | Path) -> HfModel:
 
 
 def parse_hf_config(config: dict[str, Any], where: str = "config.json") -> HfModel:
-    """The model of a ``config.json``'s content; ``where`` names it in errors."""
+    """The model of a ``config.json``'s content; ``where`` names it in errors.
+
+    Raises:
+        ValueError: a missing key, or a setting that contradicts another.
+        NotImplementedError: an architecture, rope type or setting that is not supported.
+    """
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:
         raise NotImplementedError(

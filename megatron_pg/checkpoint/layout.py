@@ -99,7 +99,8 @@ def load_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
             named = [line for line in reason.splitlines() if "GLOBAL" in line] or [reason[:200]]
             raise ValueError(
                 f"{path}: holds pickled objects ({named[0].strip()[:200]}); reading them runs "
-                "code from the file. If you trust its origin, pass --trust-pickle"
+                "code from the file. If you trust its origin, pass --trust-pickle; what has no "
+                "such option takes the folder that tools/megatron_to_hf.py --trust-pickle writes"
             ) from None
         first = reason.splitlines()[0] if reason else type(error).__name__
         raise ValueError(f"{path}: not readable ({first})") from error

@@ -161,7 +161,7 @@ def megatron_to_hf_by(
     """
     library, out = open_library(backend), Path(out_dir)
     options: dict[str, Any] = dict(hf_config=hf_config, trust_pickle=trust_pickle)
-    has_config = megatron_to_hf(megatron_dir, out, **options, dry_run=True)
+    has_tokenizer = megatron_to_hf(megatron_dir, out, **options, dry_run=True)
     source = MegatronFolder(megatron_dir, **options)
     if not is_torch_dist(source.path):
         raise ValueError(
@@ -169,7 +169,7 @@ def megatron_to_hf_by(
             "reshard_checkpoint.py --weights-only first"
         )
     if dry_run:
-        return has_config
+        return has_tokenizer
     held = source.dtypes["model.embed_tokens.weight"]
     with one_rank() as device, _scratch_folder(out) as scratch:
         gpt_model = build_gpt(source.model, held, device)
@@ -185,7 +185,7 @@ def megatron_to_hf_by(
             library.export(gpt_model, config, scratch, dtype or held)
         write_json(scratch / "config.json", read_json(config / "config.json"))
         write_hf(HfFolder(scratch), out, source.hf_config, dtype, max_shard_bytes, progress)
-    return has_config
+    return has_tokenizer
 
 
 def _require(backend: str, module: str, package: str) -> Any:

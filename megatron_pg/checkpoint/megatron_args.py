@@ -172,13 +172,13 @@ def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | Non
     """Refuse a layout in which the model's heads, feed-forward rows or layers do not divide.
 
     Raises:
-        ValueError: listing every size that does not divide, and the remedy.
+        ValueError: listing every size that is below 1 or does not divide, and the remedy.
     """
     heads, groups = model.num_attention_heads, model.num_query_groups
     chunks = pp_size * (vpp_size or 1)
     problems = []
-    if tp_size < 1 or pp_size < 1:
-        problems.append(f"tp={tp_size} and pp={pp_size} must be at least 1")
+    if tp_size < 1 or pp_size < 1 or (vpp_size is not None and vpp_size < 1):
+        problems.append("tp, pp and vpp must be at least 1")
     elif groups % tp_size and tp_size % groups:
         problems.append(f"num_query_groups={groups} neither divides nor is a multiple of tp")
     for what, value, size, name in (

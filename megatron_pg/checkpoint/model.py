@@ -41,7 +41,8 @@ def load_hf(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> HfModel:
     Raises:
         ValueError: naming the file: a folder that is incomplete or damaged, or a model that was
             built for another configuration. Nothing has been written to the model then.
-        NotImplementedError: an unsupported architecture or setting.
+        NotImplementedError: an unsupported architecture or setting, or experts in the layout of
+            the legacy grouped GEMM; likewise.
     """
     folder = HfFolder(hf_dir)
     load_weights(models, folder)
@@ -53,6 +54,7 @@ def load_weights(models: Sequence[torch.nn.Module], source: WeightSource) -> Non
 
     Raises:
         ValueError: a model that was built for another configuration; it is left as it was.
+        NotImplementedError: experts in the layout of the legacy grouped GEMM; likewise.
     """
     chunks = [_unwrap(model) for model in models]
     for chunk in chunks:
@@ -115,6 +117,8 @@ def export_hf(
     Raises:
         ValueError: on every rank, with the file: an output folder that holds something, no
             permission, a full disk, a model that is not the source's. Nothing is left behind.
+        NotImplementedError: on every rank: an unsupported architecture or setting of the source,
+            or experts in the layout of the legacy grouped GEMM. Nothing is left behind.
     """
     out, source = Path(out_dir), Path(source_hf_dir)
     chunks = [_unwrap(model) for model in models]
@@ -291,3 +295,6 @@ def _check_built_for(chunk: Any, hf_model: HfModel, path: Path) -> None:
             + "; ".join(wrong)
             + ". Build it from read_hf_config()"
         )
+    # A parameter without a counterpart is refused before anything is written.
+    for name, _ in chunk.named_parameters():
+        _global_name(chunk, name)

@@ -62,6 +62,8 @@ def reshard_checkpoint(
     Raises:
         ValueError: naming the file: a damaged checkpoint, a layout that does not fit, or an
             optimizer state that only its own layout can load.
+        NotImplementedError: a model that no supported architecture describes, or a legacy
+            expert-parallel checkpoint.
     """
     source = MegatronFolder(megatron_dir, hf_config=hf_config, trust_pickle=trust_pickle)
     out, iteration = Path(out_dir), _iteration(source)

@@ -58,6 +58,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
 
     Raises:
         ValueError: naming the file: neither kind, or damaged.
+        NotImplementedError: a Hugging Face folder of an unsupported architecture or setting.
     """
     path = Path(path)
     if (path / "config.json").is_file():

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from megatron_pg.checkpoint import (
     HfFolder,
     MegatronFolder,
+    export_hf,
     hf_to_megatron,
     inspect_checkpoint,
+    load_weights,
     megatron_to_hf,
     megatron_to_hf_by,
     open_weights,
@@ -26,6 +28,7 @@ from megatron_pg.checkpoint import (
     reshard_checkpoint,
 )
 from megatron_pg.checkpoint import files as checkpoint_files
+from megatron_pg.checkpoint.one_rank import build_gpt, one_rank
 
 pytestmark = pytest.mark.megatron
 
@@ -209,7 +212,7 @@ def test_description_runs_no_code(models: Path, tmp_path: Path) -> None:
         MegatronFolder(tmp_path / "in")
     torch.save({"args": Attack()}, tmp_path / "in/release/common.pt")
     shutil.copy(models / "llama-megatron/release/.metadata", tmp_path / "in/release")
-    with pytest.raises(ValueError, match="--trust-pickle"):
+    with pytest.raises(ValueError, match="tools/megatron_to_hf.py --trust-pickle"):
         MegatronFolder(tmp_path / "in")
     assert "--trust-pickle" in inspect_checkpoint(tmp_path / "in").notes[0]
     assert not (tmp_path / "touched").exists()
@@ -309,8 +312,29 @@ def test_interrupted(models: Path, tmp_path: Path) -> None:
 def test_layouts_that_do_not_fit(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_attention_heads=4 is no multiple of tp=3"):
         hf_to_megatron(models / "llama", tmp_path / "out", tp_size=3)
+    with pytest.raises(ValueError, match="vpp=0 does not fit .* must be at least 1"):
+        hf_to_megatron(models / "llama", tmp_path / "out", vpp_size=0)
+    with pytest.raises(ValueError, match="make_vocab_size_divisible_by=0 must be at least 1"):
+        hf_to_megatron(models / "llama", tmp_path / "out", make_vocab_size_divisible_by=0)
     with pytest.raises(ValueError, match="num_layers=8 is no multiple of pp . vpp=3"):
         reshard_checkpoint(models / "llama-megatron", tmp_path / "out", tp_size=1, pp_size=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_without_a_counterpart(models: Path, tmp_path: Path) -> None:
+    """Refused before the first write: the model stays what it was, no folder begins."""
+    source = HfFolder(models / "qwen3_moe")
+    with one_rank() as device:
+        model = build_gpt(source.model, torch.float32, device)
+        # What experts in the layout of the legacy grouped GEMM are called.
+        experts = model.decoder.layers[-1].mlp.experts
+        experts.register_parameter("weight1", torch.nn.Parameter(torch.zeros(1)))
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(NotImplementedError, match="legacy grouped GEMM"):
+            load_weights([model], source)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        with pytest.raises(NotImplementedError, match="legacy grouped GEMM"):
+            export_hf([model], tmp_path / "out", source.path)
     assert list(tmp_path.iterdir()) == []
 
 

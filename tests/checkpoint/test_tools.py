@@ -27,8 +27,10 @@ from megatron_pg.checkpoint import (
     read_hf_config,
     reshard_checkpoint,
 )
+from megatron_pg.checkpoint.mapping import Mapping
+from megatron_pg.checkpoint.shards import make_shard
 from tests.checkpoint.round_trip import same_weights
-from tests.checkpoint.tiny import FAMILIES
+from tests.checkpoint.tiny import FAMILIES, Family, save_hf
 from tests.utils import ROOT
 
 pytestmark = pytest.mark.megatron
@@ -99,6 +101,46 @@ def test_commands(models: Path, tmp_path: Path, tool, capsys: pytest.CaptureFixt
     assert tool("verify_checkpoint", tmp_path / "bf", hf, "--limit", 3) == 1
     assert "more than 3 differences" in capsys.readouterr().out
     assert tool("verify_checkpoint", tmp_path / "nothing", hf) == 2
+
+
+def test_no_tokenizer(models: Path, tmp_path: Path, tool, capsys) -> None:
+    """Said also where there is a huggingface/ folder, which has none."""
+    checkpoint = models / "llama-megatron"
+    assert (checkpoint / "huggingface/config.json").is_file()
+    assert not megatron_to_hf(checkpoint, tmp_path / "hf", dry_run=True)
+    assert tool("megatron_to_hf", "--megatron", checkpoint, "--out", tmp_path / "hf") == 0
+    assert "no tokenizer: none in the checkpoint's huggingface/" in capsys.readouterr().out
+
+
+def test_other_vocabulary(models: Path, tmp_path: Path, tool, capsys) -> None:
+    """The differences are shown although logits cannot be compared."""
+    save_hf(Family("Llama", dict(vocab_size=96, num_key_value_heads=4)), tmp_path / "hf")
+    assert tool("verify_checkpoint", models / "llama", tmp_path / "hf", "--logits") == 1
+    out = capsys.readouterr().out
+    assert "configuration: vocab_size is 83 and 96" in out
+    assert "logits not compared: the vocabularies differ" in out and "greedy" not in out
+    assert "optimizer state" not in out
+
+
+def test_optimizer_state_that_is_not_compared(models: Path, tmp_path: Path, tool, capsys) -> None:
+    """Weights are equal; that nothing else was compared is said, unless it was asked for."""
+    a = models / "llama-megatron"
+    legacy = tmp_path / "iter_0000001"
+    (legacy / "mp_rank_00").mkdir(parents=True)
+    source = MegatronFolder(a)
+    mapping = Mapping(source.model, source.mapping.padded_vocab_size)
+    state = {
+        name: make_shard(mapping.shard(name), source.read, torch.float32, name)
+        for name in mapping.megatron_names()
+    }
+    file = legacy / "mp_rank_00/model_optim_rng.pt"
+    torch.save({"model": state, "args": source.args, "optimizer": {}}, file)
+    notice = "optimizer state not compared"
+    for b, is_said in ((legacy, True), (models / "llama", True), (a, False)):
+        assert tool("verify_checkpoint", a, b) == 0
+        assert (notice in capsys.readouterr().out) == is_said
+        assert tool("verify_checkpoint", a, b, "--weights-only") == 0
+        assert notice not in capsys.readouterr().out
 
 
 def test_as_a_program(models: Path, tmp_path: Path) -> None:
