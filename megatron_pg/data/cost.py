@@ -19,6 +19,9 @@ class CostModel:
         per_token: linear layers of all decoder layers, per unique token.
         per_attention_pair: scores and their product with the values, per visible (q, kv) pair.
         per_loss_token: output layer, per trained token.
+
+    Raises:
+        ValueError: if a cost is negative or not finite.
     """
 
     per_token: float = 1.0

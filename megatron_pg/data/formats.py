@@ -136,7 +136,8 @@ def convert_trl(record: Row, name_group: NameGroup, reward_key: Sequence[str]) -
         if len(reward_key) != 1:
             raise FormatError(
                 "reward",
-                f"may be any of the columns {reward_key}; pass reward_key= with those to be summed",
+                f"may be any of the columns {reward_key}; keep one of them in the file, or call "
+                "read_rollouts(..., reward_key=) with those to be summed",
             )
     return {
         "prompt": record.get("prompt"),
@@ -170,7 +171,11 @@ def _sum_rewards(reward: Any, field: str, reward_key: Sequence[str]) -> Any:
     missing = [key for key in reward_key if key not in reward]
     if missing or not reward_key:
         named = f"no {missing[0]!r}" if missing else "several parts"
-        raise FormatError(field, f"has {named} in {sorted(reward)}; pass reward_key= one or more")
+        raise FormatError(
+            field,
+            f"has {named} in {sorted(reward)}; write the number to be used as {field!r}, or call "
+            "read_rollouts(..., reward_key=) with those to be summed",
+        )
     values = [reward[key] for key in reward_key]
     wrong = [value for value in values if type(value) not in (int, float)]
     # The parser names a value that is no number.

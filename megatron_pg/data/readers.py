@@ -97,8 +97,9 @@ def write_rollouts(groups: Sequence[Group], path: str | PathLike[str]) -> None:
     """Write ``groups`` as JSONL, one row per sample; ``read_rollouts`` gives them back exactly.
 
     Raises:
-        ValueError: on no groups, two groups with one ``group_id`` (they would be read as one), or
-            metadata that JSON does not hold.
+        ValueError: on no groups, a group without samples, two groups with one ``group_id`` (they
+            would be read as one), or metadata that JSON does not hold.
+        OSError: if the file cannot be written.
     """
     if not groups:
         raise ValueError("groups is empty: a file without rows cannot be read back")

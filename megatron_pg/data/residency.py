@@ -31,6 +31,9 @@ class ResidencyConfig:
             runs their forward pass once more.
         max_resident_tokens: prefix tokens that are resident at once; more groups make more waves.
         num_stages: pipeline stages, whose idle time counts.
+
+    Raises:
+        ValueError: if a choice or mode is unknown, or a number is below 1.
     """
 
     choice: Literal["auto", "always", "never"] = "never"

@@ -178,7 +178,11 @@ class PackedLayout:
         return torch.from_numpy(np.concatenate([np.arange(s, e) for s, e in zip(starts, ends)]))
 
     def token_samples(self, index: int) -> Tensor:
-        """Samples whose path holds the token at packed ``index``, ascending; empty on padding."""
+        """Samples whose path holds the token at packed ``index``, ascending; empty on padding.
+
+        Raises:
+            IndexError: if the row has no such token.
+        """
         if not 0 <= index < self.total_tokens:
             raise IndexError(f"token {index} of a row with {self.total_tokens} tokens")
         segment = int(self.segment_ids[index])
@@ -208,18 +212,29 @@ class PackedLayout:
         """Rows of ``packed`` in logical order: ``[total_tokens, ...] -> [logical_tokens, ...]``.
 
         Differentiable: the gradient of a shared token is the sum over its samples.
+
+        Raises:
+            ValueError: if ``packed`` has another number of rows.
         """
         self._check_rows("packed", packed, self.total_tokens)
         return packed.index_select(0, self.logical_to_packed.to(packed.device))
 
     def reduce(self, logical: Tensor) -> Tensor:
-        """Sum logical rows per packed token, the transpose of ``expand``; 0 on padding."""
+        """Sum logical rows per packed token, the transpose of ``expand``; 0 on padding.
+
+        Raises:
+            ValueError: if ``logical`` has another number of rows.
+        """
         self._check_rows("logical", logical, self.logical_tokens)
         out = logical.new_zeros(self.total_tokens, *logical.shape[1:])
         return out.index_add(0, self.logical_to_packed.to(logical.device), logical)
 
     def split_samples(self, logical: Tensor) -> tuple[Tensor, ...]:
-        """``[logical_tokens, ...]`` as one tensor per sample, in the caller's order."""
+        """``[logical_tokens, ...]`` as one tensor per sample, in the caller's order.
+
+        Raises:
+            ValueError: if ``logical`` has another number of rows.
+        """
         self._check_rows("logical", logical, self.logical_tokens)
         return torch.split(logical, self.sample_lens.tolist())
 

@@ -249,7 +249,8 @@ def test_slime_reward_parts(tmp_path):
     torch.save({"samples": [slime_sample(reward={"a": 1.0, "b": 0.5})]}, tmp_path / "d.pt")
     assert read_rollouts(tmp_path / "d.pt", reward_key="a")[0].rewards.tolist() == [1.0]
     assert read_rollouts(tmp_path / "d.pt", reward_key=["a", "b"])[0].rewards.tolist() == [1.5]
-    with pytest.raises(ValueError, match=r"field 'reward' has several parts in \['a', 'b'\]"):
+    message = r"field 'reward' has several parts in \['a', 'b'\]; write the number .* as 'reward'"
+    with pytest.raises(ValueError, match=message):
         read_rollouts(tmp_path / "d.pt")
     with pytest.raises(ValueError, match="field 'reward' has no 'c'"):
         read_rollouts(tmp_path / "d.pt", reward_key="c")
@@ -310,7 +311,8 @@ def test_trl(tmp_path):
     (group,) = read_rollouts(path, tokenizer=LetterTokenizer(), reward_key=["good", "short"])
     assert group.rewards.tolist() == [1.5, 0.5]
     assert [s.advantages.tolist() for s in group.samples] == [[0.7], [-0.7]]
-    with pytest.raises(ValueError, match=r"may be any of the columns \['good', 'short'\]"):
+    message = r"may be any of the columns \['good', 'short'\]; keep one of them in the file"
+    with pytest.raises(ValueError, match=message):
         read_rollouts(path, tokenizer=LetterTokenizer())
     for row in rows:
         del row["short"]
