@@ -3,6 +3,7 @@
 import torch
 
 from megatron_pg import PrefixTree, available_backends, pack_trees, prefix_grouped_attention
+from megatron_pg.attention import AttentionInputs
 
 # One prompt of 5 tokens, two responses of 3 and 2 tokens, packed in one row of 10 tokens.
 layout = pack_trees([PrefixTree.from_group(prefix_len=5, suffix_lens=[3, 2])])
@@ -19,5 +20,5 @@ for sample in range(layout.num_samples):
     )[0].transpose(0, 1)
     torch.testing.assert_close(out[rows], alone)
 
-print(f"backends here: {', '.join(available_backends())}")
+print(f"backends for these inputs: {', '.join(available_backends(AttentionInputs.of(q, k)))}")
 print(f"{layout.logical_tokens} logical tokens, {layout.unique_tokens} computed")

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/wrap_gpt_model.py
 
-TP=2 with sequence parallelism, on gloo where there is no GPU. Trains both for a few steps with
-Megatron's optimizer and compares loss and every gradient at each step.
+TP=2 with sequence parallelism, on gloo and the CPU of a machine without CUDA. Trains both for a few
+steps with Megatron's optimizer and compares loss and every gradient at each step.
 """
 
 import torch

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_pg.attention import AttentionInputs, available_backends
 from tests.utils import ROOT
 
 ENVIRONMENT = os.environ | {
@@ -37,6 +39,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_attention_only() -> None:
     done = run(sys.executable, "examples/attention_only.py")
     assert "15 logical tokens, 10 computed" in done.stdout, done.stderr
+    # Its calls are fp32: what runs them is named.
+    runs_fp32 = available_backends(AttentionInputs(torch.device("cpu"), torch.float32, 64, 8, 2))
+    assert f"backends for these inputs: {', '.join(runs_fp32)}" in done.stdout
 
 
 @pytest.mark.megatron
