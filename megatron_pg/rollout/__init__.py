@@ -10,7 +10,8 @@ from .base import (
     Tokenizer,
     WeightExporter,
 )
-from .client import RetryPolicy, RolloutServerError
+from .client import RetryPolicy, RolloutServerError, base_url_problem
+from .dialects import dialect_problem
 from .openai_server import OpenAIServerSource, ServerCapabilities
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
 from .reward import (
@@ -47,6 +48,8 @@ __all__ = [
     "ServerCapabilities",
     "Tokenizer",
     "WeightExporter",
+    "base_url_problem",
+    "dialect_problem",
     "load_reward",
     "make_groups",
     "math_verify_reward",

@@ -22,9 +22,25 @@ class RolloutServerError(RuntimeError):
     """
 
     def __init__(self, url: str, status: int | None, message: str) -> None:
-        super().__init__(f"{url}: {message}")
+        # All three, so that a pickled error comes out on other ranks.
+        super().__init__(url, status, message)
         self.url = url
         self.status = status
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[2]}"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether a working server does not do what was asked, rather than failed at it."""
+        return self.status is not None and self.status < 500 and self.status not in _TRANSIENT
+
+
+def base_url_problem(base_url: str) -> str | None:
+    """What keeps ``base_url`` from being a server's address; None if nothing does."""
+    if base_url.startswith(("http://", "https://")):
+        return None
+    return f"base_url={base_url!r} must start with http:// or https://"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +51,9 @@ class RetryPolicy:
         max_attempts: tries in all, at least 1.
         first_wait_seconds: mean wait before the second try; doubles with every further one.
         max_wait_seconds: longest wait, also of a wait that the server asks for.
+
+    Raises:
+        ValueError: if ``max_attempts < 1``.
     """
 
     max_attempts: int = 6
@@ -65,6 +84,7 @@ class JsonClient:
 
     Raises:
         ImportError: if requests is not installed.
+        ValueError: on a ``base_url`` without http:// or https://.
     """
 
     def __init__(
@@ -83,8 +103,8 @@ class JsonClient:
             raise ImportError(
                 'rollout servers need requests: pip install "megatron_pg[rollout]"'
             ) from error
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url={base_url!r} must start with http:// or https://")
+        if problem := base_url_problem(base_url):
+            raise ValueError(problem)
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self.timeout_seconds = timeout_seconds
         self.retry = retry

@@ -35,6 +35,18 @@ _TOKEN_ID_PREFIX = "token_id:"
 _STATUS: Mapping[str, Status] = {"stop": "completed", "length": "truncated", "abort": "aborted"}
 
 
+def dialect_problem(
+    dialect: Dialect, top_k: int | None, stop_token_ids: Sequence[int] = ()
+) -> str | None:
+    """What of these sampling parameters the dialect cannot express; None if it can all."""
+    if dialect != "text" or (top_k is None and not stop_token_ids):
+        return None
+    return (
+        "top_k and stop_token_ids are no part of the plain completions API; leave them out, or "
+        "serve with vLLM or SGLang"
+    )
+
+
 class MalformedAnswerError(ValueError):
     """A server's answer does not have the form of its dialect."""
 
@@ -92,11 +104,8 @@ def make_request(
         top_p=params.top_p,
     )
     if dialect == "text":
-        if params.top_k is not None or params.stop_token_ids:
-            raise ValueError(
-                "top_k and stop_token_ids are no part of the plain completions API; leave them "
-                "out, or serve with vLLM or SGLang"
-            )
+        if problem := dialect_problem(dialect, params.top_k, params.stop_token_ids):
+            raise ValueError(problem)
         assert tokenizer is not None
         return {**body, "prompt": tokenizer.decode(prompt.prompt_ids.tolist())}
     return {

@@ -47,7 +47,9 @@ class OpenAIServerSource:
     The first use waits for the server and probes what it can do: token ids through
     ``/v1/completions``, else through SGLang's ``/generate``, else text only. Text has to be
     tokenized again, which can differ from what was sampled, so it is refused unless
-    ``allow_retokenize``; such responses have ``metadata["retokenized"]`` and no logprobs.
+    ``allow_retokenize``; such responses have ``metadata["retokenized"]`` and no logprobs. A form
+    counts as unknown to the server only when the server refuses it: one that fails at it (5xx) ends
+    the search, and ``dialect`` has to name its form (llama-cpp-python: ``text``).
 
     ``rollout_logprobs`` are the server's. They are of the distribution sampled from only at
     temperature 1 without top_k and top_p, or if the server is told so (vLLM:
@@ -69,8 +71,10 @@ class OpenAIServerSource:
         startup_seconds: longest wait for that, at the start and after a reload.
 
     Raises:
-        ValueError: on an unknown ``reload``, ``max_concurrency < 1`` or a text-only setting
-            without tokenizer.
+        ValueError: on a ``base_url`` without http:// or https://, an unknown ``reload`` or
+            ``dialect``, ``max_concurrency < 1``, ``dialect="text"`` without ``allow_retokenize``,
+            or ``allow_retokenize`` without tokenizer.
+        ImportError: if requests is not installed.
     """
 
     def __init__(
@@ -264,6 +268,8 @@ class OpenAIServerSource:
             try:
                 raw = self._request(dialect, prompt, params)
             except RolloutServerError as error:
+                if not error.is_refusal:
+                    raise self._probe_failure(dialect, error) from error
                 found_out.append(str(error))
                 continue
             if dialect != "text" and (not raw or raw[0].token_ids is None):
@@ -277,4 +283,12 @@ class OpenAIServerSource:
         remedy = "" if self.allow_retokenize else "; allow_retokenize=True accepts text (lossy)"
         raise RolloutServerError(
             self._client.base_url, None, "cannot serve rollouts: " + " | ".join(found_out) + remedy
+        )
+
+    def _probe_failure(self, dialect: Dialect, error: RolloutServerError) -> RolloutServerError:
+        remedy = "; see its log" if self._dialect else "; see its log, or name its form by dialect="
+        return RolloutServerError(
+            self._client.base_url,
+            error.status,
+            f"failed when it was probed for dialect {dialect!r}: {error}{remedy}",
         )

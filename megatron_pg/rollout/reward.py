@@ -53,6 +53,9 @@ class CombinedReward:
 
     Attributes:
         parts: pairs of weight and reward function, at least one.
+
+    Raises:
+        ValueError: if ``parts`` is empty.
     """
 
     parts: tuple[tuple[float, RewardFunction], ...]

@@ -1,5 +1,6 @@
 """Retries, backoff, timeouts and final errors of the HTTP client."""
 
+import pickle
 import sys
 import time
 
@@ -70,7 +71,9 @@ def test_giving_up_names_url_status_attempts_and_body():
             make_client(server.url).post("/x", {})
         assert len(server.requests) == 4
     assert caught.value.url == server.url + "/x"
-    assert caught.value.status == 503
+    assert caught.value.status == 503 and not caught.value.is_refusal
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.url, again.status, str(again)) == (server.url + "/x", 503, str(caught.value))
     assert server.url in str(caught.value)
     assert "status 503" in str(caught.value)
 
@@ -81,7 +84,7 @@ def test_lasting_errors_are_not_retried(status):
         with pytest.raises(RolloutServerError, match=f"status {status}") as caught:
             make_client(server.url).post("/x", {})
         assert len(server.requests) == 1
-    assert caught.value.status == status
+    assert caught.value.status == status and caught.value.is_refusal
 
 
 def test_no_connection_is_retried_then_named():

@@ -141,6 +141,24 @@ def test_text_only_server_is_refused_unless_allowed():
             make_source(server.url, dialect="text")
 
 
+@pytest.mark.parametrize("status", [429, 500, 501, 503])
+def test_a_server_that_fails_is_not_taken_for_text_only(status):
+    def handler(path, body):
+        if path == "/v1/completions" and not isinstance(body["prompt"], str):
+            return status, {"error": "out of memory"}
+        return text_only(path, body)
+
+    with stand_in(handler) as server:
+        allowing = {"tokenizer": CharTokenizer(), "allow_retokenize": True}
+        with pytest.raises(RolloutServerError) as caught:
+            make_source(server.url, **allowing).start()
+        assert "failed when it was probed for dialect 'token_ids'" in str(caught.value)
+        assert "out of memory" in str(caught.value) and "by dialect=" in str(caught.value)
+        assert caught.value.status == status
+        assert not server.bodies("/generate"), "the search ends there"
+        assert make_source(server.url, dialect="text", **allowing).start().dialect == "text"
+
+
 def test_text_is_tokenized_again_and_flagged():
     with stand_in(text_only) as server:
         source = make_source(server.url, tokenizer=CharTokenizer(), allow_retokenize=True)
@@ -344,6 +362,8 @@ def test_source_refuses():
         make_source("http://localhost", max_concurrency=0)
     with pytest.raises(ValueError, match="dialect='chat' is none of"):
         make_source("http://localhost", dialect="chat")
+    with pytest.raises(ValueError, match="base_url='localhost:8000' must start with http://"):
+        make_source("localhost:8000")
 
 
 def test_server_that_lists_no_model():
