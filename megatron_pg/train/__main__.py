@@ -7,12 +7,21 @@ import os
 import sys
 import time
 
+from ..rollout import RolloutServerError
+from .config_file import load_config
+from .dry_run import dry_run
+from .ranks import launched_world_size, parallel_run
+from .trainer import Trainer
+
 # Ranks that make the same mistake leave the telling to the first one.
 _FIRST_RANK_SECONDS = 5
 
 
 def main() -> None:
-    """Parse the command line and run; user mistakes end with one message and exit code 2."""
+    """Parse the command line and run.
+
+    User mistakes, and a rollout server that fails for good, end with one message and exit code 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m megatron_pg.train", description=__doc__)
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
@@ -25,17 +34,11 @@ def main() -> None:
         parser.error("--world-size must be at least 1 and belongs to --dry-run")
     try:
         _run(arguments)
-    except (ValueError, NotImplementedError, ImportError) as error:
+    except (ValueError, NotImplementedError, ImportError, RolloutServerError) as error:
         _exit_with(error)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    # Imported here so that --help answers at once.
-    from .config_file import load_config
-    from .dry_run import dry_run
-    from .ranks import launched_world_size, parallel_run
-    from .trainer import Trainer
-
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         world_size = arguments.world_size or launched_world_size()

@@ -157,7 +157,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """What is optimised; names and defaults follow verl where it has them.
+    """What is optimised; names follow verl where it has them, defaults need not.
+
+    ``policy`` clips above at DAPO's 0.28 and has no dual clip, unless told otherwise.
 
     Attributes:
         adv_estimator: see ``loss.ADVANTAGE_ESTIMATORS``.
@@ -174,7 +176,8 @@ class AlgorithmConfig:
         use_kl_in_reward: subtract the KL to the reference from the reward.
         kl_coef: of the KL in the reward.
         kl_penalty: estimator of the KL in the reward.
-        ref_hf: Hugging Face folder of the reference model; None is ``model.hf``.
+        ref_hf: Hugging Face folder of the reference model; None is the initial policy
+            (``model.pretrained_checkpoint``, else ``model.hf``).
         overlong_buffer_len: DAPO's soft punishment before ``max_response_tokens``; 0 is off.
         overlong_penalty_factor: its size.
     """

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import math
 from collections.abc import Iterator, Sequence
 
 from ..attention import ATTENTION_BACKENDS
 from ..loss import ADVANTAGE_ESTIMATORS, AGGREGATION_MODES, KL_KINDS
-from ..rollout import ANSWER_EXTRACTORS, RELOAD_PLANS
-from .config import AlgorithmConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
+from ..rollout import ANSWER_EXTRACTORS, RELOAD_PLANS, base_url_problem, dialect_problem
+from .config import (
+    AlgorithmConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from .config_ranges import out_of_range
 
 
 def config_problems(config: TrainConfig) -> list[str]:
     """Everything that is wrong with the values alone, whatever the machine and the files."""
     problems = [
-        *_out_of_range(config),
+        *out_of_range(config),
+        *_model_problems(config.model),
         *_parallel_problems(config.parallel),
         *_algorithm_problems(config.algorithm, config.rollout, config.run.groups_per_step),
         *_rollout_problems(config.rollout, config.run),
         *_reference_problems(config),
     ]
-    if config.model.attention_backend not in ("auto", *ATTENTION_BACKENDS):
-        names = ["auto", *ATTENTION_BACKENDS]
-        problems.append(_no_name("model.attention_backend", config.model.attention_backend, names))
-    if config.model.hf is None and config.model.vocab_size is None:
+    if config.rollout.source == "model" and config.parallel.expert_model_parallel_size > 1:
         problems.append(
-            "model.vocab_size is needed for a model from scratch; or set model.hf to a Hugging "
-            "Face folder"
-        )
-    if config.model.pretrained_checkpoint is not None and config.model.hf is None:
-        problems.append(
-            "model.pretrained_checkpoint needs model.hf, whose configuration and tokenizer it "
-            "takes: set it to the checkpoint's huggingface/ folder"
+            "rollout.source=model does not sample under expert parallelism: set "
+            "parallel.expert_model_parallel_size=1, got "
+            f"{config.parallel.expert_model_parallel_size}, or use a server"
         )
     if config.run.export_hf and config.model.hf is None:
         problems.append("run.export_hf needs model.hf, whose configuration and tokenizer it takes")
@@ -75,83 +76,42 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# key -> smallest value
-_AT_LEAST: dict[str, float] = {
-    "model.vocab_size": 1,
-    "model.max_position_embeddings": 1,
-    "model.make_vocab_size_divisible_by": 1,
-    "parallel.tensor_model_parallel_size": 1,
-    "parallel.pipeline_model_parallel_size": 1,
-    "parallel.virtual_pipeline_model_parallel_size": 2,
-    "parallel.expert_model_parallel_size": 1,
-    "optimizer.lr": 0,
-    "optimizer.min_lr": 0,
-    "optimizer.lr_warmup_iters": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.adam_beta1": 0,
-    "optimizer.adam_beta2": 0,
-    "optimizer.clip_grad": 0,
-    "rollout.num_generations": 1,
-    "rollout.max_response_tokens": 1,
-    "rollout.top_k": 0,
-    "rollout.max_batch_samples": 1,
-    "rollout.min_shared": 1,
-    "rollout.task.size": 1,
-    "rollout.server.max_concurrency": 1,
-    "algorithm.std_floor": 0,
-    "algorithm.ppo_epochs": 1,
-    "algorithm.num_minibatches": 1,
-    "algorithm.kl_coef": 0,
-    "algorithm.overlong_buffer_len": 0,
-    "algorithm.overlong_penalty_factor": 0,
-    "run.num_steps": 1,
-    "run.groups_per_step": 1,
-    "run.max_tokens_per_microbatch": 1,
-    "run.max_resident_tokens": 1,
-    "run.logprob_chunk_tokens": 1,
-    "run.seed": 0,
-    "run.save_interval": 0,
-    "run.keep_checkpoints": 1,
-    "run.eval_prompts": 0,
-    "run.eval_generations": 1,
-    "run.self_check_interval": 0,
-    "run.self_check_groups": 1,
-}
-_ABOVE_ZERO = (
-    "model.rotary_base",
-    "parallel.distributed_timeout_minutes",
-    "optimizer.adam_eps",
-    "rollout.temperature",
-    "rollout.top_p",
-    "rollout.server.timeout_seconds",
-    "algorithm.loss_scale_factor",
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    backends = ["auto", *ATTENTION_BACKENDS]
+    if model.attention_backend not in backends:
+        yield _no_name("model.attention_backend", model.attention_backend, backends)
+    if model.hf is not None:
+        for name in _FROM_SCRATCH:
+            if getattr(model, name) != getattr(ModelConfig, name):
+                yield (
+                    f"model.{name}={getattr(model, name)!r} would be ignored, model.hf says it; "
+                    "remove it, or remove model.hf to train a model from scratch"
+                )
+        return
+    if model.vocab_size is None:
+        yield needs_vocab_size_message()
+    if model.pretrained_checkpoint is not None:
+        yield (
+            "model.pretrained_checkpoint needs model.hf, whose configuration and tokenizer it "
+            "takes: set it to the checkpoint's huggingface/ folder"
+        )
+
+
+_FROM_SCRATCH = (
+    "vocab_size",
+    "max_position_embeddings",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+    "rotary_base",
 )
-_BELOW_ONE = ("optimizer.adam_beta1", "optimizer.adam_beta2")
 
 
-def _out_of_range(config: TrainConfig) -> Iterator[str]:
-    for path in (*_AT_LEAST, *_ABOVE_ZERO):
-        value = _value(config, path)
-        if value is None:
-            continue
-        if path in _ABOVE_ZERO:
-            wrong, rule = not value > 0, "above 0"
-        else:
-            wrong, rule = value < _AT_LEAST[path], f"at least {_AT_LEAST[path]:g}"
-        if wrong or not math.isfinite(value):
-            yield f"{path}={value!r} must be {'finite and ' * (value != value)}{rule}"
-    for path in _BELOW_ONE:
-        if _value(config, path) >= 1:
-            yield f"{path}={_value(config, path)!r} must be below 1"
-    if config.rollout.top_p > 1:
-        yield f"rollout.top_p={config.rollout.top_p!r} must be at most 1, which turns it off"
-
-
-def _value(config: TrainConfig, path: str) -> float:
-    value = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value  # type: ignore[return-value]
+def needs_vocab_size_message() -> str:
+    """What to do where nothing says how large the vocabulary is."""
+    return (
+        "model.vocab_size is needed for a model from scratch; or set model.hf to a Hugging Face "
+        "folder"
+    )
 
 
 def _parallel_problems(parallel: ParallelConfig) -> Iterator[str]:
@@ -251,12 +211,20 @@ def _sampling_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
             f"run.max_tokens_per_microbatch={run.max_tokens_per_microbatch} must hold a prompt and "
             f"rollout.max_response_tokens={rollout.max_response_tokens}; raise it"
         )
-    server = rollout.server
     if rollout.source == "server":
-        if server.reload not in RELOAD_PLANS:
-            yield _no_name("rollout.server.reload", server.reload, list(RELOAD_PLANS))
-        if server.dialect == "text" and not server.allow_retokenize:
-            yield "rollout.server.dialect=text needs rollout.server.allow_retokenize=true"
+        yield from _server_problems(rollout)
+
+
+def _server_problems(rollout: RolloutConfig) -> Iterator[str]:
+    server = rollout.server
+    if problem := base_url_problem(server.base_url):
+        yield f"rollout.server.{problem}"
+    if server.reload not in RELOAD_PLANS:
+        yield _no_name("rollout.server.reload", server.reload, list(RELOAD_PLANS))
+    if server.dialect == "text" and not server.allow_retokenize:
+        yield "rollout.server.dialect=text needs rollout.server.allow_retokenize=true"
+    if server.dialect and (problem := dialect_problem(server.dialect, rollout.top_k or None)):
+        yield f"rollout.top_k={rollout.top_k} with rollout.server.dialect=text: {problem}"
 
 
 def _reference_problems(config: TrainConfig) -> Iterator[str]:

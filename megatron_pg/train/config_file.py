@@ -18,7 +18,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ValueError: naming the file, the key and the nearest valid one, or the value and what was
-            expected (see ``config_problems``). All problems of the file are in one error.
+            expected. One error has all unknown keys and wrong types; once there are none, one has
+            all problems of the values (see ``config_problems``).
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -11,7 +11,8 @@ from ..mcore import validate_config
 from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
 from .config_checks import config_problems, launch_problems, raise_problems
-from .model_plan import ModelPlan, plan_model
+from .model import validate_weights
+from .model_plan import ModelPlan, plan_model, validate_trainable
 from .sources import Recording, open_sampling, read_recording
 
 T = TypeVar("T")
@@ -37,10 +38,12 @@ class DryRun:
 def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     """Parallel layout, packing plan, memory estimate and every refusal of a run.
 
-    Only what depends on the machine of the run is left open: its accelerator and its memory.
+    Left open is what depends on the machine of the run, its accelerator and its memory, on its
+    inference server and on what lies in ``run.out``. Of weights only the headers are read: those of
+    another model than ``model.hf`` are refused by the run, when it loads them.
 
     Raises:
-        ValueError: listing everything that would stop the run.
+        ValueError: listing everything else that would stop the run.
     """
     problems = config_problems(config) + launch_problems(config.parallel, world_size)
 
@@ -58,16 +61,13 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     if plan is not None:
         model_plan = plan
         attempt(lambda: validate_config(model_plan.config))
+        attempt(lambda: validate_trainable(model_plan))
+        attempt(lambda: validate_weights(config))
         if config.rollout.source == "recorded" and config.rollout.files:
             packing = packing_config(config, plan)
             recording = attempt(lambda: read_recording(config, model_plan.vocab_size, packing))
     if config.rollout.source != "recorded":
         attempt(lambda: open_sampling(config))
-        if config.rollout.source == "model" and config.parallel.expert_model_parallel_size > 1:
-            problems.append(
-                "rollout.source=model does not sample under expert parallelism: set "
-                "parallel.expert_model_parallel_size=1, or use a server"
-            )
     raise_problems("would stop this run", problems)
     assert plan is not None
     dp_size = world_size // config.parallel.model_size
@@ -76,6 +76,10 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     if recording is not None:
         plans = _plan_first_step(config, plan, recording, dp_size)
         lines.append(_packing_line(config, recording, plans))
+    lines.append(
+        f"layers on a machine like this one: {plan.layers} "
+        f"(model.transformer_impl={config.model.transformer_impl})"
+    )
     parameters = parameters_per_rank(plan)
     tokens = _resident_tokens(config, plans)
     resident = _resident_bytes(config, plan, tokens)

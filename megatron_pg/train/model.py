@@ -152,6 +152,18 @@ def build_reference(config: TrainConfig) -> list[Any]:
     return chunks
 
 
+def validate_weights(config: TrainConfig) -> None:
+    """Open every folder of weights that a run names; only headers are read.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged, or not what its configuration says.
+        NotImplementedError: on a model that is not supported.
+    """
+    for folder in (_initial_weights(config), config.algorithm.ref_hf):
+        if folder is not None:
+            open_weights(folder)
+
+
 def _initial_weights(config: TrainConfig) -> str | None:
     return config.model.pretrained_checkpoint or config.model.hf
 

@@ -16,7 +16,7 @@ from ..attention import AttentionInputs, merge_implementation, select_backend
 from ..checkpoint import HfModel, make_megatron_args, read_hf_config
 from ..mcore import cpu
 from .config import ModelConfig, ParallelConfig
-from .config_checks import nearest
+from .config_checks import nearest, needs_vocab_size_message
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class ModelPlan:
     use_te: bool
     origin: Origin | None = None
 
+    @property
+    def layers(self) -> str:
+        """Whose layers they are, in the words of ``model.transformer_impl``."""
+        return "transformer_engine" if self.use_te else "local"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -58,7 +63,9 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
 
     Raises:
         ValueError: on an unknown ``model.transformer`` key (with the nearest valid one), settings
-            that Megatron-Core refuses, or a model from scratch without ``vocab_size``.
+            that Megatron-Core refuses, a model from scratch without ``vocab_size``, or a folder
+            without a readable ``config.json``.
+        NotImplementedError: on a Hugging Face model that is not supported (``read_hf_config``).
     """
     tp_size = parallel.tensor_model_parallel_size
     settings: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
@@ -116,6 +123,19 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl), origin)
 
 
+def validate_trainable(plan: ModelPlan) -> None:
+    """Refuse what can be planned and computed, but not trained.
+
+    Raises:
+        ValueError: on float64 parameters.
+    """
+    if plan.config.params_dtype == torch.float64:
+        raise ValueError(
+            "model.transformer.params_dtype=float64: Megatron's optimizer takes no gradients in "
+            "float64; use float32"
+        )
+
+
 def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -> str:
     """Names of the backend that will train the model, and of its merge if it has one.
 
@@ -128,11 +148,6 @@ def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -
         ValueError: if this device cannot train the model with that backend.
     """
     model = plan.config
-    if model.params_dtype == torch.float64:
-        raise ValueError(
-            "model.transformer.params_dtype=float64: Megatron's optimizer takes no gradients in "
-            "float64; use float32"
-        )
     backend = select_backend(
         AttentionInputs(
             device=device,
@@ -168,7 +183,8 @@ def _check_stages(config: TransformerConfig) -> None:
 
 
 def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dict[str, Any], int]:
-    assert model.vocab_size is not None
+    if model.vocab_size is None:
+        raise ValueError(needs_vocab_size_message())
     sizes = ("num_layers", "hidden_size", "num_attention_heads")
     if missing := [f"model.transformer.{n}" for n in sizes if not model.transformer.get(n)]:
         raise ValueError(

@@ -191,9 +191,17 @@ def write_summary(
 def closing_table(
     history: Sequence[Mapping[str, float]],
     totals: Mapping[str, float],
+    layers: str,
     attention_calls: Mapping[str, int],
 ) -> Any:
-    """A rich table: tokens encoded beside those of an ordinary run, seconds per phase."""
+    """A rich table: tokens encoded beside those of an ordinary run, seconds per phase.
+
+    Args:
+        history: metrics of every step.
+        totals: of the run.
+        layers: whose layers the model has, see ``ModelPlan``.
+        attention_calls: by kind of attention.
+    """
     from rich.table import Table
 
     table = Table(title="What sharing saved, and where the time went")
@@ -208,6 +216,7 @@ def closing_table(
         total = sum(m.get(name, 0.0) for m in history)
         table.add_row(f"seconds: {name.removeprefix('time/')}", f"{total:.1f}")
     table.add_row("seconds: checkpoints", f"{totals['checkpoint_seconds']:.1f}")
+    table.add_row("layers", layers)
     for kind, calls in attention_calls.items():
         table.add_row(f"attention calls, {kind}", f"{calls:,}")
     return table

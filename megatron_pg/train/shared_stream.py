@@ -29,6 +29,18 @@ class SharedStream:
         self.needs_all_ranks = needs_all_ranks
         self.is_first = is_first
 
+    def start(self) -> str | None:
+        """Wait for an inference server and say what it can do; None for any other source."""
+        source = self.stream.source if isinstance(self.stream, SampledRollouts) else None
+        if not isinstance(source, OpenAIServerSource):
+            return None
+        can = on_first_rank(source.start, self.is_first)
+        return (
+            f"rollout server: dialect {can.dialect}, "
+            f"{'with' if can.returns_logprobs else 'without'} logprobs, "
+            f"{'all responses of a prompt' if can.supports_n else 'one response'} per request"
+        )
+
     def next_groups(self, num_groups: int) -> list[Group]:
         """The next groups, equal on every rank; an error on the first rank is raised on all."""
         if not self.needs_all_ranks:

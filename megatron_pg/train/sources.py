@@ -18,7 +18,7 @@ from ..rollout import (
     load_reward,
 )
 from .batch import PackingConfig
-from .config import RolloutConfig, TrainConfig
+from .config import AlgorithmConfig, RolloutConfig, TrainConfig
 from .config_checks import needs_reference_message, raise_problems
 from .model_source import ModelSource
 from .ranks import Ranks
@@ -186,6 +186,17 @@ def _has_tokenizer(hf: str | None) -> bool:
     return hf is not None and any((Path(hf) / name).is_file() for name in names)
 
 
+# Settings of how advantages come from rewards.
+_OF_REWARDS = (
+    "adv_estimator",
+    "norm_adv_by_std_in_grpo",
+    "std_floor",
+    "skip_groups_without_spread",
+    "use_kl_in_reward",
+    "overlong_buffer_len",
+)
+
+
 def _recording_problems(
     config: TrainConfig, recording: Recording, packing: PackingConfig
 ) -> list[str]:
@@ -200,11 +211,11 @@ def _recording_problems(
     if algorithm.needs_reference and not has_reference:
         problems.append(needs_reference_message())
     if "advantages" in fields:
-        for name in ("skip_groups_without_spread", "use_kl_in_reward", "overlong_buffer_len"):
-            if getattr(algorithm, name):
+        for name in _OF_REWARDS:
+            if getattr(algorithm, name) != getattr(AlgorithmConfig, name):
                 problems.append(
-                    f"algorithm.{name} concerns rewards, but the rows carry advantages, which are "
-                    "used instead; leave out the one or the other"
+                    f"algorithm.{name}={getattr(algorithm, name)!r} concerns rewards, but the rows "
+                    "carry advantages, which are used instead; leave out the one or the other"
                 )
     if not any(s.num_loss_tokens for group in recording.groups for s in group.samples):
         problems.append("no row has a trained token: every loss_mask is 0 throughout")

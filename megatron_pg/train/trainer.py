@@ -21,8 +21,8 @@ from .config_checks import config_problems, raise_problems
 from .config_file import config_dict
 from .evaluate import Evaluation, evaluate
 from .metrics import MetricsWriter, PhaseTimer
-from .model import build_reference, build_trained_model
-from .model_plan import plan_model, select_attention
+from .model import build_reference, build_trained_model, validate_weights
+from .model_plan import plan_model, select_attention, validate_trainable
 from .passes import HeadConfig, train_pass
 from .prepare import Preparation
 from .ranks import Ranks
@@ -47,7 +47,9 @@ class Trainer:
         ranks: this rank's place.
 
     Raises:
-        ValueError: on whatever would stop the run later, rollouts included; nothing is built then.
+        ValueError: on whatever would stop the run later, rollouts included. Nothing is built then,
+            except where weights turn out to be another model's or a checkpoint cannot be loaded.
+        NotImplementedError: on a model that is not supported.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
@@ -82,6 +84,9 @@ class Trainer:
         if self.step:
             # A server still has the weights that it was started with.
             self.stream.update_weights(self._export_policy, self.step)
+        server = self.stream.start()
+        if writer is not None and server is not None:
+            writer.print(server)
         if run.eval_prompts and "before" not in self.evaluations:
             self.evaluations["before"] = self._evaluate(writer, "before training")
         while self.step < run.num_steps:
@@ -138,6 +143,8 @@ class Trainer:
         """Everything of the run, after all that can be refused has been looked at."""
         config, ranks = self.config, self.ranks
         plan = plan_model(config.model, config.parallel)
+        validate_trainable(plan)
+        validate_weights(config)
         self.attention = select_attention(plan, config.model.attention_backend, ranks.device)
         packing = packing_config(config, plan)
         inputs = (
@@ -277,5 +284,6 @@ class Trainer:
             f"prefix-grouped ({self.attention})": calls.prefix_grouped,
             "ordinary": calls.ordinary,
         }
-        writer.print(closing_table(writer.history, self.totals, kinds))
+        layers = self.model.plan.layers
+        writer.print(closing_table(writer.history, self.totals, layers, kinds))
         writer.close()

@@ -20,7 +20,7 @@ from megatron_pg.rollout import (  # noqa: E402
     SampledRollouts,
     SamplingParams,
 )
-from megatron_pg.train import METRICS, Trainer, load_config, parallel_run  # noqa: E402
+from megatron_pg.train import METRICS, Trainer, load_config, parallel_run, trainer  # noqa: E402
 from megatron_pg.train.config import ParallelConfig  # noqa: E402
 from megatron_pg.train.shared_stream import SharedStream  # noqa: E402
 from tests.data.samples import make_large_groups  # noqa: E402
@@ -258,6 +258,10 @@ def a_minibatch_of_tool_tokens_is_left_out(folder: Path) -> None:
     refused("no row has a trained token", folder / "none", masked, run__groups_per_step=2)
 
 
+def nothing_is_built(*arguments: Any) -> Any:
+    raise AssertionError("the model was built before everything was looked at")
+
+
 @check
 def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> None:
     groups = tiny.make_groups(5)
@@ -266,6 +270,11 @@ def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> Non
     )
     refused("reference", folder / "flash", model__attention_backend="flash_attn")
     refused("float64", folder / "b", model__transformer={"params_dtype": "float64"})
+    built, trainer.build_trained_model = trainer.build_trained_model, nothing_is_built
+    refused("/nowhere", folder / "f", model__pretrained_checkpoint="/nowhere")
+    reference = {"algorithm__ref_hf": "/nowhere", "algorithm__use_kl_in_reward": True}
+    refused("/nowhere", folder / "g", **reference)
+    trainer.build_trained_model = built
     own = [
         Group(
             g.group_id,
@@ -276,7 +285,7 @@ def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> Non
         for g in tiny.make_groups(5)
     ]
     refused(
-        "algorithm.skip_groups_without_spread concerns rewards",
+        "algorithm.skip_groups_without_spread=True concerns rewards",
         folder / "c",
         own,
         algorithm__skip_groups_without_spread=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,4 @@ def test_the_command_line(tmp_path: Path) -> None:
     trained = tiny.launch([path, "run.num_steps=1"])
     assert trained.returncode == 0 and (tmp_path / "out" / "summary.json").is_file()
     assert "What sharing saved" in trained.stdout
+    assert re.search(r"layers\W+local\b", trained.stdout)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
+from megatron_pg.data import Group  # noqa: E402
+from megatron_pg.train import TrainConfig, dry_run, load_config, model_plan  # noqa: E402
+from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.config_file import config_dict  # noqa: E402
 from tests.train import tiny  # noqa: E402
 from tests.utils import ROOT  # noqa: E402
@@ -22,6 +27,7 @@ FROM_SCRATCH = {
     "vocab_size": tiny.VOCAB,
     "transformer": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4},
 }
+FROM_SERVER = ("rollout.source=server", "rollout.files=[]", "rollout.server.reload=vllm")
 
 
 @pytest.fixture
@@ -62,6 +68,8 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["algorithm.ppo_epochs=0"], "algorithm.ppo_epochs=0 must be at least 1"),
         (["optimizer.lr=-1e-3"], "optimizer.lr=-0.001 must be at least 0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan must be finite"),
+        (["optimizer.lr=.inf"], "optimizer.lr=inf must be finite and at least 0"),
+        (["optimizer.adam_eps=.inf"], "optimizer.adam_eps=inf must be finite and above 0"),
         (["optimizer.adam_beta2=1"], "optimizer.adam_beta2=1.0 must be below 1"),
         (["optimizer.min_lr=1"], "optimizer.min_lr=1 must not exceed optimizer.lr=0.001"),
         (["rollout.temperature=0"], "rollout.temperature=0.0 must be above 0"),
@@ -108,7 +116,31 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
             ["rollout.source=model", "rollout.files=[]", "rollout.task.extractor=lastnumber"],
             "did you mean 'last_number'?",
         ),
+        (
+            [*FROM_SERVER, "rollout.server.base_url=localhost:8000"],
+            "rollout.server.base_url='localhost:8000' must start with http:// or https://",
+        ),
+        (
+            [*FROM_SERVER, "rollout.server.dialect=text", "rollout.top_k=3"],
+            "rollout.top_k=3 with rollout.server.dialect=text: top_k and stop_token_ids are no",
+        ),
+        (
+            [
+                "rollout.source=model",
+                "rollout.files=[]",
+                "parallel.expert_model_parallel_size=2",
+            ],
+            "rollout.source=model does not sample under expert parallelism",
+        ),
         (["model.hf=null"], "model.vocab_size is needed"),
+        (["model.vocab_size=50"], "model.vocab_size=50 would be ignored"),
+        (["model.max_position_embeddings=8"], "model.max_position_embeddings=8 would be ignored"),
+        (["model.rotary_base=1e6"], "model.rotary_base=1000000.0 would be ignored"),
+        (["model.position_embedding_type=none"], "position_embedding_type='none' would be ignored"),
+        (
+            ["model.untie_embeddings_and_output_weights=true"],
+            "model.untie_embeddings_and_output_weights=True would be ignored, model.hf says it",
+        ),
         (["model.hf=null", "run.export_hf=true"], "run.export_hf needs model.hf"),
         (
             ["model.hf=null", "model.pretrained_checkpoint=x"],
@@ -189,12 +221,15 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         (1, ["model.transformer.attention_dropout=0.1"], "attention_dropout=0.1"),
         (1, ["model.transformer.window_size=[3,0]"], "window_size"),
         (1, ["model.transformer.num_layer=3"], "did you mean 'num_layers'?"),
+        (1, ["model.transformer.params_dtype=float64"], "takes no gradients in float64"),
         (1, ["model.transformer.params_dtype=bf16"], "did you mean 'bfloat16'?"),
         (1, ["model.transformer.activation_func=swish"], "activation_func='swish' must be one"),
         (1, ["model.transformer.fp16=true"], "fp16 is not supported"),
         (1, ["model.transformer.sequence_parallel=true"], "is set by parallel.sequence_parallel"),
         (1, ["model.transformer.variable_seq_lengths=false"], "must stay true"),
         (1, ["model.hf=/nowhere"], "/nowhere"),
+        (1, ["model.pretrained_checkpoint=/nowhere"], "/nowhere"),
+        (1, ["algorithm.ref_hf=/nowhere", "algorithm.policy.kl_loss_coef=1"], "/nowhere"),
         (1, ["model.transformer_impl=transformer_engine"], "transformer_impl"),
         (1, ["rollout.files=[/nowhere.jsonl]"], "/nowhere.jsonl: is missing"),
         (1, ["run.max_tokens_per_microbatch=9"], "a row holds 9; raise max_tokens"),
@@ -215,6 +250,40 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert message in str(error.value)
 
 
+def test_a_dry_run_refuses_unreadable_weights(tmp_path: Path, sections: dict[str, Any]) -> None:
+    reference = tmp_path / "reference"
+    shutil.copytree(tmp_path / "model", reference)
+    both = ("algorithm.policy.kl_loss_coef=1", f"algorithm.ref_hf={reference}")
+    dry_run(load(tmp_path, sections, *both), 1)
+    (reference / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="reference/model.safetensors: not readable"):
+        dry_run(load(tmp_path, sections, *both), 1)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model: neither model.safetensors nor"):
+        dry_run(load(tmp_path, sections), 1)
+
+
+def test_recorded_advantages_leave_their_estimator_nothing_to_do(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    groups = [
+        Group(
+            g.group_id,
+            tuple(
+                replace(s, advantages=torch.ones(len(s.response_ids)).double()) for s in g.samples
+            ),
+        )
+        for g in tiny.make_groups(5)
+    ]
+    sections |= tiny.run_sections(tmp_path, groups)
+    dry_run(load(tmp_path, sections), 1)
+    for override in ("adv_estimator=rloo", "std_floor=0.1", "norm_adv_by_std_in_grpo=false"):
+        with pytest.raises(ValueError) as error:
+            dry_run(load(tmp_path, sections, f"algorithm.{override}"), 1)
+        name = override.split("=")[0]
+        assert re.search(rf"algorithm\.{name}=\S+ concerns rewards, but", str(error.value))
+
+
 def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[str, Any]) -> None:
     config = load(tmp_path, sections)
     one = dry_run(config, 1)
@@ -223,6 +292,7 @@ def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[
     assert one.parameters_per_rank == 2 * tiny.VOCAB * 32 + 4 * layer
     assert one.lines[0] == "1 ranks: tp 1 x pp 1 (vpp 1) x dp 1"
     assert re.search(r"first 5 of 7 groups: \d+ logical tokens, \d+ encoded", one.lines[1])
+    assert " local (model.transformer_impl=auto)" in one.lines[2]
     many = dry_run(
         load(
             tmp_path,
@@ -235,6 +305,13 @@ def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[
     )
     assert many.lines[0] == "64 ranks: tp 2 with sp x pp 2 (vpp 1) x dp 16"
     assert many.parameters_per_rank < one.parameters_per_rank / 3
+
+
+def test_a_dry_run_tells_transformer_engine_s_layers(
+    tmp_path: Path, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_plan, "_uses_te", lambda transformer_impl: True)
+    assert " transformer_engine (model." in dry_run(load(tmp_path, sections), 1).lines[2]
 
 
 def test_a_dry_run_tells_which_prompts_are_resident(
@@ -284,6 +361,10 @@ def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str
     sections["model"] = {"vocab_size": tiny.VOCAB}
     with pytest.raises(ValueError, match="needs model.transformer.num_layers, model.transformer."):
         dry_run(load(tmp_path, sections), 1)
+    with pytest.raises(ValueError, match="model.vocab_size is needed for a model from scratch"):
+        model_plan.plan_model(
+            ModelConfig(transformer=FROM_SCRATCH["transformer"]), ParallelConfig()
+        )
     sections["model"] = FROM_SCRATCH
     assert dry_run(load(tmp_path, sections), 1).parameters_per_rank > 10_000
     sections["algorithm"] = {"policy": {"kl_loss_coef": 0.1}}

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.rollout.servers import VLLM_PYTHON, run_server, transformers_server
+from tests.rollout.stand_in import Reply, stand_in, vllm_like
 from tests.rollout.tiny_model import save_tiny_model
+from tests.train import tiny
 from tests.utils import ROOT
 
 pytest.importorskip("transformers", reason='pip install "megatron_pg[rollout]"')
@@ -60,6 +63,35 @@ def test_two_ranks_train_from_transformers_serve(tmp_path: Path) -> None:
         )
     assert [m["step"] for m in steps] == [1, 2]
     assert exported_versions(out) == ["version-2"], "only the newest export is kept"
+
+
+def test_what_the_server_can_do_is_told_and_its_failure_is_one_message(tmp_path: Path) -> None:
+    sections = tiny.run_sections(tmp_path)
+    tiny.save_tokenizer(tmp_path / "model")
+    sections["rollout"] = {"source": "server", "max_response_tokens": 4, "num_generations": 2}
+    sections["rollout"]["server"] = {"reload": "vllm"}
+    sections["run"] |= {"num_steps": 1, "groups_per_step": 2}
+    path = str(tiny.write_config(tmp_path / "config.yaml", sections))
+    refuses = False
+
+    def handler(asked: str, body: Any) -> Reply:
+        if asked in ("/collective_rpc", "/reset_prefix_cache"):
+            return 200, {"success": True}
+        if refuses and asked == "/v1/completions":
+            return 400, {"error": "no completions here"}
+        return vllm_like(asked, body)
+
+    with stand_in(handler) as server:
+        url = f"rollout.server.base_url={server.url}"
+        trained = tiny.launch([path, url])
+        refuses = True
+        failed = tiny.launch([path, url, f"run.out={tmp_path / 'other'}"])
+    assert trained.returncode == 0, trained.stderr
+    told = "rollout server: dialect token_ids, with logprobs, all responses of a prompt per request"
+    assert " ".join(trained.stdout.split()).count(told) == 1, trained.stdout
+    assert failed.returncode == 2, failed.stderr
+    assert failed.stderr.count("error: ") == 1 and "Traceback" not in failed.stderr
+    assert f"error: {server.url}: cannot serve rollouts" in failed.stderr
 
 
 @pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: see tests/rollout/servers.py")

@@ -1,0 +1,87 @@
+"""Ranges of the numbers in a configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from .config import TrainConfig
+
+# key -> smallest value
+_AT_LEAST: dict[str, float] = {
+    "model.vocab_size": 1,
+    "model.max_position_embeddings": 1,
+    "model.make_vocab_size_divisible_by": 1,
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_model_parallel_size": 2,
+    "parallel.expert_model_parallel_size": 1,
+    "optimizer.lr": 0,
+    "optimizer.min_lr": 0,
+    "optimizer.lr_warmup_iters": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.adam_beta1": 0,
+    "optimizer.adam_beta2": 0,
+    "optimizer.clip_grad": 0,
+    "rollout.num_generations": 1,
+    "rollout.max_response_tokens": 1,
+    "rollout.top_k": 0,
+    "rollout.max_batch_samples": 1,
+    "rollout.min_shared": 1,
+    "rollout.task.size": 1,
+    "rollout.server.max_concurrency": 1,
+    "algorithm.std_floor": 0,
+    "algorithm.ppo_epochs": 1,
+    "algorithm.num_minibatches": 1,
+    "algorithm.kl_coef": 0,
+    "algorithm.overlong_buffer_len": 0,
+    "algorithm.overlong_penalty_factor": 0,
+    "run.num_steps": 1,
+    "run.groups_per_step": 1,
+    "run.max_tokens_per_microbatch": 1,
+    "run.max_resident_tokens": 1,
+    "run.logprob_chunk_tokens": 1,
+    "run.seed": 0,
+    "run.save_interval": 0,
+    "run.keep_checkpoints": 1,
+    "run.eval_prompts": 0,
+    "run.eval_generations": 1,
+    "run.self_check_interval": 0,
+    "run.self_check_groups": 1,
+}
+_ABOVE_ZERO = (
+    "model.rotary_base",
+    "parallel.distributed_timeout_minutes",
+    "optimizer.adam_eps",
+    "rollout.temperature",
+    "rollout.top_p",
+    "rollout.server.timeout_seconds",
+    "algorithm.loss_scale_factor",
+)
+_BELOW_ONE = ("optimizer.adam_beta1", "optimizer.adam_beta2")
+
+
+def out_of_range(config: TrainConfig) -> Iterator[str]:
+    """Every number of a configuration that lies outside its range."""
+    for path in (*_AT_LEAST, *_ABOVE_ZERO):
+        value = _value(config, path)
+        if value is None:
+            continue
+        if path in _ABOVE_ZERO:
+            wrong, rule = not value > 0, "above 0"
+        else:
+            wrong, rule = value < _AT_LEAST[path], f"at least {_AT_LEAST[path]:g}"
+        if wrong or not math.isfinite(value):
+            yield f"{path}={value!r} must be {'finite and ' * (not math.isfinite(value))}{rule}"
+    for path in _BELOW_ONE:
+        if _value(config, path) >= 1:
+            yield f"{path}={_value(config, path)!r} must be below 1"
+    if config.rollout.top_p > 1:
+        yield f"rollout.top_p={config.rollout.top_p!r} must be at most 1, which turns it off"
+
+
+def _value(config: TrainConfig, path: str) -> float:
+    value = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value  # type: ignore[return-value]
