@@ -9,7 +9,7 @@ import pytest
 
 from tools.flops import FORWARD_BACKWARD
 from tools.plan_sharing import main
-from tools.sharing.model import read_model
+from tools.sharing.model import UNGATED, read_model
 
 HF = dict(
     model_type="qwen2",
@@ -157,6 +157,40 @@ def test_both_kinds_of_config_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HF))
     (tmp_path / "args.json").write_text(json.dumps(MEGATRON))
     assert read_model(tmp_path) == read_model(tmp_path / "args.json")
+
+
+@pytest.mark.parametrize("model_type", sorted(UNGATED))
+def test_types_without_a_gate_are_read(tmp_path: Path, model_type: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CONFIG_MAPPING[model_type]()
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    dims = read_model(tmp_path)
+    assert not dims.gated and dims.ffn_hidden_size == 4 * dims.hidden_size
+
+
+@pytest.mark.parametrize(
+    "config, missing",
+    [
+        (
+            {k: v for k, v in HF.items() if k != "intermediate_size"} | {"model_type": "opt"},
+            "intermediate_size",
+        ),
+        (dict(model_type="bloom", n_layer=2, n_head=2, hidden_size=8, vocab_size=32), "n_embd"),
+        (
+            dict(model_type="gpt_neo", num_layers=2, num_heads=2, hidden_size=8, vocab_size=32),
+            "num_attention_heads",
+        ),
+        (
+            dict(model_type="qwen2", num_hidden_layers=2),
+            "hidden_size, num_attention_heads, intermediate_size, vocab_size",
+        ),
+    ],
+)
+def test_missing_sizes_are_named(tmp_path: Path, config: dict[str, object], missing: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    named = rf"\(model_type='{config['model_type']}'\) has no {missing}, which"
+    with pytest.raises(ValueError, match=named + ".*args.json.*ffn_hidden_size"):
+        read_model(tmp_path)
 
 
 def test_unusable_input_is_named(rollouts: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,30 @@ from typing import Any
 
 from megatron_pg.data import CostModel, MemoryModel
 
-# Models of these types have two MLP matrices a layer, all others a gate as third.
-UNGATED = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2"}
+# Models of these types have two MLP matrices a layer, all others a gate as third. Types whose
+# configs have other names for their sizes (opt, bloom, falcon, gpt_neo) are not read at all.
+UNGATED = {
+    "biogpt",
+    "codegen",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gptj",
+    "nemotron",
+    "persimmon",
+    "phi",
+    "starcoder2",
+}
+
+_HF_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+_GPT2_KEYS = ("n_layer", "n_embd", "n_head", "vocab_size")
+_MEGATRON_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +86,29 @@ def read_model(path: Path) -> ModelDims:
     """Sizes from ``config.json`` (Hugging Face) or ``args.json`` (Megatron-LM), or such a file.
 
     Raises:
-        ValueError: if there is no such file or sizes are missing in it.
+        ValueError: if there is no such file if it is no JSON or lacks sizes.
     """
     candidates = [path / "config.json", path / "args.json"] if path.is_dir() else [path]
     file = next((f for f in candidates if f.is_file()), None)
     if file is None:
         raise ValueError(f"{path} holds no config.json and no args.json; name the model's folder")
-    values = json.loads(file.read_text())
-    values = values.get("text_config", values)
     try:
-        if "num_hidden_layers" in values or "n_layer" in values:
-            return _from_hf(values)
-        return _from_megatron(values)
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); save the model's config anew") from error
+    values = values.get("text_config", values)
+    is_hf = "num_hidden_layers" in values or "n_layer" in values
+    try:
+        return _from_hf(values) if is_hf else _from_megatron(values)
     except KeyError as error:
-        raise ValueError(f"{file} has no {error}, which FLOPs and memory depend on") from error
+        keys = _MEGATRON_KEYS if not is_hf else _GPT2_KEYS if "n_layer" in values else _HF_KEYS
+        missing = [key for key in keys if key not in values]
+        raise ValueError(
+            f"{file} (model_type={values.get('model_type')!r}) has no {', '.join(missing)}, which "
+            "FLOPs and memory depend on; name an args.json with Megatron-LM's names: num_layers, "
+            "hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, vocab_size, "
+            "swiglu"
+        ) from error
 
 
 def _from_hf(values: dict[str, Any]) -> ModelDims:
