@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
@@ -16,9 +19,10 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from megatron_pg.data import read_rollouts  # noqa: E402
-from tools.sharing.model import read_model  # noqa: E402
+from tools.sharing.model import ModelDims, read_model  # noqa: E402
 from tools.sharing.render import plot_report, print_report  # noqa: E402
-from tools.sharing.report import Settings, make_report, predict_at  # noqa: E402
+from tools.sharing.report import make_report, predict_at  # noqa: E402
+from tools.sharing.settings import Settings, raise_problems, setting_problems  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--plot", type=Path, help="write a page of plots here")
-    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=1, help="with sequence parallelism")
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1, help="refused above 1")
     parser.add_argument("--max-tokens", type=int, help="token budget of a row")
     parser.add_argument("--min-shared", type=int, help="share every run of this length, any depth")
     parser.add_argument("--activation-gib", type=float, help="memory of a rank for activations")
@@ -39,24 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", default="auto", help="format of the rollouts")
     parser.add_argument("--tokenizer", help="for rollouts of text: a Hugging Face tokenizer")
     args = parser.parse_args(argv)
-    settings = Settings(
-        tp=args.tp,
-        pp=args.pp,
-        max_tokens=args.max_tokens,
-        min_shared=args.min_shared,
-        bytes_per_value=args.bytes_per_value,
-        activation_gib=args.activation_gib,
-    )
-    tokenizer = None
-    if args.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     try:
+        settings, dims, tokenizer = _prepare(args)
         groups = read_rollouts(args.rollouts, format=args.format, tokenizer=tokenizer)
-        dims = read_model(args.model)
         report = make_report(groups, dims, settings)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"plan_sharing: {error}", file=sys.stderr)
         return 2
     print_report(report)
@@ -67,6 +59,57 @@ def main(argv: list[str] | None = None) -> int:
         budgets = [max(largest * i // 12 // args.tp * args.tp, args.tp) for i in range(1, 25)]
         plot_report(report, budgets, predict_at(groups, dims, settings, budgets), args.plot)
     return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Settings, ModelDims, Any]:
+    """Settings, model and tokenizer. Raises: ValueError that lists all that is wrong with them."""
+    settings = Settings(
+        tp=args.tp,
+        pp=args.pp,
+        cp=args.cp,
+        max_tokens=args.max_tokens,
+        min_shared=args.min_shared,
+        bytes_per_value=args.bytes_per_value,
+        activation_gib=args.activation_gib,
+    )
+    problems = list(_output_problems(args))
+    dims = tokenizer = None
+    try:
+        dims = read_model(args.model)
+    except ValueError as error:
+        problems.append(str(error))
+    problems += setting_problems(settings, dims)
+    if args.tokenizer is not None:
+        try:
+            tokenizer = _load_tokenizer(args.tokenizer)
+        except ValueError as error:
+            problems.append(str(error))
+    raise_problems(problems)
+    assert dims is not None
+    return settings, dims, tokenizer
+
+
+def _output_problems(args: argparse.Namespace) -> Iterator[str]:
+    for name, file in (("json", args.json), ("plot", args.plot)):
+        if file is not None and not file.parent.is_dir():
+            yield f"--{name} {file}: {file.parent} is no folder; create it"
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        yield "--plot needs matplotlib: pip install 'megatron_pg[train]'"
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        message = "--tokenizer needs transformers: pip install 'megatron_pg[train]'"
+        raise ValueError(message) from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever transformers and its parsers raise
+        raise ValueError(
+            f"--tokenizer {name} could not be loaded ({type(error).__name__}: {error}); name a "
+            "folder with a tokenizer, or leave it out for rollouts of token ids"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_pg.data import read_rollouts
 from tools.flops import FORWARD_BACKWARD
 from tools.plan_sharing import main
 from tools.sharing.model import UNGATED, read_model
+from tools.sharing.render import print_report
+from tools.sharing.report import predict_at
+from tools.sharing.settings import Settings
 
 HF = dict(
     model_type="qwen2",
@@ -51,6 +56,28 @@ def report(rollouts: Path, *more: str) -> dict:
     arguments = [str(rollouts), "--model", str(rollouts.parent), "--json", str(file), *more]
     assert main(arguments) == 0
     return json.loads(file.read_text())
+
+
+def write_groups(file: Path, **groups: list[tuple[int, int]]) -> None:
+    """Groups of samples with prompts and responses of these lengths; equal lens, equal prompts."""
+    rows = [
+        dict(
+            group_id=name,
+            prompt_ids=[prompt_len] * prompt_len,
+            response_ids=[100 + i] * response_len,
+            reward=1.0,
+        )
+        for name, samples in groups.items()
+        for i, (prompt_len, response_len) in enumerate(samples)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], rollouts: Path, *more: str) -> str:
+    assert main([str(rollouts), "--model", str(rollouts.parent), *more]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    return captured.err
 
 
 def test_the_hand_computed_case(rollouts: Path) -> None:
@@ -119,6 +146,173 @@ def test_deeper_sharing_predicts_shared_tokens_once(rollouts: Path) -> None:
     assert got["unique_tokens"] == 6
     packed = 3 * 2304 * 6 + 3.5 * 64 * (10 + 5 + 5) + 4 * 512 * 4
     assert got["step_flops"]["packed"] == packed
+
+
+def test_a_row_holds_what_its_padding_leaves(rollouts: Path) -> None:
+    # Rows are padded to a multiple of tp=2: of 9 tokens, 8 are left.
+    more = ("--tp", "2", "--max-tokens", "9")
+    write_groups(rollouts, a=[(4, 5)])
+    got = report(rollouts, *more)
+    assert got["row_budget"] == 8
+    (divided,) = got["does_not_fit"]
+    assert (divided["group_id"], divided["parts"], divided["repeated_tokens"]) == ("a", 1, 0)
+    assert "beside 3 resident tokens of its prompt" in divided["action"]
+    # A group that fits in no way leaves the report of the others.
+    write_groups(rollouts, a=[(1, 8)], b=[(3, 5)])
+    got = report(rollouts, *more)
+    (too_long,) = got["does_not_fit"]
+    assert (too_long["group_id"], too_long["parts"]) == ("a", None)
+    assert "9 > 8" in too_long["action"]
+    assert got["step_flops"]["packed"] == 3 * 2304 * 8 + 3.5 * 64 * 36 + 4 * 512 * 5
+
+
+def test_memory_written_out_is_that_of_the_rows_in_flight(rollouts: Path) -> None:
+    # a: 14 tokens, written out 44. b: 20 tokens that nothing shares.
+    write_groups(rollouts, a=[(10, 1)] * 4, b=[(1, 19)])
+    for max_tokens, packed, written_out in ((20, 20, 20), (34, 34, 64)):
+        (stage,) = report(rollouts, "--max-tokens", str(max_tokens))["memory"]
+        assert stage["activation_bytes"] == 2 * packed * 116 * 2
+        assert stage["written_out_activation_bytes"] == 2 * written_out * 116 * 2
+    # Padded to a multiple of tp, both: 13 tokens to 14, 33 to 34; a rank of two keeps 64 values.
+    write_groups(rollouts, a=[(10, 1)] * 3)
+    (stage,) = report(rollouts, "--tp", "2")["memory"]
+    assert stage["activation_bytes"] == 2 * 14 * 64 * 2
+    assert stage["written_out_activation_bytes"] == 2 * 34 * 64 * 2
+    # Groups that fit in no way are in no row: b alone remains.
+    write_groups(rollouts, b=[(1, 19)], c=[(1, 30)] * 8)
+    (stage,) = report(rollouts, "--max-tokens", "20")["memory"]
+    assert stage["written_out_activation_bytes"] == stage["activation_bytes"] == 2 * 20 * 116 * 2
+
+
+def test_memory_beside_resident_prompts(rollouts: Path) -> None:
+    # Rows of a, 6 tokens after the 3 resident ones, and of b, 4 tokens. Written out, a is 6 + 7.
+    (stage,) = report(rollouts, "--max-tokens", "8")["memory"]
+    assert stage["activation_bytes"] == 2 * 6 * 116 * 2
+    assert stage["written_out_activation_bytes"] == 2 * 13 * 116 * 2
+    # Keys and values are 8 of the values, of the row and of the resident tokens.
+    assert stage["kv_bytes"] == 2 * (6 + 3) * 8 * 2
+
+
+def test_prompts_of_one_group_may_differ(rollouts: Path) -> None:
+    write_groups(rollouts, a=[(10, 5), (100, 5), (100, 5)])
+    got = report(rollouts)
+    assert (got["prompt_len"]["min"], got["prompt_len"]["mean"]) == (10, 70)
+    # Roots of 10 and 100 tokens; all 15 response tokens are distinct.
+    pairs = 15 * 16 // 2 + 100 * 101 // 2 + 2 * (5 * 100 + 15)
+    packed = 3 * 2304 * 125 + 3.5 * 64 * pairs + 4 * 512 * 15
+    logical = 3 * 2304 * 225 + 3.5 * 64 * (120 + 2 * 105 * 106 // 2) + 4 * 512 * 15
+    assert got["step_flops"] == {"packed": packed, "written_out": logical}
+    assert got["group_ratios"] == {"a": logical / packed}
+
+
+def test_trained_tokens_are_counted_by_their_masks(rollouts: Path) -> None:
+    rows = [
+        dict(group_id="a", prompt_ids=[1], response_ids=[3, 4, n], loss_mask=mask, reward=1.0)
+        for n, mask in ((5, [1, 0, 1]), (6, [1, 1, 1]))
+    ]
+    rollouts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    # In one row, 3 is trained by both, 4 by one.
+    got = report(rollouts, "--min-shared", "1")
+    assert got["step_flops"]["packed"] == 3 * 2304 * 5 + 3.5 * 64 * (6 + 4 + 4) + 4 * 512 * 4
+    # Rows of their own predict 3 twice.
+    got = report(rollouts, "--min-shared", "1", "--max-tokens", "4")
+    assert got["rows"] == 2
+    assert got["step_flops"]["packed"] == 3 * 2304 * 8 + 3.5 * 64 * 20 + 4 * 512 * 5
+
+
+def test_context_parallelism_is_refused(rollouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(rollouts)["settings"]["cp"] == 1
+    capsys.readouterr()
+    message = refusal(capsys, rollouts, "--cp", "2")
+    assert "cp=2: context parallelism is refused" in message
+    assert "tp with sequence parallelism" in message and "run.prefix_resident=auto" in message
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("--tp=0", "tp=0 must be at least 1"),
+        ("--tp=3", "num_attention_heads=2 is no multiple of tp=3"),
+        ("--pp=0", "pp=0 must be at least 1"),
+        ("--pp=3", "num_layers=2 is no multiple of pp=3"),
+        ("--cp=0", "cp=0 must be at least 1"),
+        ("--max-tokens=0", "max_tokens=0 holds no row"),
+        ("--min-shared=0", "min_shared=0 must be at least 1"),
+        ("--bytes-per-value=0", "bytes_per_value=0 must be at least 1"),
+        ("--activation-gib=0", "activation_gib=0.0 must be finite and above 0"),
+        ("--activation-gib=nan", "activation_gib=nan must be finite and above 0"),
+        ("--json=/nowhere/report.json", "/nowhere is no folder; create it"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    rollouts: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    assert message in refusal(capsys, rollouts, setting)
+
+
+def test_all_settings_are_refused_at_once(
+    rollouts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    more = ("--tp=3", "--pp=0", "--cp=2", "--max-tokens=2", "--tokenizer=nowhere")
+    message = refusal(capsys, rollouts, *more)
+    assert "6 problem(s)" in message
+    for part in (
+        "num_attention_heads=2 is no multiple of tp=3",
+        "ffn_hidden_size=16 is no multiple of tp=3",
+        "pp=0 must be at least 1",
+        "cp=2: context parallelism",
+        "max_tokens=2 holds no row of a multiple of 3 tokens",
+        "--tokenizer needs transformers: pip install",
+    ):
+        assert part in message
+    groups, dims = read_rollouts(rollouts), read_model(rollouts.parent)
+    with pytest.raises(ValueError, match="tp=0 must be at least 1"):
+        predict_at(groups, dims, Settings(tp=0), [8])
+    # Beside a model that cannot be read, the values alone.
+    (rollouts.parent / "config.json").write_text("{")
+    message = refusal(capsys, rollouts, *more)
+    assert "5 problem(s)" in message and "config.json is no JSON" in message
+
+
+def test_a_tokenizer_that_is_none_is_refused(
+    rollouts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = refusal(capsys, rollouts, "--tokenizer", str(rollouts.parent / "nowhere"), "--pp=0")
+    assert "2 problem(s)" in message and "nowhere could not be loaded (" in message
+    assert "name a folder with a tokenizer" in message
+
+
+def test_parquet_without_pyarrow_is_refused(
+    rollouts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    file = rollouts.rename(rollouts.with_suffix(".parquet"))
+    assert "parquet files need pyarrow: pip install" in refusal(capsys, file)
+
+
+def test_the_printed_tables(rollouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    write_groups(rollouts, **{f"group{i}": [(4, 2), (4, 3)] for i in range(22)})
+    got = report(rollouts, "--tp", "2", "--max-tokens", "9")
+    capsys.readouterr()
+    print_report(got, Console(width=200))
+    text = capsys.readouterr().out
+    for part in (
+        "depth of the deepest tree",
+        "FLOPs of a step",
+        "recommended token budget",
+        "Peak memory of one rank, tp=2, pp=1, cp=1",
+        "K and V",
+        "Groups longer than a row of 8 tokens",
+        "group19",
+        "and 2 more, all in --json",
+    ):
+        assert part in text
+    assert "group20" not in text
 
 
 @pytest.mark.megatron

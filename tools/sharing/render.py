@@ -17,7 +17,8 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for name, value in _facts(report):
         table.add_row(name, value)
     console.print(table)
-    memory = Table(title=f"Peak memory of one rank, {report['rows']} rows")
+    layout = ", ".join(f"{name}={report['settings'][name]}" for name in ("tp", "pp", "cp"))
+    memory = Table(title=f"Peak memory of one rank, {layout}, {report['rows']} rows")
     sizes = {
         "activations": "activation_bytes",
         "resident prompts": "resident_bytes",
@@ -34,11 +35,13 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         )
     console.print(memory)
     if report["does_not_fit"]:
-        unfit = Table(title=f"Groups longer than a row of {report['max_tokens']} tokens")
+        unfit = Table(title=f"Groups longer than a row of {report['row_budget']} tokens")
         for column in ("group", "unique tokens", "what would be done"):
             unfit.add_column(column)
         for group in report["does_not_fit"][:20]:
             unfit.add_row(group["group_id"], str(group["unique_tokens"]), group["action"])
+        if len(report["does_not_fit"]) > 20:
+            unfit.caption = f"and {len(report['does_not_fit']) - 20} more, all in --json"
         console.print(unfit)
     console.print(_verdict(report))
 

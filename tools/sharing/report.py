@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from megatron_pg import PrefixTree
+from megatron_pg import PrefixTree, pack_trees
 from megatron_pg.data import (
     Group,
     GroupShape,
@@ -18,63 +19,72 @@ from megatron_pg.data import (
     part_tree,
     plan_waves,
 )
+from megatron_pg.data.plan import row_budget
 from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
 from tools.sharing.model import ModelDims
+from tools.sharing.settings import Settings, raise_problems, setting_problems
 
 # Below this a group's own gain is within the noise of a step.
 PAYS_FROM = 1.03
 # Of resident prompts, as it is when nothing is said.
 _MODE = ResidencyConfig.mode
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How the step would be run.
-
-    Attributes:
-        tp, pp: parallel sizes.
-        max_tokens: budget of a row; the recommended one when None.
-        min_shared: share every run of at least that many tokens; None shares the prompt.
-        bytes_per_value: of activations, 2 for bf16.
-        activation_gib: memory of one rank for activations, when known.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    max_tokens: int | None = None
-    min_shared: int | None = None
-    bytes_per_value: int = 2
-    activation_gib: float | None = None
+_MEMORY_FIELDS = (
+    "rows_in_flight",
+    "activation_bytes",
+    "resident_bytes",
+    "written_out_activation_bytes",
+    "kv_bytes",
+)
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group on its own."""
+    """One group on its own.
 
-    group_id: str
-    prompt_len: int
+    Attributes:
+        prompt_lens, response_lens: of every sample.
+        trained: of every sample, which tokens of the tree it trains.
+    """
+
+    prompt_lens: tuple[int, ...]
     response_lens: tuple[int, ...]
     shape: GroupShape
-    predicted_tokens: float
-    ratio: float
+    trained: tuple[Tensor, ...]
+
+    @property
+    def group_id(self) -> str:
+        return self.shape.group_id
 
     @property
     def tree(self) -> PrefixTree:
         return self.shape.tree
+
+    def predicted_tokens(self, samples: Iterable[int]) -> int:
+        """Distinct trained tokens: what several of ``samples`` train is predicted once in a row."""
+        is_trained = np.zeros(self.tree.unique_tokens, dtype=bool)
+        for sample in samples:
+            is_trained[self.trained[sample].numpy()] = True
+        return int(is_trained.sum())
+
+    def ratio(self, dims: ModelDims) -> float:
+        """Predicted step-time ratio of the group in a row of its own."""
+        predicted = self.predicted_tokens(range(self.tree.num_samples))
+        cost, loss_tokens = dims.cost_model, self.shape.loss_tokens
+        packed = packed_flops(self.tree, predicted, cost, FORWARD_BACKWARD)
+        return written_out_flops(self.tree, loss_tokens, cost, FORWARD_BACKWARD) / packed
 
 
 def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) -> dict[str, Any]:
     """Everything that the command prints, as plain values.
 
     Raises:
-        ValueError: if layers do not divide into pipeline stages.
+        ValueError: if the settings cannot be, all problems in one error.
     """
-    if dims.num_layers % settings.pp:
-        raise ValueError(f"{dims.num_layers} layers do not divide into pp={settings.pp} stages")
-    reports = [_report_group(group, dims, settings) for group in groups]
+    raise_problems(setting_problems(settings, dims))
+    reports = [_report_group(group, settings) for group in groups]
     trees = [report.tree for report in reports]
     recommended = _recommend_max_tokens(trees, dims, settings)
-    max_tokens = settings.max_tokens or recommended
+    max_tokens = recommended if settings.max_tokens is None else settings.max_tokens
     unfit = [f for r in reports if (f := _why_unfit(r, dims, max_tokens, settings)) is not None]
     too_long = {f["group_id"] for f in unfit if f["parts"] is None}
     kept = [r for r in reports if r.group_id not in too_long]
@@ -85,13 +95,14 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
     ]
     unique, written = (sum(t.unique_tokens for t in trees), sum(t.logical_tokens for t in trees))
     ratio = logical / packed if packed else 1.0
+    group_ratios = {r.group_id: r.ratio(dims) for r in reports}
     return {
         "model": asdict(dims),
         "settings": asdict(settings),
         "groups": len(groups),
         "samples": sum(tree.num_samples for tree in trees),
         "group_size": _summary(tree.num_samples for tree in trees),
-        "prompt_len": _summary(r.prompt_len for r in reports),
+        "prompt_len": _summary(n for r in reports for n in r.prompt_lens),
         "response_len": _summary(n for r in reports for n in r.response_lens),
         "depth": max(tree.depth for tree in trees),
         "unique_tokens": unique,
@@ -103,12 +114,13 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "predicted_step_time_ratio": ratio,
         "recommended_max_tokens": recommended,
         "max_tokens": max_tokens,
+        "row_budget": row_budget(max_tokens, settings.tp),
         "rows": sum(len(wave.rows) + len(wave.prefix_rows) for wave in waves),
-        "memory": _memory(waves, written / unique, dims, settings),
+        "memory": _memory(waves, dims, settings),
         "does_not_fit": unfit,
-        "does_not_pay": [r.group_id for r in reports if r.ratio < PAYS_FROM],
+        "does_not_pay": [name for name, r in group_ratios.items() if r < PAYS_FROM],
         "pays": ratio >= PAYS_FROM,
-        "group_ratios": {r.group_id: r.ratio for r in reports},
+        "group_ratios": group_ratios,
         "group_reuse": [t.logical_tokens / t.unique_tokens for t in trees],
     }
 
@@ -116,8 +128,13 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
 def predict_at(
     groups: Sequence[Group], dims: ModelDims, settings: Settings, budgets: Sequence[int]
 ) -> list[float | None]:
-    """Predicted step-time ratio for every token budget; None where a sample does not fit."""
-    reports = [_report_group(group, dims, settings) for group in groups]
+    """Predicted step-time ratio for every token budget; None where a sample does not fit.
+
+    Raises:
+        ValueError: as ``make_report`` does.
+    """
+    raise_problems(setting_problems(settings, dims))
+    reports = [_report_group(group, settings) for group in groups]
     ratios: list[float | None] = []
     for budget in budgets:
         try:
@@ -129,22 +146,15 @@ def predict_at(
     return ratios
 
 
-def _report_group(group: Group, dims: ModelDims, settings: Settings) -> GroupReport:
-    shape = group_shape(group, settings.min_shared)
-    prompt_len = min(len(sample.prompt_ids) for sample in group.samples)
-    predicted = shape.loss_tokens * _distinct_share(shape.tree, prompt_len)
-    cost = dims.cost_model
-    packed = packed_flops(shape.tree, predicted, cost, FORWARD_BACKWARD)
-    logical = written_out_flops(shape.tree, shape.loss_tokens, cost, FORWARD_BACKWARD)
-    lens = tuple(len(sample.response_ids) for sample in group.samples)
-    return GroupReport(group.group_id, prompt_len, lens, shape, predicted, logical / packed)
-
-
-def _distinct_share(tree: PrefixTree, prompt_len: int) -> float:
-    """Distinct response tokens over response tokens of all samples."""
-    ends = tree.segment_positions + tree.segment_lens
-    lens = np.clip(ends - np.maximum(tree.segment_positions, prompt_len), 0, None)
-    return float(lens.sum() / max((lens * tree.segment_multiplicity).sum(), 1))
+def _report_group(group: Group, settings: Settings) -> GroupReport:
+    shape, samples = group_shape(group, settings.min_shared), group.samples
+    places = pack_trees([shape.tree]).logical_to_packed.split([len(s.tokens) for s in samples])
+    return GroupReport(
+        prompt_lens=tuple(len(s.prompt_ids) for s in samples),
+        response_lens=tuple(len(s.response_ids) for s in samples),
+        shape=shape,
+        trained=tuple(p[len(s.prompt_ids) :][s.loss_mask] for p, s in zip(places, samples)),
+    )
 
 
 def _plan_rows(
@@ -171,10 +181,8 @@ def _step_flops(
     for wave in waves:
         for row in wave.rows:
             for part in row:
-                tree = part_tree(shapes, part)
-                trained = int(shapes[part.group].loss_lens[list(part.samples)].sum())
-                predicted = trained * _distinct_share(tree, reports[part.group].prompt_len)
-                packed += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
+                predicted = reports[part.group].predicted_tokens(part.samples)
+                packed += packed_flops(part_tree(shapes, part), predicted, cost, FORWARD_BACKWARD)
         for groups in wave.prefix_rows:
             for group in groups:
                 packed += packed_flops(shapes[group].prefixes, 0, cost, FORWARD_BACKWARD)
@@ -211,7 +219,7 @@ def _why_unfit(
 ) -> dict[str, Any] | None:
     """What would be done with a group that exceeds the budget; None when it fits."""
     unique = report.tree.unique_tokens
-    if unique <= max_tokens:
+    if unique <= row_budget(max_tokens, settings.tp):
         return None
     fields = {"group_id": report.group_id, "unique_tokens": unique}
     try:
@@ -231,35 +239,42 @@ def _why_unfit(
     }
 
 
-def _memory(
-    waves: Sequence[PackPlan], reuse_ratio: float, dims: ModelDims, settings: Settings
-) -> list[dict[str, Any]]:
-    """Peak of every pipeline stage under 1F1B, in the wave that takes most; no recompute."""
+def _memory(waves: Sequence[PackPlan], dims: ModelDims, settings: Settings) -> list[dict[str, Any]]:
+    """Peak of every pipeline stage under 1F1B, in the wave that takes most; no recompute.
+
+    As many of the longest row as are in flight, and the resident prompts beside them. Written out,
+    the samples of those same rows stand in full, each with its prompt, and nothing is resident.
+    """
     memory = dims.memory_model(settings.bytes_per_value, settings.tp)
     layers = dims.num_layers // settings.pp
+    lens = [max(_row_lens(wave)) for wave in waves]
     stages = []
     for stage in range(settings.pp):
-        peaks = []
-        for wave in waves:
-            lens = [wave.row_layout(number).total_tokens for number in range(len(wave.rows))]
-            in_flight = min(settings.pp - stage, len(lens))
-            tokens = in_flight * max(lens, default=0)
-            resident = wave.prefix_tokens * layers * memory.resident(_MODE)
-            total = tokens * layers * memory.activations + resident
-            peaks.append((total, in_flight, tokens, resident))
-        _, in_flight, tokens, resident = max(peaks, default=(0, 1, 0, 0))
-        activation = tokens * layers * memory.activations
-        stages.append(
-            {
-                "stage": stage,
-                "rows_in_flight": in_flight,
-                "activation_bytes": activation,
-                "resident_bytes": resident,
-                "written_out_activation_bytes": int(activation * reuse_ratio),
-                "kv_bytes": tokens * layers * memory.kv,
-            }
-        )
+        peak = dict.fromkeys(_MEMORY_FIELDS, 0)
+        for wave, (longest, written_out) in zip(waves, lens):
+            in_flight = min(settings.pp - stage, len(wave.rows))
+            values = (
+                in_flight,
+                in_flight * longest * layers * memory.activations,
+                wave.prefix_tokens * layers * memory.resident(_MODE),
+                in_flight * written_out * layers * memory.activations,
+                (in_flight * longest + wave.prefix_tokens) * layers * memory.kv,
+            )
+            sizes = dict(zip(_MEMORY_FIELDS, values))
+            peak = max(peak, sizes, key=lambda s: s["activation_bytes"] + s["resident_bytes"])
+        stages.append({"stage": stage, **peak})
     return stages
+
+
+def _row_lens(wave: PackPlan) -> list[tuple[int, int]]:
+    """Of every row, its tokens and those of its samples written out; padding included in both."""
+    lens = []
+    for number, row in enumerate(wave.rows):
+        trees = [(wave.shapes[part.group].tree, list(part.samples)) for part in row]
+        logical = sum(int(tree.sample_lens[samples].sum()) for tree, samples in trees)
+        padded = -(-logical // wave.pad_to_multiple) * wave.pad_to_multiple
+        lens.append((wave.row_layout(number).total_tokens, padded))
+    return lens
 
 
 def _summary(values: Iterable[int]) -> dict[str, float]:
