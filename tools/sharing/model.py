@@ -86,7 +86,7 @@ def read_model(path: Path) -> ModelDims:
     """Sizes from ``config.json`` (Hugging Face) or ``args.json`` (Megatron-LM), or such a file.
 
     Raises:
-        ValueError: if there is no such file if it is no JSON or lacks sizes.
+        ValueError: if there is no such file, or it is no JSON, or lacks sizes.
     """
     candidates = [path / "config.json", path / "args.json"] if path.is_dir() else [path]
     file = next((f for f in candidates if f.is_file()), None)
