@@ -33,9 +33,10 @@ class PrefixKV:
             key: ``[tokens of the prefix row, num_query_groups, head_dim]``, positions encoded.
             value: as key.
         """
+        key, value = _without_owner(key), _without_owner(value)
         kept = self._layers.get(layer)
         if kept is None:
-            kept = self._layers[layer] = ResidentKV(_without_owner(key), _without_owner(value))
+            kept = self._layers[layer] = ResidentKV(key.detach(), value.detach())
         joined: tuple[Tensor, Tensor] = _JoinGradients.apply(key, value, kept)
         return joined
 
@@ -61,11 +62,12 @@ class PrefixKV:
 
 
 def _without_owner(x: Tensor) -> Tensor:
-    """``x`` detached, and copied if it alone would keep a larger tensor alive."""
-    # Values are a view of what projects queries, keys and values, which a graph keeps anyway.
+    """``x``, copied if it alone would keep a larger tensor alive.
+
+    Values are a view of what projects queries, keys and values.
+    """
     is_part = x.untyped_storage().nbytes() > x.numel() * x.element_size()
-    copies = is_part and not torch.is_grad_enabled()
-    return x.detach().clone(memory_format=torch.contiguous_format) if copies else x.detach()
+    return x.clone(memory_format=torch.contiguous_format) if is_part else x
 
 
 class _JoinGradients(torch.autograd.Function):

@@ -71,20 +71,26 @@ def test_a_row_that_comes_too_early_is_an_error() -> None:
         PrefixKV().of(torch.nn.Identity())
 
 
-def test_kept_values_do_not_keep_the_projection_that_they_are_a_view_of() -> None:
-    projected = torch.randn(4, 2, 9)
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_kept_values_do_not_keep_the_projection_that_they_are_a_view_of(has_graph: bool) -> None:
+    projected = torch.randn(4, 2, 9, requires_grad=True)
     key, value = projected[..., 3:6].contiguous(), projected[..., 6:]
-    for has_graph in (False, True):
-        prefix_kv, layer = PrefixKV(), torch.nn.Identity()
-        with torch.set_grad_enabled(has_graph):
-            prefix_kv.keep(layer, key, value)
-        kept = prefix_kv.of(layer)
-        assert torch.equal(kept.k, key) and torch.equal(kept.v, value)
-        # A graph keeps the projection anyway, and a copy would come on top.
-        assert (kept.v.data_ptr() == value.data_ptr()) == has_graph
-        assert kept.k.data_ptr() == key.data_ptr()
-        stored = sum(x.untyped_storage().nbytes() for x in (kept.k, kept.v))
-        assert (stored == prefix_kv.num_bytes == 2 * 4 * 2 * 3 * 4) == (not has_graph)
+    prefix_kv, layer = PrefixKV(), torch.nn.Identity()
+    with torch.set_grad_enabled(has_graph):
+        row_key, row_value = prefix_kv.keep(layer, key, value)
+    kept = prefix_kv.of(layer)
+    assert torch.equal(kept.k, key) and torch.equal(kept.v, value)
+    assert kept.k.data_ptr() == key.data_ptr() and not kept.v.requires_grad
+    # What attention saves for the backward pass of the row itself is the same copy.
+    assert row_value.data_ptr() == kept.v.data_ptr() != value.data_ptr()
+    stored = sum(x.untyped_storage().nbytes() for x in (kept.k, kept.v))
+    assert stored == prefix_kv.num_bytes == 2 * 4 * 2 * 3 * 4
+    if has_graph:
+        kept.grads()[1].fill_(2.0)
+        kept.grads()[0].fill_(1.0)
+        torch.autograd.backward([row_key, row_value], [torch.ones_like(x) for x in (key, value)])
+        assert projected.grad is not None
+        assert (projected.grad[..., 3:6] == 2).all() and (projected.grad[..., 6:] == 3).all()
 
 
 def test_overlaps_that_count_on_one_call_and_unknown_modes_are_refused() -> None:
