@@ -2,6 +2,7 @@
 
 from .compare import compare_training_state, compare_weights
 from .convert import hf_to_megatron, megatron_to_hf, open_weights
+from .files import has_tokenizer
 from .gguf import gguf_to_hf, prepare_smollm2
 from .hf_config import HfModel
 from .hf_folder import HfFolder
@@ -34,6 +35,7 @@ __all__ = [
     "export_hf",
     "find_iteration",
     "gguf_to_hf",
+    "has_tokenizer",
     "hf_model_from_args",
     "hf_to_megatron",
     "hf_to_megatron_by",

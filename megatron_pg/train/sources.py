@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import has_tokenizer
 from ..data import Group, carried_fields, group_shape, plan_waves, read_rollouts
 from ..rollout import (
     OpenAIServerSource,
@@ -56,7 +57,9 @@ def read_recording(config: TrainConfig, vocab_size: int, packing: PackingConfig)
             that keeps the groups from being trained as configured.
     """
     rollout = config.rollout
-    tokenizer = load_tokenizer(config) if _has_tokenizer(config.model.hf) else None
+    hf = config.model.hf
+    # Recorded token ids need no tokenizer; rows of text are refused without one.
+    tokenizer = load_tokenizer(config) if hf is not None and has_tokenizer(Path(hf)) else None
     groups = read_rollouts(
         rollout.files, format=rollout.format, tokenizer=tokenizer, vocab_size=vocab_size
     )
@@ -178,12 +181,6 @@ def sampling_params(config: TrainConfig, tokenizer: Any) -> SamplingParams:
         stop_token_ids=stops,
         seed=config.run.seed,
     )
-
-
-def _has_tokenizer(hf: str | None) -> bool:
-    """Recorded token ids need no tokenizer; rows of text are refused without one."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return hf is not None and any((Path(hf) / name).is_file() for name in names)
 
 
 # Settings of how advantages come from rewards.

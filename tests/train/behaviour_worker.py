@@ -275,15 +275,7 @@ def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> Non
     reference = {"algorithm__ref_hf": "/nowhere", "algorithm__use_kl_in_reward": True}
     refused("/nowhere", folder / "g", **reference)
     trainer.build_trained_model = built
-    own = [
-        Group(
-            g.group_id,
-            tuple(
-                replace(s, advantages=torch.ones(len(s.response_ids)).double()) for s in g.samples
-            ),
-        )
-        for g in tiny.make_groups(5)
-    ]
+    own = tiny.with_advantages(tiny.make_groups(5))
     refused(
         "algorithm.skip_groups_without_spread=True concerns rewards",
         folder / "c",

@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.data import Group  # noqa: E402
 from megatron_pg.train import TrainConfig, dry_run, load_config, model_plan  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.config_file import config_dict  # noqa: E402
@@ -266,15 +263,7 @@ def test_a_dry_run_refuses_unreadable_weights(tmp_path: Path, sections: dict[str
 def test_recorded_advantages_leave_their_estimator_nothing_to_do(
     tmp_path: Path, sections: dict[str, Any]
 ) -> None:
-    groups = [
-        Group(
-            g.group_id,
-            tuple(
-                replace(s, advantages=torch.ones(len(s.response_ids)).double()) for s in g.samples
-            ),
-        )
-        for g in tiny.make_groups(5)
-    ]
+    groups = tiny.with_advantages(tiny.make_groups(5))
     sections |= tiny.run_sections(tmp_path, groups)
     dry_run(load(tmp_path, sections), 1)
     for override in ("adv_estimator=rloo", "std_floor=0.1", "norm_adv_by_std_in_grpo=false"):

@@ -112,6 +112,19 @@ def make_groups(
     return groups
 
 
+def with_advantages(groups: list[Group]) -> list[Group]:
+    """The same groups, every response token with an advantage of 1 that was recorded."""
+    return [
+        Group(
+            g.group_id,
+            tuple(
+                replace(s, advantages=torch.ones(len(s.response_ids)).double()) for s in g.samples
+            ),
+        )
+        for g in groups
+    ]
+
+
 def one_sample_groups(groups: Sequence[Group], advantages: torch.Tensor) -> list[Group]:
     """Every sample as a group of its own with its advantage given: nothing to share."""
     written = []
