@@ -17,6 +17,7 @@ from .readers import read_rollouts, write_rollouts
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .shape import GroupShape, group_shape, group_tree, select_samples
 from .types import Group, Microbatch, PrefixRow, Sample, Status, Wave
+from .values import response_problems
 
 __all__ = [
     "CostModel",
@@ -46,6 +47,7 @@ __all__ = [
     "plan_rows",
     "plan_waves",
     "read_rollouts",
+    "response_problems",
     "select_samples",
     "split_group",
     "step_cost",

@@ -26,7 +26,6 @@ tokens than those that the values belong to.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -38,11 +37,7 @@ from torch import Tensor
 
 from .text import TextEncoder, check_prompt
 from .types import Sample, Status
-
-# Rounding in the rollout engine may leave a logprob of a sure token slightly above 0.
-LOGPROB_SLACK = 1e-3
-# Ids beyond this fit into no tokenizer and, worse, not into int32 kernels.
-MAX_TOKEN_ID = 2**31 - 1
+from .values import logprob_problem, number_problem, numbers_problem, show, token_problem
 
 # (field, what is wrong with it)
 Errors = list[tuple[str, str]]
@@ -86,8 +81,9 @@ class RowParser:
         except Exception as error:  # whatever a tokenizer or its template raises
             return [("prompt", f"could not be tokenized: {type(error).__name__}: {error}")]
         suffix = "_ids" if "prompt_ids" in row else ""
-        errors += self._vocabulary_errors(f"prompt{suffix}", prompt_ids)
-        errors += self._vocabulary_errors(f"response{suffix}", response_ids)
+        for name, ids in ((f"prompt{suffix}", prompt_ids), (f"response{suffix}", response_ids)):
+            if wrong := token_problem(ids, self._vocab_size) if ids else "has no tokens":
+                errors.append((name, wrong))
         for name in PER_TOKEN:
             values = row.get(name)
             if isinstance(values, list) and len(values) != len(response_ids):
@@ -102,14 +98,6 @@ class RowParser:
         is_completed = row.get("status", "completed") == "completed"
         prompt_ids = self._encoder.encode_prompt(row["prompt"])
         return prompt_ids, self._encoder.encode_response(row["response"], is_completed)
-
-    def _vocabulary_errors(self, field: str, ids: list[int]) -> Errors:
-        if not ids:
-            return [(field, "has no tokens")]
-        if self._vocab_size is None or max(ids) < self._vocab_size:
-            return []
-        where = next(i for i, token in enumerate(ids) if token >= self._vocab_size)
-        return [(field, f"token {where} is {ids[where]}, vocab_size is {self._vocab_size}")]
 
     def _build(
         self, row: Mapping[str, Any], prompt_ids: list[int], response_ids: list[int]
@@ -169,79 +157,51 @@ def _as_float64(values: list[float] | None) -> Tensor | None:
 
 def _check_tokens(value: Any) -> str | None:
     if not isinstance(value, list):
-        return f"must be a list of token ids, got {_show(value)}"
-    if not value:
-        return "has no tokens"
-    if not set(map(type, value)) <= {int}:
-        where = next(i for i, token in enumerate(value) if type(token) is not int)
-        return f"token {where} is {_show(value[where])}, must be an integer"
-    if min(value) < 0 or max(value) > MAX_TOKEN_ID:
-        where = next(i for i, token in enumerate(value) if not 0 <= token <= MAX_TOKEN_ID)
-        return f"token {where} is {value[where]}, must lie in [0, vocab_size)"
-    return None
+        return f"must be a list of token ids, got {show(value)}"
+    return token_problem(value, None) if value else "has no tokens"
 
 
 def _check_mask(value: Any) -> str | None:
     if not isinstance(value, list):
-        return f"must be a list of 0 and 1, got {_show(value)}"
+        return f"must be a list of 0 and 1, got {show(value)}"
     if set(map(type, value)) <= {int, bool} and set(value) <= {0, 1}:
         return None
     for i, flag in enumerate(value):
         if type(flag) not in (int, bool) or flag not in (0, 1):
-            return f"value {i} is {_show(flag)}, must be 0 or 1"
+            return f"value {i} is {show(flag)}, must be 0 or 1"
     return None
-
-
-def _check_number(value: Any) -> str | None:
-    if type(value) not in (int, float):
-        return f"must be a number, got {_show(value)}"
-    try:
-        return None if math.isfinite(value) else f"is {value}, must be finite"
-    except OverflowError:
-        return "is too large for a floating-point number"
 
 
 def _check_numbers(value: Any) -> str | None:
     if not isinstance(value, list):
-        return f"must be a list of numbers, got {_show(value)}"
-    # The usual case without a Python call per value.
-    if set(map(type, value)) == {float} and all(map(math.isfinite, value)):
-        return None
-    for i, number in enumerate(value):
-        if wrong := _check_number(number):
-            return f"value {i} {wrong}"
-    return None
+        return f"must be a list of numbers, got {show(value)}"
+    return numbers_problem(value)
 
 
 def _check_logprobs(value: Any) -> str | None:
-    if wrong := _check_numbers(value):
-        return wrong
-    if max(value, default=0) <= LOGPROB_SLACK:
-        return None
-    where = next(i for i, logprob in enumerate(value) if logprob > LOGPROB_SLACK)
-    return f"value {where} is {value[where]}, a logprob is at most 0"
+    return logprob_problem(value) if isinstance(value, list) else _check_numbers(value)
 
 
 def _check_advantage(value: Any) -> str | None:
-    return _check_numbers(value) if isinstance(value, list) else _check_number(value)
+    return _check_numbers(value) if isinstance(value, list) else number_problem(value)
 
 
 def _check_id(value: Any) -> str | None:
     if type(value) is int or (isinstance(value, str) and value):
         return None
-    return f"must be a non-empty string or an integer, got {_show(value)}"
+    return f"must be a non-empty string or an integer, got {show(value)}"
 
 
 def _check_text(value: Any) -> str | None:
     if isinstance(value, str) and value:
         return None
-    return f"must be a non-empty string, got {_show(value)}"
+    return f"must be a non-empty string, got {show(value)}"
 
 
 def _check_status(value: Any) -> str | None:
     if value in get_args(Status):
         return None
-    return f"is {_show(value)}, must be one of {', '.join(get_args(Status))}"
+    return f"is {show(value)}, must be one of {', '.join(get_args(Status))}"
 
 
 def _check_metadata(value: Any) -> str | None:
@@ -249,13 +209,8 @@ def _check_metadata(value: Any) -> str | None:
         try:
             value = json.loads(value)
         except ValueError:
-            return f"is the string {_show(value)}, which is no JSON object"
-    return None if isinstance(value, dict) else f"must be an object, got {_show(value)}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+            return f"is the string {show(value)}, which is no JSON object"
+    return None if isinstance(value, dict) else f"must be an object, got {show(value)}"
 
 
 FIELDS: dict[str, Callable[[Any], str | None]] = {
@@ -263,7 +218,7 @@ FIELDS: dict[str, Callable[[Any], str | None]] = {
     "response_ids": _check_tokens,
     "prompt": check_prompt,
     "response": _check_text,
-    "reward": _check_number,
+    "reward": number_problem,
     "group_id": _check_id,
     "sample_id": _check_id,
     "loss_mask": _check_mask,

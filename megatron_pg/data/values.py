@@ -1,0 +1,106 @@
+"""What the values of a response may be, whichever source they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+# Rounding in the rollout engine may leave a logprob of a sure token slightly above 0.
+LOGPROB_SLACK = 1e-3
+# A token this unlikely (1e-434) is never sampled, and the softmax of fp32 logits has no number for
+# it (the smallest is about exp(-103)). Engines write placeholders below: vLLM -9999.
+LEAST_LOGPROB = -1000.0
+# Ids beyond this fit into no tokenizer and, worse, not into int32 kernels.
+MAX_TOKEN_ID = 2**31 - 1
+
+
+def response_problems(
+    response_ids: Sequence[Any],
+    logprobs: Sequence[Any] | None,
+    *,
+    vocab_size: int | None,
+    max_response_tokens: int | None = None,
+) -> list[str]:
+    """What keeps a response from being trained, empty when nothing does; the caller adds the place.
+
+    A response without tokens has no problem: it trains nothing. Recorded rows and the replies of
+    servers are held to the same rules.
+
+    Args:
+        response_ids: integers in [0, ``vocab_size``).
+        logprobs: one finite number in [-1000, 0] per token (rounding above 0 is let pass, a
+            placeholder for an unknown logprob is not), or None.
+        vocab_size: None checks only that the tokens are plausible.
+        max_response_tokens: most tokens that were asked for; None asks for no number.
+    """
+    problems = []
+    if wrong := token_problem(response_ids, vocab_size):
+        problems.append(wrong)
+    if max_response_tokens is not None and len(response_ids) > max_response_tokens:
+        problems.append(f"has {len(response_ids)} tokens, at most {max_response_tokens} were asked")
+    if logprobs is None:
+        return problems
+    if len(logprobs) != len(response_ids):
+        count = len(response_ids)
+        problems.append(f"has {len(logprobs)} logprobs, the response has {count} tokens")
+    if wrong := logprob_problem(logprobs):
+        problems.append(wrong)
+    return problems
+
+
+def token_problem(ids: Sequence[Any], vocab_size: int | None) -> str | None:
+    """What is wrong with the first wrong token id; None when nothing is."""
+    if not len(ids):
+        return None
+    if not set(map(type, ids)) <= {int}:
+        where = next(i for i, token in enumerate(ids) if type(token) is not int)
+        return f"token {where} is {show(ids[where])}, must be an integer"
+    limit = MAX_TOKEN_ID + 1 if vocab_size is None else vocab_size
+    if min(ids) >= 0 and max(ids) < limit:
+        return None
+    where = next(i for i, token in enumerate(ids) if not 0 <= token < limit)
+    named = "" if vocab_size is None else f", vocab_size is {vocab_size}"
+    return f"token {where} is {ids[where]}, must lie in [0, vocab_size){named}"
+
+
+def logprob_problem(logprobs: Sequence[Any]) -> str | None:
+    """What is wrong with the first wrong logprob; None when nothing is."""
+    if wrong := numbers_problem(logprobs):
+        return wrong
+    if not len(logprobs) or LEAST_LOGPROB <= min(logprobs) <= max(logprobs) <= LOGPROB_SLACK:
+        return None
+    where = next(i for i, x in enumerate(logprobs) if not LEAST_LOGPROB <= x <= LOGPROB_SLACK)
+    if logprobs[where] > 0:
+        return f"value {where} is {logprobs[where]}, a logprob is at most 0"
+    return (
+        f"value {where} is {logprobs[where]}, a placeholder: no token is sampled with a logprob "
+        f"below {LEAST_LOGPROB:g}; leave the logprobs out"
+    )
+
+
+def numbers_problem(values: Sequence[Any]) -> str | None:
+    """What is wrong with the first value that is no finite number; None when all are."""
+    # The usual case without a Python call per value.
+    if set(map(type, values)) == {float} and all(map(math.isfinite, values)):
+        return None
+    for i, number in enumerate(values):
+        if wrong := number_problem(number):
+            return f"value {i} {wrong}"
+    return None
+
+
+def number_problem(value: Any) -> str | None:
+    """What keeps a value from being a finite number; None when nothing does."""
+    if type(value) not in (int, float):
+        return f"must be a number, got {show(value)}"
+    try:
+        return None if math.isfinite(value) else f"is {value}, must be finite"
+    except OverflowError:
+        return "is too large for a floating-point number"
+
+
+def show(value: Any) -> str:
+    """A value and its type, shortened for a message."""
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
