@@ -16,7 +16,7 @@ from .plan import (
 from .readers import read_rollouts, write_rollouts
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import Group, Microbatch, PrefixRow, Sample, Status, Wave
+from .types import Group, Microbatch, PrefixRow, Sample, Status, Wave, without_aborted
 from .values import response_problems
 
 __all__ = [
@@ -51,5 +51,6 @@ __all__ = [
     "select_samples",
     "split_group",
     "step_cost",
+    "without_aborted",
     "write_rollouts",
 ]

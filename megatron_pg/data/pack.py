@@ -150,23 +150,27 @@ def _training_values(
     own = carried_fields(groups.values() if isinstance(groups, Mapping) else groups)
     if scalars is not None:
         own = tuple(name for name in own if name != "advantages")
-    elif "advantages" not in own and plan.shapes:
-        raise ValueError(
-            "the samples carry no advantages; pass advantages=, one number per sample of the "
-            "global batch"
-        )
+    elif "advantages" not in own:
+        if plan.loss_tokens:
+            raise ValueError(
+                "the samples carry no advantages; pass advantages=, one number per sample of the "
+                "global batch"
+            )
+        own = (*own, "advantages")
     return _TrainingValues(weights, scalars, own)
 
 
 def carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
-    """Names of the optional per-token values that all samples carry.
+    """Names of the optional per-token values that all samples with trained tokens carry.
 
     Raises:
-        ValueError: when some samples carry one and others do not; names two of them.
+        ValueError: when some of them carry one and others do not; names two of them.
     """
     first: tuple[str, int, dict[str, bool]] | None = None
     for group in groups:
         for i, sample in enumerate(group.samples):
+            if not sample.num_loss_tokens:
+                continue
             has = {name: getattr(sample, name) is not None for name in OPTIONAL_TOKEN_VALUES}
             first = first or (group.group_id, i, has)
             for name in OPTIONAL_TOKEN_VALUES:
@@ -206,10 +210,7 @@ def _build_row(
     packed, edge_ids = torch.unique(layout.logical_to_packed[torch.cat(masks)], return_inverse=True)
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
     sample_ids = torch.repeat_interleave(counts)
-    own = {
-        name: torch.cat([getattr(s, name)[s.loss_mask] for s in samples]).double()
-        for name in values.own
-    }
+    own = {name: _trained_values(samples, name) for name in values.own}
     if values.advantages is not None:
         own["advantages"] = values.advantages[sample_numbers[sample_ids]]
     return Microbatch(
@@ -223,6 +224,13 @@ def _build_row(
         weights=values.weights[sample_numbers[sample_ids]],
         **own,
     )
+
+
+def _trained_values(samples: Sequence[Sample], name: str) -> Tensor:
+    parts = [
+        getattr(sample, name)[sample.loss_mask] for sample in samples if sample.num_loss_tokens
+    ]
+    return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
 
 
 def _first_token(plan: PackPlan, part: RowPart, sample: int) -> int:

@@ -8,7 +8,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal, get_args
 
-from .formats import CONVERTERS, FormatError
+from .formats import CONVERTERS, READS_REWARD_KEY, FormatError
+from .grouping import PlacedRow, check_rows, group_rows
 from .problems import Problems
 from .records import (
     Record,
@@ -42,21 +43,26 @@ def read_rollouts(
     vocab_size: int | None = None,
     append_eos: bool = False,
     reward_key: str | Sequence[str] = (),
+    group_across_files: bool = False,
 ) -> list[Group]:
     """Groups of samples from files, in order of first appearance.
 
-    Our own format has one row per response, in JSONL or parquet; its fields are listed in
-    ``megatron_pg/data/schema.py``, the formats of other trainers in ``formats.py``. Rows belong to
-    one group when their ``group_id`` is equal, in all files together. No row is dropped.
+    Our own format has one row per response, in JSONL (gzipped or not) or parquet; its fields are
+    listed in ``megatron_pg/data/schema.py``, the formats of other trainers in ``formats.py``. Rows
+    of a file belong to one group when their ``group_id`` is equal. Ids that several files use are
+    told apart by the file's name. No row is dropped.
 
     Args:
         paths: one file or several.
-        format: "auto" goes by the suffix (.jsonl, .parquet, .pt) and the fields of the first row.
+        format: "auto" goes by the suffix (.jsonl, .jsonl.gz, .parquet, .pt) and the fields of the
+            first row.
         tokenizer: for rows that hold text; anything with the interface of transformers.
         vocab_size: token ids must lie below.
         append_eos: end completed responses given as text with the end-of-sequence token.
         reward_key: part or parts of the reward that are summed, for slime rewards that are dicts
             and TRL tables with several reward columns.
+        group_across_files: whether equal ids of several files mean one group, for groups that a
+            recorder spread over files; else ids may start anew in every file.
 
     Raises:
         ValueError: on anything malformed. One error lists the problems of all files, up to 20, each
@@ -74,23 +80,30 @@ def read_rollouts(
     parser = RowParser(encoder, vocab_size)
     keys = (reward_key,) if isinstance(reward_key, str) else tuple(reward_key)
     problems = Problems()
-    rows: list[tuple[str, ParsedRow]] = []
+    rows: list[PlacedRow] = []
+    names: dict[str, str] = {}
+    seen: dict[Path, Path] = {}
     for file in files:
-        num_rows = 0
-        num_problems = problems.total
-        for where, record in _records(file, format, keys, problems):
+        if (first := seen.setdefault(file.resolve(), file)) is not file:
+            problems.add(str(file), f"is given twice (as {first}); name it once")
+            continue
+        if not group_across_files:
+            names = {}
+        scope = "" if group_across_files else str(file)
+        num_rows, num_problems = 0, problems.total
+        for where, record in _records(file, format, keys, names, problems):
             num_rows += 1
             parsed = parser.parse(record)
             if isinstance(parsed, ParsedRow):
-                rows.append((where, parsed))
+                rows.append(PlacedRow(where, scope, parsed))
             else:
                 for field, message in parsed:
                     problems.add(where, message, field)
         if num_rows == 0 and problems.total == num_problems:
             problems.add(str(file), "has no rows")
-    _check_rows(rows, problems)
+    check_rows(rows, problems)
     problems.raise_if_any()
-    return _group_rows([row for _, row in rows])
+    return group_rows(rows)
 
 
 def write_rollouts(groups: Sequence[Group], path: str | PathLike[str]) -> None:
@@ -125,6 +138,7 @@ def _as_row(group_id: str, sample: Sample) -> dict[str, object]:
     row: dict[str, object] = {
         "group_id": group_id,
         "sample_id": sample.sample_id,
+        "execution_id": sample.execution_id,
         "prompt_ids": sample.prompt_ids.tolist(),
         "response_ids": sample.response_ids.tolist(),
         "reward": sample.reward,
@@ -140,33 +154,43 @@ def _as_row(group_id: str, sample: Sample) -> dict[str, object]:
 
 
 def _records(
-    file: Path, format: str, reward_key: Sequence[str], problems: Problems
+    file: Path,
+    format: str,
+    reward_key: Sequence[str],
+    names: dict[str, str],
+    problems: Problems,
 ) -> Iterator[Record]:
-    """Rows of our schema from one file of any format."""
+    """Rows of our schema from one file of any format; ``names`` holds the groups named so far."""
     if not file.is_file():
         problems.add(str(file), "is a directory; name its files" if file.is_dir() else "is missing")
         return
     if format == "auto":
         found = _detect_format(file)
         if found is None:
-            problems.add(str(file), "has no known suffix (.jsonl, .parquet, .pt); pass format=")
+            known = ".jsonl, .jsonl.gz, .parquet, .pt"
+            problems.add(str(file), f"has no known suffix ({known}); give its format")
             return
         format = found
-    if reward_key and format not in ("slime", "trl"):
+    if reward_key and format not in READS_REWARD_KEY:
         problems.add(str(file), f"has format {format!r}, which does not read reward_key=; omit it")
         return
-    convert = CONVERTERS.get(format)
-    numbers: dict[str, int] = {}
+    records = RECORD_READERS[format](file, problems)
+    if format not in CONVERTERS:
+        yield from records
+        return
 
     def name_group(key: str) -> str:
-        return f"{file}:{numbers.setdefault(key, len(numbers))}"
+        return names.setdefault(key, f"{file}:{len(names)}")
 
-    for where, record in RECORD_READERS[format](file, problems):
-        if convert is None:
-            yield where, record
-            continue
+    placed = list(records)
+    try:
+        convert = CONVERTERS[format]([record for _, record in placed], name_group, reward_key)
+    except FormatError as error:
+        problems.add(str(file), error.message, error.field)
+        return
+    for where, record in placed:
         try:
-            yield where, convert(record, name_group, reward_key)
+            yield where, convert(record)
         except FormatError as error:
             problems.add(where, error.message, error.field)
 
@@ -176,43 +200,9 @@ def _detect_format(file: Path) -> str | None:
         return "slime"
     if file.suffix == ".parquet":
         return "trl" if "completion" in parquet_columns(file) else "parquet"
-    if file.suffix not in (".jsonl", ".json"):
+    if not file.name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         return None
     _, first = next(read_jsonl_records(file, Problems()), ("", {}))
     if {"token_ids", "input_lengths"} <= first.keys():
         return "nemo_rl"
     return "verl" if {"input", "output", "score"} <= first.keys() else "jsonl"
-
-
-def _check_rows(rows: Sequence[tuple[str, ParsedRow]], problems: Problems) -> None:
-    """Problems that only show between rows."""
-    ids: dict[str, str] = {}
-    first_of_group: dict[str, tuple[str, Sample]] = {}
-    for where, row in rows:
-        sample = row.sample
-        if sample.sample_id is not None:
-            earlier = ids.setdefault(sample.sample_id, where)
-            if earlier != where:
-                message = f"{sample.sample_id!r} is also that of {earlier}"
-                problems.add(where, message, "sample_id")
-        if (row.group_id is None) != (rows[0][1].group_id is None):
-            message = f"must be on every row or on none; compare {rows[0][0]}"
-            problems.add(where, message, "group_id")
-        key = repr(row.prompt_key) if row.group_id is None else row.group_id
-        first_where, first = first_of_group.setdefault(key, (where, sample))
-        for name in OPTIONAL_TOKEN_VALUES:
-            if (getattr(sample, name) is None) != (getattr(first, name) is None):
-                field = "advantage" if name == "advantages" else name
-                message = f"must be on all rows of a group or on none; compare {first_where}"
-                problems.add(where, message, field)
-
-
-def _group_rows(rows: Sequence[ParsedRow]) -> list[Group]:
-    members: dict[str | bytes, list[Sample]] = {}
-    for row in rows:
-        key = row.prompt_key if row.group_id is None else row.group_id
-        members.setdefault(key, []).append(row.sample)
-    return [
-        Group(key if isinstance(key, str) else f"prompt-{number}", tuple(samples))
-        for number, (key, samples) in enumerate(members.items())
-    ]

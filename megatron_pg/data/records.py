@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -13,31 +16,31 @@ from .problems import Problems
 
 Record = tuple[str, dict[str, Any]]
 
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
+
 
 def read_jsonl_records(path: Path, problems: Problems) -> Iterator[Record]:
-    """Objects of a JSONL file, one a line; blank lines are no rows."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
-            except UnicodeDecodeError as error:
-                problems.add(where, f"is not UTF-8 (byte {error.start}); re-encode the file")
-            except RecursionError:
-                problems.add(where, "is nested too deeply")
-            except ValueError as error:
-                problems.add(where, f"is no JSON: {error}")
-            else:
+    """Objects of a JSONL file, gzipped or not; blank lines are no rows."""
+    try:
+        with _open_lines(path) as file:
+            is_first = True
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                record = _parse_line(line)
                 if isinstance(record, dict):
-                    yield where, record
+                    yield f"{path}, line {number}", record
                 else:
-                    problems.add(where, f"must be an object, got a JSON {type(record).__name__}")
+                    problems.add(f"{path}, line {number}", record)
+                    if is_first and _goes_on(line):
+                        return
+                is_first = False
+    except (OSError, EOFError, zlib.error) as error:
+        problems.add(str(path), f"cannot be read to its end ({error}); copy it again")
 
 
 def read_parquet_records(path: Path, problems: Problems) -> Iterator[Record]:
-    """Rows of a parquet file, counted from 0.
+    """Rows of a parquet file, counted from 0; the index that pandas stores is no field.
 
     Raises:
         ImportError: if pyarrow is not installed.
@@ -45,12 +48,17 @@ def read_parquet_records(path: Path, problems: Problems) -> Iterator[Record]:
     pyarrow = _import_pyarrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                problems.add(str(path), f"has the column {twice[0]!r} twice; rename or drop one")
+                return
             number = 0
             for batch in file.iter_batches():
-                for record in batch.to_pylist():
+                columns = [name for name in batch.schema.names if not _PANDAS_INDEX.match(name)]
+                for record in batch.select(columns).to_pylist():
                     yield f"{path}, row {number}", record
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         problems.add(str(path), f"is no readable parquet file: {error}")
 
 
@@ -64,18 +72,20 @@ def parquet_columns(path: Path) -> set[str]:
 
 
 def read_slime_records(path: Path, problems: Problems) -> Iterator[Record]:
-    """Samples of a slime debug file, counted from 0, each with its ``rollout_id``.
+    """Samples of a slime debug file, counted from 0, each beside the file's ``rollout_id``.
 
     Only plain data is loaded: a pickle that names other classes could run code.
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and unsafe pickles raise many kinds
-        reason = str(error).strip().split("\n")[0][:200]
+        # torch's own text recommends what would execute the file.
+        told = re.search(r"(?:Unsupported|GLOBAL|invalid|failed finding)[^.\n]{0,120}", str(error))
         problems.add(
             str(path),
             "does not load as plain data (torch.load with weights_only=True); a pickle that "
-            f"names classes can run code and is refused. Write it again from dicts. {reason}",
+            "names classes can run code and is refused. Write it again from dicts"
+            f" ({told[0] if told else type(error).__name__})",
         )
         return
     samples = data.get("samples") if isinstance(data, dict) else None
@@ -88,9 +98,44 @@ def read_slime_records(path: Path, problems: Problems) -> Iterator[Record]:
         where = f"{path}, sample {number}"
         if isinstance(sample, dict):
             plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
-            yield where, {"rollout_id": data.get("rollout_id"), **plain}
+            yield where, {"rollout_id": data.get("rollout_id"), "sample": plain}
         else:
             problems.add(where, f"must be a dict, got {type(sample).__name__}")
+
+
+def _open_lines(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return cast("IO[bytes]", gzip.open(path, "rb")) if is_gzip else path.open("rb")
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | str:
+    """The object of a line, or what is wrong with it."""
+    # Some editors write a mark before the first line, which joined files keep.
+    line = line.removeprefix(b"\xef\xbb\xbf").strip()
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte {error.start}); re-encode the file"
+    except RecursionError:
+        return "is nested too deeply"
+    except ValueError as error:
+        if b"\0" in line:
+            return "is not UTF-8 but perhaps UTF-16; re-encode the file"
+        if line == b"{":
+            return "begins an object of several lines; write one object a line"
+        if not line.startswith(b"["):
+            return f"is no JSON: {error}"
+        record = []
+    if isinstance(record, dict):
+        return record
+    hint = " (JSON array: one object a line)" if isinstance(record, list) else ""
+    return f"must be an object, got a JSON {type(record).__name__}{hint}"
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a wrong first line makes all that follow wrong for the same reason."""
+    return line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") or b"\0" in line or line.strip() == b"{"
 
 
 def _import_pyarrow() -> Any:

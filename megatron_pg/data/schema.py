@@ -4,23 +4,27 @@
 field               required   value
 ==================  =========  =====================================================================
 prompt_ids          ids form   token ids, at least one
-response_ids        ids form   token ids, at least one
+response_ids        ids form   token ids
 prompt              text form  string, or chat messages ``[{"role": ..., "content": ...}, ...]``
 response            text form  string
-reward              yes        finite number
-group_id            no         string or integer, on every row or on none; without it, rows with
-                               equal prompts form a group
-sample_id           no         string or integer, unique
+reward              yes        finite number, or a boolean for 1 and 0; none is needed of an aborted
+                               or empty response
+group_id            no         string or integer, on every row of a file or on none; without it,
+                               rows with equal prompts form a group
+sample_id           no         string or integer, unique in its file except within an execution
+execution_id        no         string or integer: rows of a group with equal ones are parts of one
+                               execution; they share its reward, which counts once
 loss_mask           no         0 or 1 per response token; all 1 when absent
 rollout_logprobs    no         number <= 0 per response token, likewise ``old_logprobs``,
-                               ``ref_logprobs``; on all rows of a group or on none
+                               ``ref_logprobs``; on all rows of a group that train a token, or none
 advantage           no         number, or one number per response token; as the logprobs
 status              no         completed (default), truncated, aborted
 metadata            no         object, or a JSON string that holds one
 ==================  =========  =====================================================================
 
 A null counts as absent. Per-token fields need the ids form: text tokenized anew may have other
-tokens than those that the values belong to.
+tokens than those that the values belong to. A row whose ``status`` is aborted or whose response has
+no tokens trains nothing, and its reward does not count (see ``Sample``).
 """
 
 from __future__ import annotations
@@ -37,7 +41,14 @@ from torch import Tensor
 
 from .text import TextEncoder, check_prompt
 from .types import Sample, Status
-from .values import logprob_problem, number_problem, numbers_problem, show, token_problem
+from .values import (
+    logprob_problem,
+    number_problem,
+    numbers_problem,
+    reward_problem,
+    show,
+    token_problem,
+)
 
 # (field, what is wrong with it)
 Errors = list[tuple[str, str]]
@@ -81,8 +92,10 @@ class RowParser:
         except Exception as error:  # whatever a tokenizer or its template raises
             return [("prompt", f"could not be tokenized: {type(error).__name__}: {error}")]
         suffix = "_ids" if "prompt_ids" in row else ""
+        if not prompt_ids:
+            errors.append((f"prompt{suffix}", "has no tokens"))
         for name, ids in ((f"prompt{suffix}", prompt_ids), (f"response{suffix}", response_ids)):
-            if wrong := token_problem(ids, self._vocab_size) if ids else "has no tokens":
+            if wrong := token_problem(ids, self._vocab_size):
                 errors.append((name, wrong))
         for name in PER_TOKEN:
             values = row.get(name)
@@ -114,23 +127,25 @@ class RowParser:
         sample = Sample(
             prompt_ids=shared_prompt,
             response_ids=torch.from_numpy(np.array(response_ids, dtype=np.int64)),
-            reward=float(row["reward"]),
+            reward=float(row.get("reward", 0.0)),
             loss_mask=torch.from_numpy(np.array(mask, dtype=bool)),
             rollout_logprobs=_as_float64(row.get("rollout_logprobs")),
             old_logprobs=_as_float64(row.get("old_logprobs")),
             ref_logprobs=_as_float64(row.get("ref_logprobs")),
             advantages=_as_float64(advantage),
             status=row.get("status", "completed"),
-            sample_id=str(row["sample_id"]) if "sample_id" in row else None,
+            sample_id=_as_id(row.get("sample_id")),
+            execution_id=_as_id(row.get("execution_id")),
             metadata=json.loads(metadata) if isinstance(metadata, str) else metadata,
         )
-        group_id = str(row["group_id"]) if "group_id" in row else None
-        return ParsedRow(sample, group_id, key)
+        return ParsedRow(sample, _as_id(row.get("group_id")), key)
 
 
 def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
     """What keeps the row from being in one complete form, ids or text."""
-    errors = [] if "reward" in row else [("reward", "is missing")]
+    is_empty = row.get("response_ids", row.get("response")) in ([], "")
+    needs_reward = not is_empty and row.get("status") != "aborted"
+    errors = [("reward", "is missing or null")] if needs_reward and "reward" not in row else []
     has_text = [name for name in TEXT_FORM if name in row]
     if has_text and any(name in row for name in IDS_FORM):
         message = "stands beside token ids, which are exact; keep the ids, put text into 'metadata'"
@@ -151,14 +166,22 @@ def _unknown_field(name: str) -> str:
     return f"is no field of the schema; {hint}"
 
 
+def _as_id(value: int | str | None) -> str | None:
+    return None if value is None else str(value)
+
+
 def _as_float64(values: list[float] | None) -> Tensor | None:
     return None if values is None else torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def _check_prompt_ids(value: Any) -> str | None:
+    return "has no tokens" if value == [] else _check_tokens(value)
 
 
 def _check_tokens(value: Any) -> str | None:
     if not isinstance(value, list):
         return f"must be a list of token ids, got {show(value)}"
-    return token_problem(value, None) if value else "has no tokens"
+    return token_problem(value, None)
 
 
 def _check_mask(value: Any) -> str | None:
@@ -187,15 +210,13 @@ def _check_advantage(value: Any) -> str | None:
 
 
 def _check_id(value: Any) -> str | None:
-    if type(value) is int or (isinstance(value, str) and value):
+    if (type(value) is int and abs(value) < 2**63) or (isinstance(value, str) and value):
         return None
     return f"must be a non-empty string or an integer, got {show(value)}"
 
 
 def _check_text(value: Any) -> str | None:
-    if isinstance(value, str) and value:
-        return None
-    return f"must be a non-empty string, got {show(value)}"
+    return None if isinstance(value, str) else f"must be a string, got {show(value)}"
 
 
 def _check_status(value: Any) -> str | None:
@@ -208,19 +229,20 @@ def _check_metadata(value: Any) -> str | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return f"is the string {show(value)}, which is no JSON object"
     return None if isinstance(value, dict) else f"must be an object, got {show(value)}"
 
 
 FIELDS: dict[str, Callable[[Any], str | None]] = {
-    "prompt_ids": _check_tokens,
+    "prompt_ids": _check_prompt_ids,
     "response_ids": _check_tokens,
     "prompt": check_prompt,
     "response": _check_text,
-    "reward": number_problem,
+    "reward": reward_problem,
     "group_id": _check_id,
     "sample_id": _check_id,
+    "execution_id": _check_id,
     "loss_mask": _check_mask,
     "rollout_logprobs": _check_logprobs,
     "old_logprobs": _check_logprobs,

@@ -118,10 +118,13 @@ def group_tree(group: Group, min_shared: int | None = None) -> PrefixTree:
     sample_segments = np.empty(len(group.samples), dtype=np.int64)
     for members in by_prompt.values():
         root = len(lens)
-        sample_segments[members] = np.arange(root + 1, root + 1 + len(members))
+        # A sample without a response ends at its prompt.
+        sample_segments[members] = root
+        answered = [i for i in members if len(group.samples[i].response_ids)]
+        sample_segments[answered] = np.arange(root + 1, root + 1 + len(answered))
         lens.append(len(group.samples[members[0]].prompt_ids))
-        lens += [len(group.samples[i].response_ids) for i in members]
-        parents += [-1] + [root] * len(members)
+        lens += [len(group.samples[i].response_ids) for i in answered]
+        parents += [-1] + [root] * len(answered)
     return PrefixTree(np.array(lens), np.array(parents), sample_segments)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -22,10 +22,14 @@ OPTIONAL_TOKEN_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "ad
 class Sample:
     """One prompt and one response with its reward. All tensors live on the CPU.
 
+    An aborted response, and one without tokens, trains nothing: its ``status`` is "aborted", its
+    ``loss_mask`` False throughout, whatever was given. A step equals the step of its group without
+    it (see ``without_aborted``).
+
     Attributes:
         prompt_ids: ``[P]`` int64, at least one token.
-        response_ids: ``[R]`` int64, at least one token.
-        reward: finite scalar.
+        response_ids: ``[R]`` int64, R at least 0.
+        reward: finite scalar; of an aborted response any, it is not read.
         loss_mask: ``[R]`` bool, True where the response token is trained. Untrained tokens (tool
             output) are real: later tokens attend to them.
         rollout_logprobs: ``[R]`` logprobs that the rollout engine reported.
@@ -34,6 +38,9 @@ class Sample:
         advantages: ``[R]`` when the caller computed them; else from the group's rewards.
         status: whether the response ended by itself.
         sample_id: name of the sample in its source, for messages.
+        execution_id: samples of a group with equal ids come from one execution of an agent that
+            was recorded in parts. They share its reward, and the execution counts once where a
+            group's rewards or an average over sequences is taken. None is an execution of its own.
         metadata: carried along, never read by training.
 
     Raises:
@@ -50,15 +57,16 @@ class Sample:
     advantages: Tensor | None = None
     status: Status = "completed"
     sample_id: str | None = None
+    execution_id: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("prompt_ids", "response_ids"):
+        for name, least in (("prompt_ids", 1), ("response_ids", 0)):
             tokens = getattr(self, name)
-            if tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens):
+            if tokens.dtype != torch.int64 or tokens.ndim != 1 or len(tokens) < least:
                 raise ValueError(
-                    f"{name} must be a one-dimensional int64 tensor of at least one token, got "
-                    f"shape {tuple(tokens.shape)} and dtype {tokens.dtype}"
+                    f"{name} must be a one-dimensional int64 tensor of at least {least} tokens, "
+                    f"got shape {tuple(tokens.shape)} and dtype {tokens.dtype}"
                 )
         if self.loss_mask.dtype != torch.bool:
             raise ValueError(f"loss_mask must be bool, got {self.loss_mask.dtype}; use mask.bool()")
@@ -71,6 +79,9 @@ class Sample:
                 )
         if not math.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} must be finite; drop or re-score the sample")
+        if self.status == "aborted" or not len(self.response_ids):
+            object.__setattr__(self, "status", "aborted")
+            object.__setattr__(self, "loss_mask", torch.zeros_like(self.loss_mask))
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -97,6 +108,25 @@ class Group:
     def rewards(self) -> Tensor:
         """``[num_samples]`` float64."""
         return torch.tensor([sample.reward for sample in self.samples], dtype=torch.float64)
+
+    @property
+    def executions(self) -> Tensor:
+        """``[num_samples]`` int64: the execution of every sample, from 0 in order of appearance."""
+        numbers: dict[Any, int] = {}
+        keys = [i if s.execution_id is None else s.execution_id for i, s in enumerate(self.samples)]
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def without_aborted(groups: Iterable[Group]) -> list[Group]:
+    """What a step trains: the groups without their aborted samples, if any others are left."""
+    kept = []
+    for group in groups:
+        samples = tuple(sample for sample in group.samples if sample.status != "aborted")
+        if samples:
+            kept.append(
+                group if len(samples) == len(group.samples) else replace(group, samples=samples)
+            )
+    return kept
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

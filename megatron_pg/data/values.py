@@ -61,7 +61,7 @@ def token_problem(ids: Sequence[Any], vocab_size: int | None) -> str | None:
         return None
     where = next(i for i, token in enumerate(ids) if not 0 <= token < limit)
     named = "" if vocab_size is None else f", vocab_size is {vocab_size}"
-    return f"token {where} is {ids[where]}, must lie in [0, vocab_size){named}"
+    return f"token {where} is {shorten(ids[where])}, must lie in [0, vocab_size){named}"
 
 
 def logprob_problem(logprobs: Sequence[Any]) -> str | None:
@@ -72,10 +72,10 @@ def logprob_problem(logprobs: Sequence[Any]) -> str | None:
         return None
     where = next(i for i, x in enumerate(logprobs) if not LEAST_LOGPROB <= x <= LOGPROB_SLACK)
     if logprobs[where] > 0:
-        return f"value {where} is {logprobs[where]}, a logprob is at most 0"
+        return f"value {where} is {shorten(logprobs[where])}, a logprob is at most 0"
     return (
-        f"value {where} is {logprobs[where]}, a placeholder: no token is sampled with a logprob "
-        f"below {LEAST_LOGPROB:g}; leave the logprobs out"
+        f"value {where} is {shorten(logprobs[where])}, a placeholder: no token is sampled with a "
+        f"logprob below {LEAST_LOGPROB:g}; leave the logprobs out"
     )
 
 
@@ -90,6 +90,11 @@ def numbers_problem(values: Sequence[Any]) -> str | None:
     return None
 
 
+def reward_problem(value: Any) -> str | None:
+    """What keeps a value from being a reward, a finite number or a boolean; None when nothing."""
+    return None if type(value) is bool else number_problem(value)
+
+
 def number_problem(value: Any) -> str | None:
     """What keeps a value from being a finite number; None when nothing does."""
     if type(value) not in (int, float):
@@ -102,5 +107,13 @@ def number_problem(value: Any) -> str | None:
 
 def show(value: Any) -> str:
     """A value and its type, shortened for a message."""
-    text = repr(value)
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+    return f"{shorten(value)} ({type(value).__name__})"
+
+
+def shorten(value: Any) -> str:
+    """A value in at most 40 letters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+        return "a value too large to be shown"
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -49,7 +49,7 @@ def random_groups(
             response = tokens()
             samples.append(
                 make_sample(
-                    prompt if same_prompt or rng.random() < 0.5 else tokens(),
+                    prompt if same_prompt or rng.random() < 0.5 else [prompt[0], *tokens()],
                     response,
                     mask=[rng.random() < 0.7 for _ in response],
                     reward=rng.random(),

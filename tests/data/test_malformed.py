@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gzip
 import json
 
 import pyarrow
@@ -49,7 +50,7 @@ BAD_ROWS = {
     "prompt_ids is a string": (row_with(prompt_ids="1 2"), "prompt_ids", "list of token ids"),
     "prompt_ids is a number": (row_with(prompt_ids=5), "prompt_ids", "list of token ids"),
     "empty prompt": (row_with(prompt_ids=[]), "prompt_ids", "has no tokens"),
-    "empty response": (row_with(response_ids=[]), "response_ids", "has no tokens"),
+    "null reward with a status": (row_with(reward=None, status="truncated"), "reward", "or null"),
     "float token": (row_with(response_ids=[3, 4.0]), "response_ids", "token 1 is 4.0 (float)"),
     "bool token": (row_with(prompt_ids=[True, 1]), "prompt_ids", "token 0 is True (bool)"),
     "null token": (row_with(prompt_ids=[1, None]), "prompt_ids", "token 1 is None"),
@@ -61,7 +62,9 @@ BAD_ROWS = {
     "reward is NaN": (row_with(reward=float("nan")), "reward", "is nan, must be finite"),
     "reward is infinite": (row_with(reward=float("-inf")), "reward", "is -inf, must be finite"),
     "reward is a string": (row_with(reward="1"), "reward", "must be a number"),
-    "reward is a bool": (row_with(reward=True), "reward", "must be a number"),
+    "reward is a number in a string": (row_with(reward="1.0"), "reward", "got '1.0' (str)"),
+    "reward is a list": (row_with(reward=[1.0]), "reward", "must be a number"),
+    "advantage is a bool": (row_with(advantage=True), "advantage", "must be a number"),
     "reward is an object": (row_with(reward={"a": 1}), "reward", "must be a number"),
     "reward beyond floats": (row_with(reward=10**400), "reward", "too large"),
     "mask too short": (row_with(loss_mask=[1]), "loss_mask", "has 1 values, the response has 2"),
@@ -89,7 +92,8 @@ BAD_ROWS = {
     "ids and text": (row_with(response="r"), "response", "stands beside token ids"),
     "text without response": (text_with(response=DROP), "response", "is missing"),
     "text without prompt": (text_with(prompt=DROP), "prompt", "is missing"),
-    "empty text": (text_with(response=""), "response", "non-empty string"),
+    "text is a number": (text_with(response=5), "response", "must be a string"),
+    "text without reward": (text_with(reward=None), "reward", "is missing or null"),
     "empty prompt text": (text_with(prompt=""), "prompt", "is an empty string"),
     "prompt is an object": (text_with(prompt={"role": "user"}), "prompt", "list of chat messages"),
     "no messages": (chat(), "prompt", "list of chat messages"),
@@ -97,7 +101,9 @@ BAD_ROWS = {
     "unknown role": (chat({"role": "bot", "content": "x"}), "prompt", "has role 'bot'"),
     "no content": (chat({"role": "user"}), "prompt", "has no text under 'content'"),
     "template fails": (chat({"role": "user", "content": "x"}), "prompt", "KeyError: 'no template'"),
-    "text of no tokens": (text_with(response=" "), "response", "has no tokens"),
+    "prompt text of no tokens": (text_with(prompt=" "), "prompt", "has no tokens"),
+    "id beyond int64": (row_with(group_id=2**70), "group_id", "string or an integer"),
+    "execution_id is a float": (row_with(execution_id=1.5), "execution_id", "string or an integer"),
     "mask for text": (text_with(loss_mask=[1]), "loss_mask", "text does not determine"),
 }
 
@@ -128,7 +134,16 @@ BAD_FILES = {
     "number line": (b"5\n", "must be an object, got a JSON int"),
     "null line": (b"null\n", "must be an object, got a JSON NoneType"),
     "not UTF-8": (b'{"prompt": "\xff"}\n', "line 1: is not UTF-8 (byte 12)"),
-    "byte order mark": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "line 1: is no JSON"),
+    "array of several lines": (json.dumps([GOOD], indent=1).encode(), "one object a line"),
+    "array after a mark": (b"\xef\xbb\xbf[\n{}\n]", "JSON array: one object a line"),
+    "object of several lines": (json.dumps(GOOD, indent=1).encode(), "write one object a line"),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "is not UTF-8"),
+    "UTF-16 without a mark": (json.dumps(GOOD).encode("utf-16-le"), "perhaps UTF-16"),
+    "UTF-32": (json.dumps(GOOD).encode("utf-32"), "is not UTF-8"),
+    "cut gzip": (gzip.compress(json.dumps(GOOD).encode() * 9)[:-9], "cannot be read to its end"),
+    "damaged gzip": (gzip.compress(json.dumps(GOOD).encode())[:20] + b"1234567890", "to its end"),
+    "gzip of nothing": (gzip.compress(b""), "has no rows"),
+    "deep metadata": (b'{"metadata": "' + b"[" * 9999 + b'"}', "which is no JSON object"),
     "key twice": (b'{"reward": 1, "reward": 2}\n', "'reward' stands twice"),
     "deep nesting": (b"[" * 200_000, "line 1: is nested too deeply"),
     "empty": (b"", "has no rows"),
@@ -145,6 +160,8 @@ def test_bad_file_is_named(tmp_path, case):
     with pytest.raises(ValueError) as error:
         read_rollouts(path)
     assert str(path) in str(error.value) and message in str(error.value)
+    # One cause is told once, not on every line of the file.
+    assert str(error.value).startswith("1 problem ") or case in ("binary", "deep metadata")
 
 
 def write_lines(path, rows):
@@ -245,6 +262,23 @@ def test_all_problems_are_told_up_to_the_limit(tmp_path):
     assert "b.jsonl, line 1: field 'zzz'" in str(error.value)
 
 
+def test_a_file_is_named_once(tmp_path, monkeypatch):
+    write_lines(tmp_path / "r.jsonl", [GOOD])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "r.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for again in (tmp_path / "r.jsonl", tmp_path / "link.jsonl", tmp_path / "." / "r.jsonl"):
+        with pytest.raises(ValueError, match=r"r?i?n?k?.jsonl: is given twice \(as r.jsonl\)"):
+            read_rollouts(["r.jsonl", again])
+
+
+def test_parquet_with_a_column_twice(tmp_path):
+    table = pyarrow.Table.from_pylist([GOOD])
+    twice = table.append_column("reward", table["reward"])
+    pyarrow.parquet.write_table(twice, tmp_path / "r.parquet")
+    with pytest.raises(ValueError, match="r.parquet: .*'reward'"):
+        read_rollouts(tmp_path / "r.parquet")
+
+
 def test_text_needs_a_tokenizer_and_eos_one_that_has_it(tmp_path):
     path = write_lines(tmp_path / "r.jsonl", [TEXT])
     with pytest.raises(ValueError, match="line 1: field 'prompt' is text; pass tokenizer="):
@@ -270,11 +304,20 @@ def test_slime_files_that_are_refused(tmp_path):
         "list.pt": ([1], "is no slime rollout"),
         "number.pt": ({"samples": [5]}, "sample 0: must be a dict, got int"),
         "none.pt": ({"samples": []}, "has no rows"),
-        "long.pt": ({"samples": [sample | {"response_length": 2}]}, r"is 2, must lie in \(0, 2\)"),
+        "long.pt": ({"samples": [sample | {"response_length": 2}]}, r"is 2, must lie in \[0, 2\)"),
         "untyped.pt": (
             {"samples": [sample | {"tokens": "ab"}]},
             "'tokens' is a str, must be a list",
         ),
+        "bodiless.pt": (
+            {"samples": [sample | {"tokens": [], "response_length": 0, "group_index": 1}]},
+            "field 'tokens' is empty, as in all samples of its group; leave the sample out",
+        ),
+        "huge.pt": (
+            {"samples": [sample | {"tokens": [1, 10**300]}]},
+            "field 'response_ids' token 0 is 10000000",
+        ),
+        "index.pt": ({"samples": [sample | {"group_index": 1.5}]}, "'group_index' must be an int"),
         "bare.pt": ({"samples": [{"tokens": [1, 2]}]}, "'response_length' is missing"),
         "pending.pt": (
             {"samples": [sample | {"status": "pending"}]},

@@ -1,0 +1,125 @@
+"""Rows of all files, checked against each other and put into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .problems import Problems
+from .schema import ParsedRow
+from .types import OPTIONAL_TOKEN_VALUES, Group, Sample
+
+
+class PlacedRow(NamedTuple):
+    """A row, where it stands, and what its ids are unique in: a file, or "" for all files."""
+
+    where: str
+    scope: str
+    row: ParsedRow
+
+    @property
+    def group(self) -> tuple[str, str | bytes]:
+        """Equal for the rows of one group."""
+        return self.scope, self.row.prompt_key if self.row.group_id is None else self.row.group_id
+
+
+def check_rows(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    """Note what only shows between rows."""
+    first_of_scope: dict[str, PlacedRow] = {}
+    for placed in rows:
+        first = first_of_scope.setdefault(placed.scope, placed)
+        if (placed.row.group_id is None) != (first.row.group_id is None):
+            message = f"must be on every row or on none; compare {first.where}"
+            problems.add(placed.where, message, "group_id")
+    _check_sample_ids(rows, problems)
+    _check_prompts(rows, problems)
+    _check_executions(rows, problems)
+    _check_token_values(rows, problems)
+
+
+def group_rows(rows: Sequence[PlacedRow]) -> list[Group]:
+    """The groups of rows that ``check_rows`` found nothing wrong with.
+
+    An id that several scopes use becomes ``scope:id``.
+    """
+    members: dict[tuple[str, str | bytes], list[Sample]] = {}
+    for placed in rows:
+        members.setdefault(placed.group, []).append(placed.row.sample)
+    ids = [key for _, key in members]
+    shared = {key for key in ids if ids.count(key) > 1} if len(set(ids)) < len(ids) else set()
+    groups = []
+    for number, ((scope, key), samples) in enumerate(members.items()):
+        name = key if isinstance(key, str) else f"prompt-{number}"
+        groups.append(Group(f"{scope}:{name}" if name in shared else name, tuple(samples)))
+    return groups
+
+
+def _check_sample_ids(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    ids: dict[tuple[str, str], PlacedRow] = {}
+    for placed in rows:
+        sample = placed.row.sample
+        if sample.sample_id is None:
+            continue
+        earlier = ids.setdefault((placed.scope, sample.sample_id), placed)
+        execution = (earlier.group, earlier.row.sample.execution_id)
+        if earlier is placed or (
+            sample.execution_id is not None and (placed.group, sample.execution_id) == execution
+        ):
+            continue
+        message = (
+            f"{sample.sample_id!r} is also that of {earlier.where}; rename one, or give parts of "
+            "one execution their execution_id"
+        )
+        problems.add(placed.where, message, "sample_id")
+
+
+def _check_prompts(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    """Samples of one prompt share at least its first token; else ids joined what is not one."""
+    first_of_group: dict[tuple[str, str | bytes], PlacedRow] = {}
+    for placed in rows:
+        first = first_of_group.setdefault(placed.group, placed)
+        if placed.row.sample.prompt_ids[0] != first.row.sample.prompt_ids[0]:
+            message = (
+                f"{placed.row.group_id!r} is also that of {first.where}, whose prompt has not even "
+                "the first token in common; give every prompt a group_id of its own"
+            )
+            if not placed.scope:
+                message += ", or group each file by itself (group_across_files=False)"
+            problems.add(placed.where, message, "group_id")
+
+
+def _check_executions(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    first_of_execution: dict[tuple[str, str], PlacedRow] = {}
+    for placed in rows:
+        sample = placed.row.sample
+        if sample.execution_id is None:
+            continue
+        first = first_of_execution.setdefault((placed.scope, sample.execution_id), placed)
+        other = first.row.sample
+        are_read = "aborted" not in (sample.status, other.status)
+        if placed.group != first.group or (are_read and sample.reward != other.reward):
+            of = (
+                f"group {placed.row.group_id!r} and {first.row.group_id!r}"
+                if placed.group != first.group
+                else f"reward {sample.reward} and {other.reward}"
+            )
+            message = (
+                f"{sample.execution_id!r} is also that of {first.where}, with {of}: parts of one "
+                "execution answer one prompt and share its reward; leave the id out of samples "
+                "that count by themselves"
+            )
+            problems.add(placed.where, message, "execution_id")
+
+
+def _check_token_values(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    first_of_group: dict[tuple[str, str | bytes], PlacedRow] = {}
+    for placed in rows:
+        sample = placed.row.sample
+        if not sample.num_loss_tokens:
+            continue
+        first = first_of_group.setdefault(placed.group, placed)
+        for name in OPTIONAL_TOKEN_VALUES:
+            if (getattr(sample, name) is None) != (getattr(first.row.sample, name) is None):
+                field = "advantage" if name == "advantages" else name
+                message = f"must be on all rows of a group or on none; compare {first.where}"
+                problems.add(placed.where, message, field)
