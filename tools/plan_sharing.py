@@ -18,7 +18,7 @@ if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(ROOT)
 
-from megatron_pg.data import read_rollouts  # noqa: E402
+from megatron_pg.data import Group, read_rollouts, without_aborted  # noqa: E402
 from tools.sharing.model import ModelDims, read_model  # noqa: E402
 from tools.sharing.render import plot_report, print_report  # noqa: E402
 from tools.sharing.report import make_report, predict_at  # noqa: E402
@@ -43,10 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bytes-per-value", type=int, default=2, help="4 for fp32")
     parser.add_argument("--format", default="auto", help="format of the rollouts")
     parser.add_argument("--tokenizer", help="for rollouts of text: a Hugging Face tokenizer")
+    parser.add_argument("--reward-key", nargs="+", default=[], help="parts of the reward to sum")
+    parser.add_argument(
+        "--group-across-files", action="store_true", help="equal ids of several files are one group"
+    )
     args = parser.parse_args(argv)
     try:
         settings, dims, tokenizer = _prepare(args)
-        groups = read_rollouts(args.rollouts, format=args.format, tokenizer=tokenizer)
+        groups = _read_groups(args, tokenizer)
         report = make_report(groups, dims, settings)
     except (ValueError, ImportError) as error:
         print(f"plan_sharing: {error}", file=sys.stderr)
@@ -59,6 +63,20 @@ def main(argv: list[str] | None = None) -> int:
         budgets = [max(largest * i // 12 // args.tp * args.tp, args.tp) for i in range(1, 25)]
         plot_report(report, budgets, predict_at(groups, dims, settings, budgets), args.plot)
     return 0
+
+
+def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
+    """What training would encode. Raises: ValueError when that is nothing."""
+    groups = read_rollouts(
+        args.rollouts,
+        format=args.format,
+        tokenizer=tokenizer,
+        reward_key=args.reward_key,
+        group_across_files=args.group_across_files,
+    )
+    if not (trained := without_aborted(groups)):
+        raise ValueError("every response is aborted or empty: there is nothing to train")
+    return trained
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, ModelDims, Any]:

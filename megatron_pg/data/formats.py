@@ -69,11 +69,20 @@ def slime_converter(
         if is_whole and isinstance(group_index, int | str):
             prompts.setdefault(group_index, tokens[: len(tokens) - length])
 
+    executions: dict[int | str, int | str | None] = {}
+
     def convert(record: Row) -> Row:
         rollout_id, sample = _id(record, "rollout_id"), record["sample"]
         tokens = _take(sample, "tokens", list)
         length = _take(sample, "response_length", int)
         index, group_index = _id(sample, "index"), _id(sample, "group_index")
+        execution = _id(sample, "rollout_id")
+        if execution is not None and executions.setdefault(execution, group_index) != group_index:
+            raise FormatError(
+                "rollout_id",
+                f"is {execution!r} in group_index {executions[execution]!r} and {group_index!r}, but "
+                "an execution answers one prompt; leave it out of samples that count by themselves",
+            )
         if not tokens and length == 0:
             tokens = prompts.get(group_index, []) if group_index is not None else []
             if not tokens:
@@ -95,7 +104,7 @@ def slime_converter(
             "status": "aborted" if status == "failed" else status,
             "sample_id": _join_ids(rollout_id, index),
             "group_id": _join_ids(rollout_id, group_index),
-            "execution_id": _join_ids(rollout_id, _id(sample, "rollout_id")),
+            "execution_id": _join_ids(rollout_id, execution),
             "metadata": {"slime": {name: sample.get(name) for name in kept}},
         }
         if sample.get("remove_sample"):

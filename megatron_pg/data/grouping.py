@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .problems import Problems
 from .schema import ParsedRow
@@ -89,24 +89,18 @@ def _check_prompts(rows: Sequence[PlacedRow], problems: Problems) -> None:
 
 
 def _check_executions(rows: Sequence[PlacedRow], problems: Problems) -> None:
-    first_of_execution: dict[tuple[str, str], PlacedRow] = {}
+    first_of_execution: dict[Any, PlacedRow] = {}
     for placed in rows:
         sample = placed.row.sample
-        if sample.execution_id is None:
+        if sample.execution_id is None or sample.status == "aborted":
             continue
-        first = first_of_execution.setdefault((placed.scope, sample.execution_id), placed)
-        other = first.row.sample
-        are_read = "aborted" not in (sample.status, other.status)
-        if placed.group != first.group or (are_read and sample.reward != other.reward):
-            of = (
-                f"group {placed.row.group_id!r} and {first.row.group_id!r}"
-                if placed.group != first.group
-                else f"reward {sample.reward} and {other.reward}"
-            )
+        first = first_of_execution.setdefault((placed.group, sample.execution_id), placed)
+        reward = first.row.sample.reward
+        if sample.reward != reward:
             message = (
-                f"{sample.execution_id!r} is also that of {first.where}, with {of}: parts of one "
-                "execution answer one prompt and share its reward; leave the id out of samples "
-                "that count by themselves"
+                f"{sample.execution_id!r} is also that of {first.where}, whose reward is {reward}, "
+                f"not {sample.reward}: parts of one execution share its reward; leave the id out "
+                "of samples that count by themselves"
             )
             problems.add(placed.where, message, "execution_id")
 

@@ -80,11 +80,11 @@ def read_slime_records(path: Path, problems: Problems) -> Iterator[Record]:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and unsafe pickles raise many kinds
         # torch's own text recommends what would execute the file.
-        told = re.search(r"(?:Unsupported|GLOBAL|invalid|failed finding)[^.\n]{0,120}", str(error))
+        told = re.search(r"GLOBAL \S+|failed finding.*|[Ii]nvalid .*", str(error))
         problems.add(
             str(path),
             "does not load as plain data (torch.load with weights_only=True); a pickle that "
-            "names classes can run code and is refused. Write it again from dicts"
+            "names classes can run code and is refused. Write it from dicts, lists and numbers"
             f" ({told[0] if told else type(error).__name__})",
         )
         return

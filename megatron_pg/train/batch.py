@@ -219,10 +219,10 @@ def make_minibatch(
     """
     shapes = [group_shape(group, packing.min_shared) for group in groups]
     plans = plan_all_ranks(shapes, ranks.dp_size, packing)
-    counts = torch.tensor([s.num_loss_tokens for group in groups for s in group.samples])
+    executions, counts = count_executions(groups)
     weights = aggregation_weights(
         counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
-    )
+    )[executions]
     waves = [
         make_wave(plan, groups, sample_weights=weights, advantages=advantages)
         for plan in plans[ranks.dp_rank]
@@ -239,6 +239,23 @@ def make_minibatch(
             else None
         ),
     )
+
+
+def count_executions(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """The sequences that averages are taken over: samples, or executions of several samples.
+
+    Returns:
+        ``[N]`` execution of every sample, from 0 in order of appearance, and ``[num_executions]``
+        trained tokens of every execution.
+    """
+    numbers: list[Tensor] = []
+    total = 0
+    for group in groups:
+        numbers.append(group.executions + total)
+        total = int(numbers[-1].max()) + 1
+    executions = torch.cat([torch.empty(0, dtype=torch.int64), *numbers])
+    lens = torch.tensor([s.num_loss_tokens for g in groups for s in g.samples], dtype=torch.int64)
+    return executions, torch.zeros(total, dtype=torch.int64).index_add(0, executions, lens)
 
 
 def _predicted_cost(plans: Sequence[Sequence[PackPlan]], packing: PackingConfig) -> float:

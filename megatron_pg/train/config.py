@@ -126,6 +126,8 @@ class RolloutConfig:
             asks an inference server.
         files: recorded rollouts.
         format: of the files.
+        reward_key: part or parts of the reward that are summed (see ``data.read_rollouts``).
+        group_across_files: whether equal group ids of several files mean one group.
         shuffle: draw a new order of recorded groups every epoch.
         task: prompts and rewards of "model" and "server".
         reward: ``module:function`` instead of the task's own reward.
@@ -142,6 +144,8 @@ class RolloutConfig:
     source: Literal["recorded", "model", "server"] = "recorded"
     files: list[str] = field(default_factory=list)
     format: Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"] = "auto"
+    reward_key: str | list[str] = field(default_factory=list)
+    group_across_files: bool = False
     shuffle: bool = True
     task: TaskConfig = field(default_factory=TaskConfig)
     reward: str | None = None

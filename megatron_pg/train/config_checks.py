@@ -198,6 +198,12 @@ def _sampling_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
             f"rollout.files would be ignored with rollout.source={rollout.source!r}; empty it, or "
             "set rollout.source=recorded"
         )
+    for name in ("reward_key", "group_across_files"):
+        if value := getattr(rollout, name):
+            yield (
+                f"rollout.{name}={value!r} would be ignored with rollout.source="
+                f"{rollout.source!r}; remove it, or set rollout.source=recorded"
+            )
     if rollout.task.extractor not in ANSWER_EXTRACTORS:
         yield _no_name("rollout.task.extractor", rollout.task.extractor, list(ANSWER_EXTRACTORS))
     most = max(rollout.num_generations, run.eval_generations if run.eval_prompts else 1)

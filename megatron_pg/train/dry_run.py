@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..data import MemoryModel, PackPlan, group_shape
+from ..data import MemoryModel, PackPlan, group_shape, without_aborted
 from ..mcore import validate_config
 from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
@@ -111,7 +111,7 @@ def _plan_first_step(
 ) -> list[list[PackPlan]]:
     """Waves of every data-parallel rank."""
     packing = packing_config(config, plan)
-    groups = recording.groups[: config.run.groups_per_step]
+    groups = without_aborted(recording.groups[: config.run.groups_per_step])
     shapes = [group_shape(group, packing.min_shared) for group in groups]
     return plan_all_ranks(shapes, dp_size, packing)
 
@@ -123,7 +123,7 @@ def _packing_line(
     tokens = count_tokens(plans)
     return (
         f"first {num_groups} of {len(recording.groups)} groups: {tokens.logical:,} logical "
-        f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / tokens.unique:.2f}x), "
+        f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / max(tokens.unique, 1):.2f}x), "
         f"{sum(len(wave.rows) for wave in plans[0])} microbatches a rank" + _resident_clause(tokens)
     )
 

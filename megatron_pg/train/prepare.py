@@ -9,9 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data import Group, carried_fields
+from ..data import Group, carried_fields, without_aborted
 from ..loss import group_advantages, kl_in_reward, overlong_penalty
-from .batch import Minibatch, PackingConfig, make_minibatch, split_evenly, written_out
+from .batch import (
+    Minibatch,
+    PackingConfig,
+    count_executions,
+    make_minibatch,
+    split_evenly,
+    written_out,
+)
 from .config import AlgorithmConfig, TrainConfig
 from .metrics import PhaseTimer
 from .passes import HeadConfig, compute_logprobs
@@ -51,12 +58,15 @@ class Preparation:
     ) -> tuple[list[Minibatch], dict[str, float]]:
         """Minibatches with everything that the loss needs, and what was left out.
 
-        A minibatch without trained tokens is left out: it has no loss.
+        A minibatch without trained tokens is left out: it has no loss. So are aborted samples.
 
         Returns:
             The minibatches, none when every group is left out, and metrics.
         """
         algorithm = self.config.algorithm
+        groups = without_aborted(groups)
+        if not groups:
+            return [], {"groups/without_spread": 0.0, "groups/skipped": 0.0}
         rewards = shaped_rewards(groups, self.config)
         metrics: dict[str, float] = {}
         if algorithm.use_kl_in_reward:
@@ -79,7 +89,7 @@ class Preparation:
 
     def self_check(self, groups: Sequence[Group]) -> float:
         """Largest |logprob(packed) - logprob(written out)| over a few of the groups."""
-        few = list(groups)[: self.config.run.self_check_groups]
+        few = without_aborted(groups)[: self.config.run.self_check_groups]
         packed = self._logprobs_by_sample(few)
         alone = self._logprobs_by_sample(written_out(few))
         differences = [
@@ -198,8 +208,24 @@ def has_spread(group: Group) -> bool:
 def compute_advantages(
     groups: Sequence[Group], rewards: Tensor, algorithm: AlgorithmConfig
 ) -> Tensor:
-    """``[N]`` advantages of the samples of one step from their ``rewards [N]``."""
+    """``[N]`` advantages of the samples of one step from their ``rewards [N]``.
+
+    An execution counts once, its samples take its advantage.
+
+    Raises:
+        ValueError: if samples of one execution have different rewards.
+    """
+    executions, counts = count_executions(groups)
     numbers = torch.repeat_interleave(torch.tensor([len(group.samples) for group in groups]))
+    places = torch.arange(len(rewards))
+    first = torch.full_like(counts, len(rewards)).scatter_reduce(0, executions, places, "amin")
+    differs = torch.nonzero(rewards != rewards[first][executions])
+    if len(differs):
+        group = groups[int(numbers[differs[0]])]
+        raise ValueError(
+            f"samples of one execution of group {group.group_id!r} have different rewards; give "
+            "them one reward, or an execution_id each"
+        )
     settings: dict[str, Any] = {}
     if algorithm.adv_estimator == "grpo":
         settings = {
@@ -207,8 +233,8 @@ def compute_advantages(
             "std_floor": algorithm.std_floor,
         }
     elif algorithm.adv_estimator.startswith("reinforce_plus_plus"):
-        counts = [s.num_loss_tokens for group in groups for s in group.samples]
-        settings = {"trained_counts": torch.tensor(counts)}
-    return group_advantages(
-        rewards, numbers, estimator=algorithm.adv_estimator, **settings
-    ).advantages
+        settings = {"trained_counts": counts}
+    found = group_advantages(
+        rewards[first], numbers[first], estimator=algorithm.adv_estimator, **settings
+    )
+    return found.advantages[executions]

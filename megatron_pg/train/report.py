@@ -19,7 +19,7 @@ from .metrics import write_atomically
 
 METRICS: dict[str, str] = {
     "step": "number of the step, from 1",
-    "reward/mean": "mean reward of the samples, as given",
+    "reward/mean": "mean reward, as given, of the samples that were not aborted",
     "reward/std": "their standard deviation",
     "reward/max": "largest reward",
     "reward/min": "smallest reward",
@@ -27,6 +27,7 @@ METRICS: dict[str, str] = {
     "response_length/mean": "mean tokens of a response",
     "response_length/max": "tokens of the longest response",
     "response_length/truncated": "share of responses that were cut off",
+    "response_length/aborted": "share of responses that were aborted or empty",
     "prompt_length/mean": "mean tokens of a sample's prompt",
     "groups/without_spread": "groups whose rewards, as given, are all equal",
     "groups/skipped": "groups left out for that",
@@ -85,7 +86,9 @@ _SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards and lengths of a step's samples."""
     samples = [sample for group in groups for sample in group.samples]
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    aborted = sum(sample.status == "aborted" for sample in samples)
+    judged = [s for s in samples if s.status != "aborted"] or samples
+    rewards = torch.tensor([sample.reward for sample in judged], dtype=torch.float64)
     lens = [len(sample.response_ids) for sample in samples]
     truncated = sum(sample.status == "truncated" for sample in samples)
     return {
@@ -96,6 +99,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response_length/mean": sum(lens) / len(lens),
         "response_length/max": float(max(lens)),
         "response_length/truncated": truncated / len(samples),
+        "response_length/aborted": aborted / len(samples),
         "prompt_length/mean": sum(len(s.prompt_ids) for s in samples) / len(samples),
     }
 

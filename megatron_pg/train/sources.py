@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import has_tokenizer
-from ..data import Group, carried_fields, group_shape, plan_waves, read_rollouts
+from ..data import (
+    Group,
+    carried_fields,
+    group_shape,
+    plan_waves,
+    read_rollouts,
+    without_aborted,
+)
 from ..rollout import (
     OpenAIServerSource,
     ReasoningGymTask,
@@ -61,7 +68,12 @@ def read_recording(config: TrainConfig, vocab_size: int, packing: PackingConfig)
     # Recorded token ids need no tokenizer; rows of text are refused without one.
     tokenizer = load_tokenizer(config) if hf is not None and has_tokenizer(Path(hf)) else None
     groups = read_rollouts(
-        rollout.files, format=rollout.format, tokenizer=tokenizer, vocab_size=vocab_size
+        rollout.files,
+        format=rollout.format,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        reward_key=rollout.reward_key,
+        group_across_files=rollout.group_across_files,
     )
     recording = Recording(groups=groups, fields=carried_fields(groups))
     raise_problems("of the recorded rollouts", _recording_problems(config, recording, packing))
@@ -215,14 +227,30 @@ def _recording_problems(
                     "carry advantages, which are used instead; leave out the one or the other"
                 )
     if not any(s.num_loss_tokens for group in recording.groups for s in group.samples):
-        problems.append("no row has a trained token: every loss_mask is 0 throughout")
+        problems.append(
+            "no row has a trained token: every response is aborted or empty, or its loss_mask is 0 "
+            "throughout"
+        )
+    problems += _execution_problems(recording.groups, algorithm)
     return problems + _length_problems(recording.groups, packing)
+
+
+def _execution_problems(groups: Sequence[Group], algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Rewards shaped by a sample's own length or KL would differ within an execution."""
+    split = next((g for g in groups if len(g.executions.unique()) < len(g.samples)), None)
+    for name in ("use_kl_in_reward", "overlong_buffer_len"):
+        if split is not None and (value := getattr(algorithm, name)):
+            yield (
+                f"algorithm.{name}={value!r} changes the reward of every sample, but group "
+                f"{split.group_id!r} has executions of several samples, which share one reward; "
+                "turn it off, or leave execution_id (slime: rollout_id) out"
+            )
 
 
 def _length_problems(groups: Sequence[Group], packing: PackingConfig) -> list[str]:
     """The first group that fits in no way, and how many there are."""
     refusals = []
-    for group in groups:
+    for group in without_aborted(groups):
         shape = group_shape(group, packing.min_shared)
         try:
             plan_waves(

@@ -35,8 +35,12 @@ def random_groups(
     max_len: int = 6,
     vocab_size: int = 3,
     same_prompt: bool = True,
+    has_empty: bool = False,
 ) -> list[Group]:
-    """Groups with holes in their masks; a small vocabulary makes shared runs frequent."""
+    """Groups with holes in their masks; a small vocabulary makes shared runs frequent.
+
+    With ``has_empty`` about a third of the responses has no tokens, half of them no values either.
+    """
     rng = random.Random(seed)
 
     def tokens() -> list[int]:
@@ -46,7 +50,11 @@ def random_groups(
     for g in range(num_groups):
         prompt, samples = tokens(), []
         for _ in range(rng.randint(1, max_samples)):
-            response = tokens()
+            is_empty = has_empty and rng.random() < 0.3
+            response = [] if is_empty else tokens()
+            if is_empty and rng.random() < 0.5:
+                samples.append(make_sample(prompt, [], reward=99.0))
+                continue
             samples.append(
                 make_sample(
                     prompt if same_prompt or rng.random() < 0.5 else [prompt[0], *tokens()],

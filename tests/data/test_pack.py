@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_pg.data import (
@@ -70,9 +70,14 @@ def entries_by_enumeration(microbatch: Microbatch, groups, weights):
     min_shared=st.sampled_from([None, 1, 2, 4]),
     pad_to_multiple=st.sampled_from([1, 4]),
     same_prompt=st.booleans(),
+    has_empty=st.booleans(),
 )
-def test_microbatches_equal_enumeration(seed, num_groups, min_shared, pad_to_multiple, same_prompt):
-    groups = random_groups(seed, num_groups, same_prompt=same_prompt)
+def test_microbatches_equal_enumeration(
+    seed, num_groups, min_shared, pad_to_multiple, same_prompt, has_empty
+):
+    groups = random_groups(seed, num_groups, same_prompt=same_prompt, has_empty=has_empty)
+    # Of a batch that trains nothing no values are known.
+    assume(any(sample.num_loss_tokens for sample in flat_samples(groups)))
     samples = flat_samples(groups)
     weights = torch.rand(len(samples), dtype=torch.float64)
     microbatches = pack_groups(
@@ -104,6 +109,8 @@ def test_microbatches_equal_enumeration(seed, num_groups, min_shared, pad_to_mul
 
 def test_the_enumeration_meets_the_interesting_cases():
     merged = split = masked = 0
+    empty = flat_samples(random_groups(3, 30, has_empty=True))
+    assert {s.old_logprobs is None for s in empty if not len(s.response_ids)} == {True, False}
     for seed in range(20):
         groups = random_groups(seed, 6)
         for mb in pack_groups(groups, BUDGET, min_shared=1):

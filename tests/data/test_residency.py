@@ -37,7 +37,9 @@ def always(tokens: int = 1000, **changes) -> ResidencyConfig:
 
 def large_groups(seed: int, min_shared: int | None) -> list[Group]:
     """Groups most of which are larger than a row of BUDGET tokens; some have two prompts."""
-    groups = random_groups(seed, 5, max_samples=8, max_len=7, same_prompt=seed % 2 == 0)
+    groups = random_groups(
+        seed, 5, max_samples=8, max_len=7, same_prompt=seed % 2 == 0, has_empty=seed % 3 == 0
+    )
     long = [[7] * 11, [8] * 9]
     for number in range(2):
         samples = [make_sample(long[number], [1 + i, 2, 3, 4 + number]) for i in range(7)]

@@ -168,6 +168,114 @@ def a_step_of_skipped_groups_changes_nothing(folder: Path) -> None:
     assert any(not torch.equal(start[n], alone[n]) for n in start)
 
 
+def broken(groups: Sequence[Group]) -> list[Group]:
+    """The groups with responses between theirs that must not count, and one group of those only."""
+    whole = groups[0].samples[0]
+    empty = replace(
+        whole,
+        response_ids=whole.response_ids[:0],
+        loss_mask=whole.loss_mask[:0],
+        rollout_logprobs=None,
+        reward=77.0,
+    )
+    cut = replace(whole, status="aborted", reward=-50.0, rollout_logprobs=None)
+    mixed = []
+    for number, group in enumerate(groups):
+        prompt = group.samples[0].prompt_ids
+        odd = [replace(sample, prompt_ids=prompt) for sample in (empty, cut)]
+        samples = [*group.samples]
+        samples[number % 2 : number % 2] = odd
+        mixed.append(Group(group.group_id, tuple(samples)))
+    return [*mixed[:2], Group("none", (empty, cut)), *mixed[2:]]
+
+
+@check
+def aborted_and_empty_responses_count_nowhere(folder: Path) -> None:
+    groups = tiny.make_groups(5, has_rollout_logprobs=True)
+    importance = {"importance_mode": "token_truncate"}
+    for name, settings in {
+        "grpo": {"algorithm__policy": importance},
+        "sequences": {"algorithm__loss_agg_mode": "seq-mean-token-mean"},
+        "baseline": {"algorithm__adv_estimator": "reinforce_plus_plus_baseline"},
+        "shaped": {"algorithm__overlong_buffer_len": 8, "algorithm__use_kl_in_reward": True},
+        "divided": {"run__max_tokens_per_microbatch": 30},
+    }.items():
+        (want,), plain = run(folder / name / "without", groups, **settings)
+        (got,), weights = run(
+            folder / name / "with", broken(groups), run__groups_per_step=6, **settings
+        )
+        assert all(torch.equal(weights[n], plain[n]) for n in plain), name
+        for metric in want.keys() - {n for n in want if n.split("/")[0] in ("time", "perf")}:
+            told_apart = metric.split("/")[0] in ("response_length", "prompt_length")
+            assert told_apart or got[metric] == want[metric], metric
+        assert got["response_length/aborted"] == 12 / 29 and want["response_length/aborted"] == 0
+    # Against the stock model on written-out samples: on policy every ratio is 1.
+    (step,), _ = run(folder / "dense", broken(groups), run__groups_per_step=6)
+    loss, norm = dense_step(folder / "dense" / "model", groups)
+    assert near(step["actor/loss"], loss) and near(step["actor/grad_norm"], norm) and norm > 0.01
+
+
+def dense_step(model: Path, groups: Sequence[Group]) -> tuple[float, float]:
+    """Loss and gradient norm of the transformers model, every sample by itself."""
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        return stock(tokens[None]).logits[0]
+
+    with torch.no_grad():
+        old = iter(dense.sample_logprobs(logits_of, groups, tiny.VOCAB))
+    known = [
+        Group(g.group_id, tuple(replace(s, old_logprobs=next(old).double()) for s in g.samples))
+        for g in groups
+    ]
+    loss = dense.dense_loss(logits_of, known, dense.LossCase(), tiny.VOCAB)
+    loss.backward()
+    squares = [p.grad.double().square().sum() for p in stock.parameters() if p.grad is not None]
+    return float(loss), float(torch.stack(squares).sum().sqrt())
+
+
+@check
+def a_step_of_aborted_responses_changes_nothing(folder: Path) -> None:
+    groups = tiny.make_groups(5)
+    none = [
+        Group(f"none{n}", tuple(replace(s, status="aborted") for s in g.samples))
+        for n, g in enumerate(groups[:2])
+    ]
+    settings = {"run__groups_per_step": 2, "algorithm__use_kl_in_reward": True}
+    steps, _ = run(folder, [*none, *groups[:2]], run__num_steps=2, **settings)
+    assert [s["actor/updates"] for s in steps] == [0, 1]
+    assert steps[0]["response_length/aborted"] == 1 and steps[0]["tokens/unique"] == 0
+    refused("no row has a trained token", folder / "refused", none, run__groups_per_step=2)
+
+
+@check
+def an_execution_counts_once(folder: Path) -> None:
+    """The first two samples of every group are one execution with the reward of the first."""
+    parts, once = [], []
+    for group in tiny.make_groups(5):
+        first, *others = group.samples
+        first = replace(first, execution_id="a")
+        second = [replace(s, execution_id="a", reward=first.reward) for s in others[:1]]
+        parts.append(Group(group.group_id, (first, *second, *others[1:])))
+        once.append(Group(group.group_id, (first, *others[1:])))
+    by_execution = dense.advantages_of(once).tolist()
+    # Group 3 has one sample.
+    by_sample = [by_execution[i] for n in (0, 3, 6, None, 10)
+                 for i in ((9,) if n is None else (n, n, n + 1, n + 2))]  # fmt: skip
+    given = tiny.one_sample_groups(parts, torch.tensor(by_sample))
+    (got,), weights = run(folder / "parts", parts)
+    (want,), plain = run(folder / "given", given, run__groups_per_step=len(given))
+    assert near(got["actor/loss"], want["actor/loss"])
+    assert all(torch.allclose(weights[n], plain[n], atol=1e-5) for n in plain)
+    (step,), _ = run(folder / "mean", parts, algorithm__loss_agg_mode="seq-mean-token-mean")
+    assert near(step["actor/loss"], -sum(by_execution) / 13)
+    assert not near(step["actor/loss"], -sum(by_sample) / 17, 1e-3)
+    for shaping in ({"algorithm__use_kl_in_reward": True}, {"algorithm__overlong_buffer_len": 4}):
+        refused("executions of several samples", folder / "refused", parts, **shaping)
+
+
 @check
 def prompts_stay_resident_where_that_costs_less(folder: Path) -> None:
     groups = make_large_groups()

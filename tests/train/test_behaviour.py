@@ -26,7 +26,7 @@ def test_malformed_rollouts_end_before_training_with_one_error(tmp_path: Path) -
     file = tmp_path / "rollouts.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[1]["reward"] = "good"
-    rows[3]["response_ids"] = []
+    rows[3]["response_ids"] = ["x"]
     del rows[5]["prompt_ids"]
     rows[7]["response_ids"][0] = tiny.VOCAB
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,71 @@
+"""Advantages and weights of groups with executions of several samples, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from megatron_pg.data import Group, read_rollouts  # noqa: E402
+from megatron_pg.train.batch import count_executions  # noqa: E402
+from megatron_pg.train.config import AlgorithmConfig  # noqa: E402
+from megatron_pg.train.prepare import compute_advantages  # noqa: E402
+from tests.data.samples import make_sample  # noqa: E402
+from tests.data.test_grouping import SLIME, save_slime  # noqa: E402
+
+
+@pytest.mark.parametrize("case", SLIME)
+def test_advantages_of_slime_s_groups(tmp_path, case):
+    samples, _ = SLIME[case]
+    groups = read_rollouts(save_slime(tmp_path / "7.pt", samples))
+    rewards = torch.cat([g.rewards for g in groups])
+    got = compute_advantages(groups, rewards, AlgorithmConfig())
+    # Two executions with rewards 1 and 0: half a point from the mean, a deviation of sqrt(1 / 2).
+    want = (2 * rewards - 1) * 0.5**0.5
+    assert torch.allclose(got, want, atol=2e-6) and len(rewards) == len(samples)
+
+
+def executions(*parts: tuple[float, list[int]]) -> list[Group]:
+    """A group of executions: reward, and trained tokens of every part."""
+    samples = [
+        replace(make_sample([1, 2], [3] * n, reward=reward), execution_id=str(i))
+        for i, (reward, lens) in enumerate(parts)
+        for n in lens
+    ]
+    return [Group("g", tuple(samples))]
+
+
+ONE = [(1.0, [2]), (0.0, [5]), (0.5, [3])]
+# The same executions in parts, with as many tokens each.
+PARTS = [(1.0, [1, 1]), (0.0, [5]), (0.5, [1, 1, 1])]
+
+
+@pytest.mark.parametrize(
+    "estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+)
+def test_parts_take_the_advantage_of_the_whole(estimator):
+    algorithm = AlgorithmConfig(adv_estimator=estimator)
+    whole, parts = executions(*ONE), executions(*PARTS)
+    want = compute_advantages(whole, whole[0].rewards, algorithm)
+    got = compute_advantages(parts, parts[0].rewards, algorithm)
+    assert torch.equal(got, want[[0, 0, 1, 2, 2, 2]]) and want.unique().numel() == 3
+    # Counted by samples they would be others.
+    alone = [Group("g", tuple(replace(s, execution_id=None) for s in parts[0].samples))]
+    if estimator in ("grpo", "rloo"):
+        assert not torch.allclose(compute_advantages(alone, alone[0].rewards, algorithm), got)
+
+
+def test_executions_are_counted_over_groups():
+    groups = executions(*ONE) + executions(*PARTS)
+    numbers, counts = count_executions(groups)
+    assert numbers.tolist() == [0, 1, 2, 3, 3, 4, 5, 5, 5] and counts.tolist() == [2, 5, 3] * 2
+
+
+def test_parts_of_different_rewards_are_refused():
+    groups = executions(*PARTS)
+    shaped = groups[0].rewards - torch.arange(6)
+    with pytest.raises(ValueError, match="one execution of group 'g' have different rewards"):
+        compute_advantages(groups, shaped, AlgorithmConfig())
