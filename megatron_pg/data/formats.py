@@ -80,8 +80,8 @@ def slime_converter(
         if execution is not None and executions.setdefault(execution, group_index) != group_index:
             raise FormatError(
                 "rollout_id",
-                f"is {execution!r} in group_index {executions[execution]!r} and {group_index!r}, but "
-                "an execution answers one prompt; leave it out of samples that count by themselves",
+                f"is {execution!r} in group_index {executions[execution]!r} and {group_index!r}; "
+                "an execution answers one prompt, leave it out of samples that count by themselves",
             )
         if not tokens and length == 0:
             tokens = prompts.get(group_index, []) if group_index is not None else []
