@@ -43,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bytes-per-value", type=int, default=2, help="4 for fp32")
     parser.add_argument("--format", default="auto", help="format of the rollouts")
     parser.add_argument("--tokenizer", help="for rollouts of text: a Hugging Face tokenizer")
-    parser.add_argument("--reward-key", nargs="+", default=[], help="parts of the reward to sum")
+    parser.add_argument(
+        "--reward-key",
+        action="append",
+        default=[],
+        help="part of the reward to sum; may be repeated",
+    )
     parser.add_argument(
         "--group-across-files", action="store_true", help="equal ids of several files are one group"
     )

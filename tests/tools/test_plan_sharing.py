@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_pg.data import read_rollouts
 from tools.flops import FORWARD_BACKWARD
@@ -63,7 +64,7 @@ def write_groups(file: Path, **groups: list[tuple[int, int]]) -> None:
     rows = [
         dict(
             group_id=name,
-            prompt_ids=[prompt_len] * prompt_len,
+            prompt_ids=[1] + [prompt_len] * (prompt_len - 1),
             response_ids=[100 + i] * response_len,
             reward=1.0,
         )
@@ -203,6 +204,34 @@ def test_prompts_of_one_group_may_differ(rollouts: Path) -> None:
     logical = 3 * 2304 * 225 + 3.5 * 64 * (120 + 2 * 105 * 106 // 2) + 4 * 512 * 15
     assert got["step_flops"] == {"packed": packed, "written_out": logical}
     assert got["group_ratios"] == {"a": logical / packed}
+
+
+def test_how_rows_are_read_can_be_said(rollouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = {"group_index": 0, "status": "completed", "reward": {"math": 1.0, "form": 0.5}}
+    files = [rollouts.with_name(f"{i}.pt") for i in range(2)]
+    for number, file in enumerate(files):
+        samples = [sample | {"tokens": [1, 2, 3 + number], "response_length": 1}]
+        torch.save({"rollout_id": 0, "samples": samples}, file)
+    assert "name those to be summed in reward_key" in refusal(capsys, files[0])
+    file = rollouts.with_name("report.json")
+    arguments = [*map(str, files), "--model", str(rollouts.parent), "--json", str(file)]
+    arguments += ["--reward-key", "math", "--reward-key=form"]
+    for more, num_groups in ([], 2), (["--group-across-files"], 1):
+        assert main([*arguments, *more]) == 0
+        assert len(json.loads(file.read_text())["group_ratios"]) == num_groups
+
+
+def test_aborted_responses_are_not_counted(
+    rollouts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = report(rollouts)
+    rows = rollouts.read_text()
+    aborted = json.loads(rows.splitlines()[0]) | {"status": "aborted"}
+    rollouts.write_text(rows + json.dumps(aborted) + "\n" + json.dumps(aborted | {"group_id": "c"}))
+    assert report(rollouts) == want
+    rollouts.write_text(json.dumps(aborted))
+    capsys.readouterr()
+    assert "there is nothing to train" in refusal(capsys, rollouts)
 
 
 def test_trained_tokens_are_counted_by_their_masks(rollouts: Path) -> None:

@@ -251,6 +251,39 @@ def a_step_of_aborted_responses_changes_nothing(folder: Path) -> None:
 
 
 @check
+def how_files_are_read_is_said_in_the_config(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    files = []
+    for number in range(2):
+        samples = [
+            {
+                "group_index": 0,
+                "index": 2 * number + i,
+                "tokens": [5, 6, 7 + number, i + 9],
+                "response_length": 2,
+                "reward": {"answer": float(i), "form": 0.5 * number},
+                "status": "completed",
+            }
+            for i in range(2)
+        ]
+        files.append(str(folder / f"{number}.pt"))
+        torch.save({"rollout_id": 0, "samples": samples}, files[-1])
+    settings = {"rollout__files": files, "run__groups_per_step": 1}
+    for name, key, group_across, mean in (
+        ("text", "answer", False, 0.5),
+        ("list", ["answer", "form"], True, 0.75),
+    ):
+        (step,), _ = run(
+            folder / name,
+            rollout__reward_key=key,
+            rollout__group_across_files=group_across,
+            **settings,
+        )
+        assert step["reward/mean"] == mean
+    refused("name those to be summed in reward_key", folder / "refused", **settings)
+
+
+@check
 def an_execution_counts_once(folder: Path) -> None:
     """The first two samples of every group are one execution with the reward of the first."""
     parts, once = [], []

@@ -56,6 +56,8 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["optimizer.lr=true"], "optimizer.lr=True must be a number"),
         (["rollout.files=a.jsonl"], "rollout.files='a.jsonl' must be a list of text"),
         (["rollout.files=[1]"], "rollout.files=[1] must be a list of text"),
+        (["rollout.reward_key=1"], "rollout.reward_key=1 must be text or a list of text"),
+        (["rollout.group_across_files=1"], "rollout.group_across_files=1 must be true or false"),
         (["model.transformer=3"], "model.transformer=3 must be a mapping"),
         (["model.hf=3"], "model.hf=3 must be text or null"),
         (["rollout.source=file"], "must be one of 'recorded', 'model', 'server'"),
@@ -100,6 +102,14 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["run.eval_prompts=2"], "run.eval_prompts=2 needs a rollout.source that samples"),
         (["run.wandb_project=x"], "run.wandb_project needs wandb"),
         (["rollout.source=model"], "rollout.files would be ignored"),
+        (
+            ["rollout.source=model", "rollout.files=[]", "rollout.reward_key=[a]"],
+            "rollout.reward_key=['a'] would be ignored",
+        ),
+        (
+            ["rollout.source=model", "rollout.files=[]", "rollout.group_across_files=true"],
+            "rollout.group_across_files=True would be ignored",
+        ),
         (
             ["rollout.source=model", "rollout.files=[]", "rollout.max_batch_samples=7"],
             "rollout.max_batch_samples=7 must be at least 8",
