@@ -108,7 +108,8 @@ def slime_converter(
             "metadata": {"slime": {name: sample.get(name) for name in kept}},
         }
         if sample.get("remove_sample"):
-            row["loss_mask"] = [0] * length
+            mask = row["loss_mask"]
+            row["loss_mask"] = [0] * (len(mask) if isinstance(mask, list) else length)
         return row
 
     return convert

@@ -162,7 +162,10 @@ def _records(
 ) -> Iterator[Record]:
     """Rows of our schema from one file of any format; ``names`` holds the groups named so far."""
     if not file.is_file():
-        problems.add(str(file), "is a directory; name its files" if file.is_dir() else "is missing")
+        told = "is a directory; name its files" if file.is_dir() else "is missing"
+        if told == "is missing" and any(sign in file.name for sign in "*?["):
+            told = "is missing; patterns are not expanded, name the files"
+        problems.add(str(file), told)
         return
     if format == "auto":
         found = _detect_format(file)
@@ -188,11 +191,16 @@ def _records(
     except FormatError as error:
         problems.add(str(file), error.message, error.field)
         return
+    except RecursionError:
+        problems.add(str(file), "is nested too deeply")
+        return
     for where, record in placed:
         try:
             yield where, convert(record)
         except FormatError as error:
             problems.add(where, error.message, error.field)
+        except RecursionError:
+            problems.add(where, "is nested too deeply")
 
 
 def _detect_format(file: Path) -> str | None:

@@ -114,7 +114,8 @@ class Group:
         """``[num_samples]`` int64: the execution of every sample, from 0 in order of appearance."""
         numbers: dict[Any, int] = {}
         keys = [i if s.execution_id is None else s.execution_id for i, s in enumerate(self.samples)]
-        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+        found = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return torch.tensor(found, dtype=torch.int64)
 
 
 def without_aborted(groups: Iterable[Group]) -> list[Group]:

@@ -252,7 +252,7 @@ def count_executions(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     total = 0
     for group in groups:
         numbers.append(group.executions + total)
-        total = int(numbers[-1].max()) + 1
+        total += len(numbers[-1].unique())
     executions = torch.cat([torch.empty(0, dtype=torch.int64), *numbers])
     lens = torch.tensor([s.num_loss_tokens for g in groups for s in g.samples], dtype=torch.int64)
     return executions, torch.zeros(total, dtype=torch.int64).index_add(0, executions, lens)

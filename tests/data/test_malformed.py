@@ -145,6 +145,10 @@ BAD_FILES = {
     "gzip of nothing": (gzip.compress(b""), "has no rows"),
     "deep metadata": (b'{"metadata": "' + b"[" * 9999 + b'"}', "which is no JSON object"),
     "key twice": (b'{"reward": 1, "reward": 2}\n', "'reward' stands twice"),
+    "deep input of verl": (
+        b'{"input": ' + b"[" * 980 + b"]" * 980 + b', "output": "x", "score": 1}',
+        "nested too deeply",
+    ),
     "deep nesting": (b"[" * 200_000, "line 1: is nested too deeply"),
     "empty": (b"", "has no rows"),
     "blank lines only": (b"\n \n", "has no rows"),
@@ -316,6 +320,10 @@ def test_slime_files_that_are_refused(tmp_path):
         "huge.pt": (
             {"samples": [sample | {"tokens": [1, 10**300]}]},
             "field 'response_ids' token 0 is 10000000",
+        ),
+        "removed.pt": (
+            {"samples": [sample | {"remove_sample": True, "loss_mask": [1, 1]}]},
+            "field 'loss_mask' has 2 values, the response has 1 tokens",
         ),
         "index.pt": ({"samples": [sample | {"group_index": 1.5}]}, "'group_index' must be an int"),
         "bare.pt": ({"samples": [{"tokens": [1, 2]}]}, "'response_length' is missing"),
