@@ -4,7 +4,7 @@
 field               required   value
 ==================  =========  =====================================================================
 prompt_ids          ids form   token ids, at least one
-response_ids        ids form   token ids
+response_ids        ids form   token ids; not needed of an aborted response, likewise ``response``
 prompt              text form  string, or chat messages ``[{"role": ..., "content": ...}, ...]``
 response            text form  string
 reward              yes        finite number, or a boolean for 1 and 0; none is needed of an aborted
@@ -80,6 +80,9 @@ class RowParser:
     def parse(self, row: Mapping[str, Any]) -> ParsedRow | Errors:
         """The row as a sample, or everything that is wrong with it."""
         row = {name: value for name, value in row.items() if value is not None}
+        if row.get("status") == "aborted":
+            absent: dict[str, Any] = {"response": ""} if "prompt" in row else {"response_ids": []}
+            row = absent | row
         errors = [(name, _unknown_field(name)) for name in row if name not in FIELDS]
         for name, check in FIELDS.items():
             if name in row and (wrong := check(row[name])):

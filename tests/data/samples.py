@@ -100,3 +100,40 @@ def make_large_groups(seed: int = 2, vocab_size: int = 50) -> list[Group]:
             )
         groups.append(Group(f"large{number}", tuple(samples)))
     return groups
+
+
+TENSORS = (
+    "prompt_ids",
+    "response_ids",
+    "loss_mask",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "advantages",
+)
+
+
+def assert_same_groups(got: list[Group], want: list[Group]) -> None:
+    assert [g.group_id for g in got] == [g.group_id for g in want]
+    for a, b in zip(got, want):
+        assert len(a.samples) == len(b.samples)
+        for x, y in zip(a.samples, b.samples):
+            for name in TENSORS:
+                p, q = getattr(x, name), getattr(y, name)
+                assert (p is None) == (q is None), name
+                assert p is None or (p.dtype == q.dtype and torch.equal(p, q)), name
+            for name in ("reward", "status", "sample_id", "execution_id", "metadata"):
+                assert getattr(x, name) == getattr(y, name)
+
+
+class LetterTokenizer:
+    """One token per letter, 1 before strings; chat messages become ``role:content|``."""
+
+    eos_token_id = 3
+
+    def encode(self, text, *, add_special_tokens):
+        return [1] * add_special_tokens + [ord(letter) for letter in text]
+
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return "".join(f"{m['role']}:{m['content']}|" for m in conversation) + "assistant:"

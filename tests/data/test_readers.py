@@ -12,48 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pg.data import Group, pack_groups, read_rollouts, write_rollouts
-from tests.data.samples import make_sample, random_groups
-
-TENSORS = (
-    "prompt_ids",
-    "response_ids",
-    "loss_mask",
-    "rollout_logprobs",
-    "old_logprobs",
-    "ref_logprobs",
-    "advantages",
+from tests.data.samples import (
+    TENSORS,
+    LetterTokenizer,
+    assert_same_groups,
+    make_sample,
+    random_groups,
 )
-
-
-def assert_same_groups(got: list[Group], want: list[Group]) -> None:
-    assert [g.group_id for g in got] == [g.group_id for g in want]
-    for a, b in zip(got, want):
-        assert len(a.samples) == len(b.samples)
-        for x, y in zip(a.samples, b.samples):
-            for name in TENSORS:
-                p, q = getattr(x, name), getattr(y, name)
-                assert (p is None) == (q is None), name
-                assert p is None or (p.dtype == q.dtype and torch.equal(p, q)), name
-            for name in ("reward", "status", "sample_id", "execution_id", "metadata"):
-                assert getattr(x, name) == getattr(y, name)
 
 
 def write_lines(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-class LetterTokenizer:
-    """One token per letter, 1 before strings; chat messages become ``role:content|``."""
-
-    eos_token_id = 3
-
-    def encode(self, text, *, add_special_tokens):
-        return [1] * add_special_tokens + [ord(letter) for letter in text]
-
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
-        assert not tokenize and add_generation_prompt
-        return "".join(f"{m['role']}:{m['content']}|" for m in conversation) + "assistant:"
 
 
 @settings(deadline=None, max_examples=40)

@@ -14,7 +14,7 @@ from megatron_pg.train.batch import count_executions  # noqa: E402
 from megatron_pg.train.config import AlgorithmConfig  # noqa: E402
 from megatron_pg.train.prepare import compute_advantages  # noqa: E402
 from tests.data.samples import make_sample  # noqa: E402
-from tests.data.test_grouping import SLIME, save_slime  # noqa: E402
+from tests.data.slime import SLIME, save_slime  # noqa: E402
 
 
 @pytest.mark.parametrize("case", SLIME)
