@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,13 +46,16 @@ def group_rows(rows: Sequence[PlacedRow]) -> list[Group]:
     members: dict[tuple[str, str | bytes], list[Sample]] = {}
     for placed in rows:
         members.setdefault(placed.group, []).append(placed.row.sample)
-    ids = [key for _, key in members]
-    shared = {key for key in ids if ids.count(key) > 1} if len(set(ids)) < len(ids) else set()
-    groups = []
+    uses = Counter(key for _, key in members)
+    groups: dict[str, Group] = {}
     for number, ((scope, key), samples) in enumerate(members.items()):
-        name = key if isinstance(key, str) else f"prompt-{number}"
-        groups.append(Group(f"{scope}:{name}" if name in shared else name, tuple(samples)))
-    return groups
+        name = f"prompt-{number}"
+        if isinstance(key, str):
+            name = f"{scope}:{key}" if uses[key] > 1 else key
+        while name in groups:  # an id that looks like a name of ours
+            name += "'"
+        groups[name] = Group(name, tuple(samples))
+    return list(groups.values())
 
 
 def _check_sample_ids(rows: Sequence[PlacedRow], problems: Problems) -> None:
@@ -78,7 +82,7 @@ def _check_prompts(rows: Sequence[PlacedRow], problems: Problems) -> None:
     first_of_group: dict[tuple[str, str | bytes], PlacedRow] = {}
     for placed in rows:
         first = first_of_group.setdefault(placed.group, placed)
-        if placed.row.sample.prompt_ids[0] != first.row.sample.prompt_ids[0]:
+        if placed.row.first_token != first.row.first_token:
             message = (
                 f"{placed.row.group_id!r} is also that of {first.where}, whose prompt has not even "
                 "the first token in common; give every prompt a group_id of its own"

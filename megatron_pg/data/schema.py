@@ -62,6 +62,11 @@ class ParsedRow:
     group_id: str | None
     prompt_key: bytes
 
+    @property
+    def first_token(self) -> bytes:
+        """Equal for prompts that begin with one token."""
+        return self.prompt_key[: np.dtype(np.int64).itemsize]
+
 
 class RowParser:
     """Checks rows against the schema and turns them into samples.
@@ -148,7 +153,11 @@ def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
     """What keeps the row from being in one complete form, ids or text."""
     is_empty = row.get("response_ids", row.get("response")) in ([], "")
     needs_reward = not is_empty and row.get("status") != "aborted"
-    errors = [("reward", "is missing or null")] if needs_reward and "reward" not in row else []
+    errors = (
+        [("reward", "is missing or null; score the row or leave it out")]
+        if needs_reward and "reward" not in row
+        else []
+    )
     has_text = [name for name in TEXT_FORM if name in row]
     if has_text and any(name in row for name in IDS_FORM):
         message = "stands beside token ids, which are exact; keep the ids, put text into 'metadata'"

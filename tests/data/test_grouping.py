@@ -196,6 +196,13 @@ def test_ids_that_only_one_file_has_stay_as_they_are(tmp_path):
     assert ids == [f"{first}:0", f"{second}:0", "1"]
 
 
+def test_ids_that_look_like_given_names_stay_apart(tmp_path):
+    bare = own_without_ids(tmp_path / "a", [1, 2], [1.0])
+    named = own_jsonl(tmp_path / "b", [1, 2], [1.0])
+    named.write_text(named.read_text().replace('"group_id": 0', '"group_id": "prompt-0"'))
+    assert [g.group_id for g in read_rollouts([bare, named])] == ["prompt-0", "prompt-0'"]
+
+
 def test_groups_with_empty_responses_round_trip(tmp_path):
     groups = random_groups(4, 20, has_empty=True)
     assert any(not len(s.response_ids) for g in groups for s in g.samples)
