@@ -58,7 +58,7 @@ def read_parquet_records(path: Path, problems: Problems) -> Iterator[Record]:
                 for record in batch.select(columns).to_pylist():
                     yield f"{path}, row {number}", record
                     number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         problems.add(str(path), f"is no readable parquet file: {error}")
 
 

@@ -210,16 +210,24 @@ def compute_advantages(
 ) -> Tensor:
     """``[N]`` advantages of the samples of one step from their ``rewards [N]``.
 
-    An execution counts once, its samples take its advantage.
+    An execution counts once, its samples take its advantage. An aborted sample does not count, its
+    advantage is 0.
 
     Raises:
         ValueError: if samples of one execution have different rewards.
     """
+    is_judged = torch.tensor([s.status != "aborted" for g in groups for s in g.samples])
+    if not is_judged.all():
+        advantages = torch.zeros(len(rewards), dtype=torch.float64)
+        if judged := without_aborted(groups):
+            advantages[is_judged] = compute_advantages(judged, rewards[is_judged], algorithm)
+        return advantages
     executions, counts = count_executions(groups)
     numbers = torch.repeat_interleave(torch.tensor([len(group.samples) for group in groups]))
     places = torch.arange(len(rewards))
     first = torch.full_like(counts, len(rewards)).scatter_reduce(0, executions, places, "amin")
-    differs = torch.nonzero(rewards != rewards[first][executions])
+    others = first[executions]
+    differs = torch.nonzero((others != places) & (rewards[others] != rewards))
     if len(differs):
         group = groups[int(numbers[differs[0]])]
         raise ValueError(

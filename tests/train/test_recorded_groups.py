@@ -14,7 +14,7 @@ from megatron_pg.train.batch import count_executions  # noqa: E402
 from megatron_pg.train.config import AlgorithmConfig  # noqa: E402
 from megatron_pg.train.prepare import compute_advantages  # noqa: E402
 from tests.data.samples import make_sample  # noqa: E402
-from tests.data.slime import SLIME, save_slime  # noqa: E402
+from tests.data.slime import PLAIN, SLIME, P, Q, save_slime, slime_sample  # noqa: E402
 
 
 @pytest.mark.parametrize("case", SLIME)
@@ -26,6 +26,19 @@ def test_advantages_of_slime_s_groups(tmp_path, case):
     # Two executions with rewards 1 and 0: half a point from the mean, a deviation of sqrt(1 / 2).
     want = (2 * rewards - 1) * 0.5**0.5
     assert torch.allclose(got, want, atol=2e-6) and len(rewards) == len(samples)
+
+
+def test_an_aborted_sample_does_not_count(tmp_path):
+    aborted = {"status": "aborted", "rollout_log_probs": None, "loss_mask": None}
+    samples = [*PLAIN[:1], slime_sample(0, 8, P, [], None, **aborted), *PLAIN[1:]]
+    samples += [slime_sample(2, 9, Q, [4], 9.0, **aborted)]
+    groups = read_rollouts(save_slime(tmp_path / "7.pt", samples))
+    assert [len(g.samples) for g in groups] == [3, 2, 1]
+    got = compute_advantages(groups, torch.cat([g.rewards for g in groups]), AlgorithmConfig())
+    half = 0.5**0.5
+    assert torch.allclose(got, torch.tensor([half, 0, -half, -half, half, 0]).double(), atol=2e-6)
+    got = compute_advantages(groups[2:], groups[2].rewards, AlgorithmConfig())
+    assert got.tolist() == [0.0]
 
 
 def executions(*parts: tuple[float, list[int]]) -> list[Group]:
