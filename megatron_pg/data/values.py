@@ -45,7 +45,7 @@ def response_problems(
         count = len(response_ids)
         problems.append(f"has {len(logprobs)} logprobs, the response has {count} tokens")
     if wrong := logprob_problem(logprobs):
-        problems.append(wrong)
+        problems.append(f"logprob {wrong}")
     return problems
 
 

@@ -10,10 +10,12 @@ from .base import (
     Tokenizer,
     WeightExporter,
 )
-from .client import RetryPolicy, RolloutServerError, base_url_problem
+from .client import RolloutServerError, api_key_problem, base_url_problem
 from .dialects import dialect_problem
-from .openai_server import OpenAIServerSource, ServerCapabilities
+from .openai_server import OpenAIServerSource, health_path_problem
+from .probe import ServerCapabilities
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
+from .retry import RetryPolicy
 from .reward import (
     CombinedReward,
     FormatReward,
@@ -48,8 +50,10 @@ __all__ = [
     "ServerCapabilities",
     "Tokenizer",
     "WeightExporter",
+    "api_key_problem",
     "base_url_problem",
     "dialect_problem",
+    "health_path_problem",
     "load_reward",
     "make_groups",
     "math_verify_reward",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,8 +42,11 @@ class Prompt:
 class Response:
     """One sampled continuation of a prompt, not yet rewarded.
 
+    An aborted response, and one without tokens, trains nothing: its ``status`` is "aborted", its
+    ``loss_mask`` False throughout, whatever was given.
+
     Attributes:
-        response_ids: ``[R]`` int64 on the CPU, at least one token, end token included.
+        response_ids: ``[R]`` int64 on the CPU, end token included; R may be 0.
         text: ``response_ids`` decoded without special tokens; may be lossy.
         rollout_logprobs: ``[R]`` float64 that the engine reported, or None.
         loss_mask: ``[R]`` bool, True where trained; None trains every token.
@@ -51,7 +54,7 @@ class Response:
         metadata: copied into the sample.
 
     Raises:
-        ValueError: if the tensors do not have one entry per token.
+        ValueError: if the tensors do not have one entry per token, or the status is unknown.
     """
 
     response_ids: Tensor
@@ -62,13 +65,19 @@ class Response:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_tokens("response_ids", self.response_ids)
+        _check_tokens("response_ids", self.response_ids, least=0)
+        if self.status not in get_args(Status):
+            raise ValueError(f"status={self.status!r} must be one of {', '.join(get_args(Status))}")
         for name in ("rollout_logprobs", "loss_mask"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != self.response_ids.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)} for {len(self.response_ids)} tokens"
                 )
+        if self.status == "aborted" or not len(self.response_ids):
+            object.__setattr__(self, "status", "aborted")
+            untrained = torch.zeros_like(self.response_ids, dtype=torch.bool)
+            object.__setattr__(self, "loss_mask", untrained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +188,11 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
-def _check_tokens(name: str, tokens: Tensor) -> None:
-    if tokens.ndim != 1 or tokens.dtype != torch.int64 or len(tokens) == 0:
+def _check_tokens(name: str, tokens: Tensor, least: int = 1) -> None:
+    if tokens.ndim != 1 or tokens.dtype != torch.int64 or len(tokens) < least:
         raise ValueError(
-            f"{name} must be a non-empty int64 vector, got shape {tuple(tokens.shape)} "
-            f"and dtype {tokens.dtype}"
+            f"{name} must be {'a non-empty' if least else 'an'} int64 vector, got shape "
+            f"{tuple(tokens.shape)} and dtype {tokens.dtype}"
         )
 
 

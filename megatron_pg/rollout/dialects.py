@@ -1,4 +1,4 @@
-"""What requests to inference servers look like and how their answers are read.
+"""What requests to inference servers look like.
 
 Four answers to "which tokens were sampled", from exact to lossy:
 
@@ -13,16 +13,11 @@ Four answers to "which tokens were sampled", from exact to lossy:
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
-from ..data import Status
-from .base import Prompt, Response, SamplingParams, Tokenizer
+from .base import Prompt, SamplingParams, Tokenizer
 
 Dialect = Literal["token_ids", "sglang", "text"]
 
@@ -31,8 +26,8 @@ PATHS: Mapping[Dialect, str] = {
     "sglang": "/generate",
     "text": "/v1/completions",
 }
-_TOKEN_ID_PREFIX = "token_id:"
-_STATUS: Mapping[str, Status] = {"stop": "completed", "length": "truncated", "abort": "aborted"}
+# Of an answer, per token asked for, the prompt's included: an id, a logprob, their names as text.
+_BYTES_PER_TOKEN = 1 << 10
 
 
 def dialect_problem(
@@ -45,20 +40,6 @@ def dialect_problem(
         "top_k and stop_token_ids are no part of the plain completions API; leave them out, or "
         "serve with vLLM or SGLang"
     )
-
-
-class MalformedAnswerError(ValueError):
-    """A server's answer does not have the form of its dialect."""
-
-
-@dataclass(frozen=True)
-class RawResponse:
-    """One choice of an answer; ``token_ids`` is None where the server did not tell."""
-
-    token_ids: list[int] | None
-    logprobs: list[float] | None
-    text: str
-    finish_reason: str
 
 
 def make_request(
@@ -119,76 +100,10 @@ def make_request(
     }
 
 
-def read_answer(dialect: Dialect, answer: Any) -> list[RawResponse]:
-    """The responses in a server's answer, in the server's order.
-
-    Raises:
-        MalformedAnswerError: if a field is missing or has another type, or tokens and logprobs
-            differ in number.
-    """
-    try:
-        if dialect == "sglang":
-            choices = answer if isinstance(answer, list) else [answer]
-            raw = [_read_sglang(choice) for choice in choices]
-        else:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            raw = [_read_choice(choice, with_tokens=dialect == "token_ids") for choice in choices]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise MalformedAnswerError(
-            f"answer has not the form of {PATHS[dialect]} ({type(error).__name__}: {error}): "
-            f"{str(answer)[:300]}"
-        ) from error
-    for one in raw:
-        if (
-            one.token_ids is not None
-            and one.logprobs is not None
-            and len(one.token_ids) != len(one.logprobs)
-        ):
-            raise MalformedAnswerError(
-                f"{len(one.logprobs)} logprobs for {len(one.token_ids)} tokens"
-            )
-    return raw
-
-
-def make_response(
-    raw: RawResponse, end_token_id: int | None, tokenizer: Tokenizer | None, version: int
-) -> Response:
-    """A response from what the server sent.
-
-    A response without tokens cannot be trained on; it becomes one untrained end token with status
-    ``aborted``, so that its group stays whole.
-
-    Args:
-        raw: choice of an answer.
-        end_token_id: what a completed text ends with; needed without token ids.
-        tokenizer: tokenizes the text where the server sent no token ids.
-        version: of the weights, kept in ``metadata["weight_version"]``.
-
-    Raises:
-        ValueError: if an end token is needed and none is known.
-    """
-    metadata: dict[str, Any] = {"weight_version": version, "finish_reason": raw.finish_reason}
-    status = _STATUS.get(raw.finish_reason, "aborted")
-    token_ids = raw.token_ids
-    if token_ids is None:
-        assert tokenizer is not None
-        metadata["retokenized"] = True
-        token_ids = tokenizer.encode(raw.text, add_special_tokens=False)
-        if status == "completed":
-            token_ids.append(_known(end_token_id))
-    is_empty = not token_ids
-    ids = torch.tensor([_known(end_token_id)] if is_empty else token_ids, dtype=torch.int64)
-    logprobs = None
-    if raw.logprobs is not None and raw.token_ids is not None and not is_empty:
-        logprobs = torch.tensor(raw.logprobs, dtype=torch.float64)
-    return Response(
-        response_ids=ids,
-        text=raw.text,
-        rollout_logprobs=logprobs,
-        loss_mask=torch.zeros_like(ids, dtype=torch.bool) if is_empty else None,
-        status="aborted" if is_empty else status,
-        metadata=metadata,
-    )
+def most_answer_bytes(prompt: Prompt, params: SamplingParams) -> int:
+    """Length that no answer to ``make_request`` of these needs."""
+    num_tokens = len(prompt.prompt_ids) + params.max_response_tokens
+    return (1 << 20) + params.num_generations * num_tokens * _BYTES_PER_TOKEN
 
 
 def _extended_fields(params: SamplingParams) -> dict[str, Any]:
@@ -203,63 +118,11 @@ def _extended_fields(params: SamplingParams) -> dict[str, Any]:
     }
 
 
-def _read_choice(choice: Mapping[str, Any], with_tokens: bool) -> RawResponse:
-    token_ids, logprobs = None, None
-    table = choice.get("logprobs")
-    if with_tokens:
-        token_ids = choice.get("token_ids")
-        if token_ids is None and table is not None:
-            token_ids = _ids_from_strings(table["tokens"])
-        if table is not None:
-            logprobs = _finite(table["token_logprobs"])
-    reason = choice["finish_reason"]
-    return RawResponse(
-        None if token_ids is None else [int(token) for token in token_ids],
-        logprobs,
-        str(choice["text"]),
-        str(reason),
-    )
-
-
-def _read_sglang(choice: Mapping[str, Any]) -> RawResponse:
-    meta = choice["meta_info"]
-    # The pairs hold the end token too, which output_ids may lack.
-    pairs = meta["output_token_logprobs"]
-    return RawResponse(
-        [int(pair[1]) for pair in pairs],
-        _finite([pair[0] for pair in pairs]),
-        str(choice["text"]),
-        str(meta["finish_reason"]["type"]),
-    )
-
-
-def _ids_from_strings(tokens: Sequence[str]) -> list[int] | None:
-    if not all(token.startswith(_TOKEN_ID_PREFIX) for token in tokens):
-        return None
-    return [int(token.removeprefix(_TOKEN_ID_PREFIX)) for token in tokens]
-
-
-def _finite(logprobs: Sequence[float]) -> list[float]:
-    values = [float(value) for value in logprobs]
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError("a sampled token's logprob is not finite")
-    return values
-
-
 def _request_seed(seed: int | None, prompt_id: str, generation: int) -> int | None:
     """Seed of one request: prompts and generations must not share their random numbers."""
     if seed is None:
         return None
     return zlib.crc32(f"{seed}/{prompt_id}/{generation}".encode()) & 0x7FFFFFFF
-
-
-def _known(end_token_id: int | None) -> int:
-    if end_token_id is None:
-        raise ValueError(
-            "the server sent a response without token ids and no end token is known; "
-            "pass a tokenizer with an eos_token_id"
-        )
-    return end_token_id
 
 
 def _drop_none(**fields: Any) -> dict[str, Any]:

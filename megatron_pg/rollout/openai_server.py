@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from .answer_forms import MalformedAnswerError, read_answer
+from .answers import Answer, answer_problems, make_response
 from .base import Prompt, Response, SamplingParams, Tokenizer, WeightExporter
-from .client import JsonClient, RetryPolicy, RolloutServerError
-from .dialects import (
-    PATHS,
-    Dialect,
-    MalformedAnswerError,
-    RawResponse,
-    make_request,
-    make_response,
-    read_answer,
-)
+from .client import JsonClient, RolloutServerError
+from .dialects import PATHS, Dialect, make_request, most_answer_bytes
+from .probe import ServerCapabilities, probe_server
 from .reload import RELOAD_PLANS, ReloadPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerCapabilities:
-    """What a probe found out about a server.
-
-    Attributes:
-        dialect: form of requests and answers; see ``dialects``.
-        returns_logprobs: whether responses carry the engine's logprobs.
-        supports_n: whether one request can ask for several responses.
-    """
-
-    dialect: Dialect
-    returns_logprobs: bool
-    supports_n: bool
+from .retry import RetryPolicy
+from .run_all import run_all
 
 
 class OpenAIServerSource:
@@ -51,6 +32,11 @@ class OpenAIServerSource:
     counts as unknown to the server only when the server refuses it: one that fails at it (5xx) ends
     the search, and ``dialect`` has to name its form (llama-cpp-python: ``text``).
 
+    What a server sends is refused unless it is what was asked for: as many responses, token ids
+    inside the vocabulary, logprobs that a sampled token can have, the prompt that was sent, one
+    model's name throughout. An aborted or empty response is none of that and ends nothing: it comes
+    with status "aborted" and trains nothing.
+
     ``rollout_logprobs`` are the server's. They are of the distribution sampled from only at
     temperature 1 without top_k and top_p, or if the server is told so (vLLM:
     ``--logprobs-mode processed_logprobs``).
@@ -59,21 +45,26 @@ class OpenAIServerSource:
         base_url: address, with or without ``/v1``.
         model: served name; None takes the first one that ``/v1/models`` lists.
         tokenizer: needed for text-only servers.
+        vocab_size: of the model in training: token ids must lie below; None checks only that they
+            are plausible.
         dialect: skip the probe's search and insist on one form; None searches.
         allow_retokenize: accept a server that returns text only.
         max_concurrency: requests under way at once.
-        timeout_seconds: longest wait for one answer.
+        timeout_seconds: for one try of a request: connecting, sending and the whole answer
+            together; a reload is one request.
         retry: policy for transient failures.
-        api_key: bearer token, or None.
+        api_key: bearer token, or None; no error or message shows it.
         reload: name in ``RELOAD_PLANS`` or a plan of your own; None cannot take new weights.
         export_dir: folder that the server can read too, for exported weights.
-        health_path: answered with 200 when the server is ready.
+        health_path: answered with a 5xx while the server is not ready; a server that does not know
+            it counts as ready.
         startup_seconds: longest wait for that, at the start and after a reload.
 
     Raises:
-        ValueError: on a ``base_url`` without http:// or https://, an unknown ``reload`` or
-            ``dialect``, ``max_concurrency < 1``, ``dialect="text"`` without ``allow_retokenize``,
-            or ``allow_retokenize`` without tokenizer.
+        ValueError: on a ``base_url`` that is no address, an ``api_key`` that no header can carry, a
+            time that is not finite and above 0, an unknown ``reload`` or ``dialect``,
+            ``max_concurrency < 1``, a ``health_path`` without leading slash, ``dialect="text"``
+            without ``allow_retokenize``, or ``allow_retokenize`` without tokenizer.
         ImportError: if requests is not installed.
     """
 
@@ -83,6 +74,7 @@ class OpenAIServerSource:
         *,
         model: str | None = None,
         tokenizer: Tokenizer | None = None,
+        vocab_size: int | None = None,
         dialect: Dialect | None = None,
         allow_retokenize: bool = False,
         max_concurrency: int = 32,
@@ -100,6 +92,10 @@ class OpenAIServerSource:
             )
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency={max_concurrency} must be at least 1")
+        if problem := health_path_problem(health_path):
+            raise ValueError(problem)
+        if not 0 < startup_seconds < math.inf:
+            raise ValueError(f"startup_seconds={startup_seconds} must be finite and above 0")
         if dialect is not None and dialect not in PATHS:
             raise ValueError(f"dialect={dialect!r} is none of {list(PATHS)}")
         if dialect == "text" and not allow_retokenize:
@@ -107,6 +103,7 @@ class OpenAIServerSource:
         if allow_retokenize and tokenizer is None:
             raise ValueError("allow_retokenize=True needs a tokenizer")
         self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         self.allow_retokenize = allow_retokenize
         self.max_concurrency = max_concurrency
         self.reload = RELOAD_PLANS[reload] if isinstance(reload, str) else reload
@@ -116,6 +113,8 @@ class OpenAIServerSource:
         self.weight_version = 0
         self._dialect = dialect
         self._model = model
+        # What the server calls the model; by one name as long as nothing is loaded by name.
+        self._reported_model: str | None = None
         self._exported: Path | None = None
         self._capabilities: ServerCapabilities | None = None
         self._client = JsonClient(
@@ -136,7 +135,13 @@ class OpenAIServerSource:
             self._client.wait_until_healthy(self.health_path, self.startup_seconds)
             if self._model is None:
                 self._model = self._first_model()
-            self._capabilities = self._probe()
+            self._capabilities = probe_server(
+                self._request,
+                self._client.base_url,
+                tokenizer=self.tokenizer,
+                dialect=self._dialect,
+                allow_retokenize=self.allow_retokenize,
+            )
         return self._capabilities
 
     def generate(
@@ -153,11 +158,15 @@ class OpenAIServerSource:
         per_request = replace(params, num_generations=params.num_generations // num_requests)
         jobs = list(itertools.product(prompts, range(num_requests)))
 
-        def run(job: tuple[Prompt, int]) -> list[Response]:
-            return self._sample(can.dialect, job[0], per_request, job[1])
+        def sample(job: tuple[Prompt, int], stop: threading.Event) -> list[Response]:
+            prompt, first_generation = job
+            try:
+                return self._sample(can, prompt, per_request, first_generation, stop)
+            except RolloutServerError as error:
+                message = f"prompt {prompt.prompt_id!r}: {error.args[2]}"
+                raise RolloutServerError(error.url, error.status, message) from error
 
-        with ThreadPoolExecutor(max_workers=self.max_concurrency) as pool:
-            answers = list(pool.map(run, jobs))
+        answers = run_all(sample, jobs, self.max_concurrency)
         return [
             tuple(itertools.chain.from_iterable(answers[first : first + num_requests]))
             for first in range(0, len(answers), num_requests)
@@ -201,26 +210,29 @@ class OpenAIServerSource:
         self._client.wait_until_healthy(self.health_path, self.startup_seconds)
         if self.reload.is_model_path:
             self._model = str(folder)
+            self._reported_model = None
         self.weight_version = version
 
     def _sample(
-        self, dialect: Dialect, prompt: Prompt, params: SamplingParams, first_generation: int
+        self,
+        can: ServerCapabilities,
+        prompt: Prompt,
+        params: SamplingParams,
+        first_generation: int,
+        stop: threading.Event,
     ) -> list[Response]:
-        raw = self._request(dialect, prompt, params, first_generation)
-        if len(raw) != params.num_generations:
-            raise self._malformed(
-                dialect,
-                f"prompt {prompt.prompt_id!r}: {len(raw)} responses instead of "
-                f"{params.num_generations}",
-            )
-        if dialect != "text" and any(one.token_ids is None for one in raw):
-            raise self._malformed(
-                dialect, f"prompt {prompt.prompt_id!r}: response without token ids"
-            )
-        end = params.stop_token_ids[0] if params.stop_token_ids else None
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            end = self.tokenizer.eos_token_id
-        return [make_response(one, end, self.tokenizer, self.weight_version) for one in raw]
+        answer = self._request(can.dialect, prompt, params, first_generation, stop)
+        problems = answer_problems(
+            can.dialect,
+            answer,
+            prompt,
+            params,
+            vocab_size=self.vocab_size,
+            with_logprobs=can.returns_logprobs,
+        )
+        if problems:
+            raise self._malformed(can.dialect, "; ".join(problems))
+        return [make_response(raw, self.tokenizer, self.weight_version) for raw in answer.responses]
 
     def _request(
         self,
@@ -228,7 +240,8 @@ class OpenAIServerSource:
         prompt: Prompt,
         params: SamplingParams,
         first_generation: int = 0,
-    ) -> list[RawResponse]:
+        stop: threading.Event | None = None,
+    ) -> Answer:
         body = make_request(
             dialect,
             prompt,
@@ -237,58 +250,36 @@ class OpenAIServerSource:
             tokenizer=self.tokenizer,
             first_generation=first_generation,
         )
-        answer = self._client.post(PATHS[dialect], body)
+        limit = most_answer_bytes(prompt, params)
+        answer = self._client.post(PATHS[dialect], body, max_bytes=limit, stop=stop)
         try:
-            return read_answer(dialect, answer)
+            read = read_answer(dialect, answer)
         except MalformedAnswerError as error:
-            raise self._malformed(dialect, f"prompt {prompt.prompt_id!r}: {error}") from error
+            # From None: the error's own words may hold a key that the server repeats.
+            raise self._malformed(dialect, str(error)) from None
+        self._reported_model = self._reported_model or read.model
+        if read.model not in (None, self._reported_model):
+            raise self._malformed(
+                dialect, f"model {read.model!r} answered, {self._reported_model!r} did before"
+            )
+        return read
 
     def _malformed(self, dialect: Dialect, message: str) -> RolloutServerError:
-        return RolloutServerError(self._client.base_url + PATHS[dialect], 200, message)
+        return self._client.error(PATHS[dialect], 200, f"the answer cannot be used: {message}")
 
     def _first_model(self) -> str:
         listed: Any = self._client.get("/v1/models")
         try:
-            return str(listed["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise RolloutServerError(
-                self._client.base_url + "/v1/models", 200, "lists no model; pass model="
-            ) from error
+            name = listed["data"][0]["id"]
+        except (KeyError, IndexError, TypeError):
+            name = None
+        if not isinstance(name, str) or not name:
+            raise self._client.error("/v1/models", 200, "lists no model; pass model=")
+        return name
 
-    def _probe(self) -> ServerCapabilities:
-        """First dialect that serves token ids; text if that is allowed."""
-        ids = [0, 1] if self.tokenizer is None else self.tokenizer.encode("1 + 1 =")
-        prompt = Prompt(prompt_id="probe", prompt_ids=torch.tensor(ids, dtype=torch.int64))
-        params = SamplingParams(num_generations=2, max_response_tokens=1)
-        exact: tuple[Dialect, ...] = ("token_ids", "sglang")
-        plain: tuple[Dialect, ...] = ("text",) if self.allow_retokenize else ()
-        wanted = (self._dialect,) if self._dialect is not None else exact + plain
-        found_out = []
-        for dialect in wanted:
-            try:
-                raw = self._request(dialect, prompt, params)
-            except RolloutServerError as error:
-                if not error.is_refusal:
-                    raise self._probe_failure(dialect, error) from error
-                found_out.append(str(error))
-                continue
-            if dialect != "text" and (not raw or raw[0].token_ids is None):
-                found_out.append(f"{PATHS[dialect]} returns no token ids")
-                continue
-            return ServerCapabilities(
-                dialect=dialect,
-                returns_logprobs=dialect != "text" and raw[0].logprobs is not None,
-                supports_n=len(raw) == 2,
-            )
-        remedy = "" if self.allow_retokenize else "; allow_retokenize=True accepts text (lossy)"
-        raise RolloutServerError(
-            self._client.base_url, None, "cannot serve rollouts: " + " | ".join(found_out) + remedy
-        )
 
-    def _probe_failure(self, dialect: Dialect, error: RolloutServerError) -> RolloutServerError:
-        remedy = "; see its log" if self._dialect else "; see its log, or name its form by dialect="
-        return RolloutServerError(
-            self._client.base_url,
-            error.status,
-            f"failed when it was probed for dialect {dialect!r}: {error}{remedy}",
-        )
+def health_path_problem(health_path: str) -> str | None:
+    """What keeps ``health_path`` from being a path; None if nothing does."""
+    if health_path.startswith("/") and not any(char.isspace() for char in health_path):
+        return None
+    return f"health_path={health_path!r} must start with a slash and hold no blanks"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .client import JsonClient, RetryPolicy, RolloutServerError
+from .client import JsonClient
+from .retry import RetryPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +40,19 @@ class ReloadPlan:
         """Make the calls.
 
         Raises:
-            RolloutServerError: if one fails, or answers ``{"success": false}``.
+            RolloutServerError: if one fails, or answers with an error or without success.
         """
         values = {"model_path": folder, "version": version}
         for call in self.calls:
             answer = client.post(
                 call.path, _fill(call.body, values), retry=RetryPolicy(max_attempts=1)
             )
-            if isinstance(answer, Mapping) and answer.get("success") is False:
-                raise RolloutServerError(
-                    client.base_url + call.path,
-                    200,
-                    f"the server refused the weights in {folder}: {answer.get('message', answer)}",
+            if isinstance(answer, Mapping) and (
+                answer.get("success", True) is not True or answer.get("error") is not None
+            ):
+                said = answer.get("message") or answer.get("error") or answer
+                raise client.error(
+                    call.path, 200, f"the server refused the weights in {folder}: {said}"
                 )
 
 

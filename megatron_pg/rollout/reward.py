@@ -108,10 +108,12 @@ def make_groups(
 ) -> list[Group]:
     """One rewarded group per prompt.
 
+    An aborted response trains nothing and is not judged: its reward is 0.0, which nothing reads.
+
     Args:
         prompts: what was given.
         responses: what was sampled, per prompt, as ``RolloutSource.generate`` returns it.
-        reward: called once per response, in order, on the calling thread.
+        reward: called once per other response, in order, on the calling thread.
 
     Raises:
         ValueError: if the lengths differ, two prompts share an id, or a reward is not finite.
@@ -127,7 +129,7 @@ def make_groups(
 
 
 def _make_sample(prompt: Prompt, response: Response, reward: RewardFunction) -> Sample:
-    value = float(reward(prompt, response))
+    value = 0.0 if response.status == "aborted" else float(reward(prompt, response))
     if not math.isfinite(value):
         raise ValueError(f"reward {reward!r} gave {value} for prompt {prompt.prompt_id!r}")
     mask = response.loss_mask

@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..data import Group
-from .base import PromptSource, RolloutSource, SamplingParams, WeightExporter
+from ..data import Group, response_problems
+from .base import (
+    Prompt,
+    PromptSource,
+    Response,
+    RolloutSource,
+    SamplingParams,
+    WeightExporter,
+)
 from .reward import RewardFunction, make_groups
+
+# Problems that one error writes out.
+_MAX_PROBLEMS = 10
 
 
 class RecordedRollouts:
@@ -108,6 +118,7 @@ class SampledRollouts:
         reward: judges them.
         params: how to sample; a seed is advanced with every call, so that a prompt seen twice is
             answered afresh.
+        vocab_size: token ids must lie below; None checks only that they are plausible.
     """
 
     def __init__(
@@ -116,20 +127,29 @@ class SampledRollouts:
         source: RolloutSource,
         reward: RewardFunction,
         params: SamplingParams,
+        *,
+        vocab_size: int | None = None,
     ) -> None:
         self.task = task
         self.source = source
         self.reward = reward
         self.params = params
+        self.vocab_size = vocab_size
         self._num_taken = 0
 
     def next_groups(self, num_groups: int) -> list[Group]:
-        """Sample the next ``num_groups`` prompts and reward the responses."""
+        """Sample the next ``num_groups`` prompts and reward the responses.
+
+        Raises:
+            ValueError: naming the prompt of every response that is not what was asked for.
+        """
         prompts = self.task.prompts(self._num_taken, _positive("num_groups", num_groups))
         params = self.params
         if params.seed is not None:
             params = replace(params, seed=params.seed + self._num_taken)
-        groups = make_groups(prompts, self.source.generate(prompts, params), self.reward)
+        responses = self.source.generate(prompts, params)
+        _check_responses(prompts, responses, params, self.vocab_size)
+        groups = make_groups(prompts, responses, self.reward)
         self._num_taken += num_groups
         return groups
 
@@ -144,6 +164,38 @@ class SampledRollouts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the prompts that the state had taken."""
         self._num_taken = int(state["num_taken"])
+
+
+def _check_responses(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[Response]],
+    params: SamplingParams,
+    vocab_size: int | None,
+) -> None:
+    """Hold what any source sampled to the rules of recorded rollouts."""
+    problems = []
+    for prompt, of_prompt in zip(prompts, responses):
+        found = []
+        if len(of_prompt) != params.num_generations:
+            found.append(f"{len(of_prompt)} responses instead of {params.num_generations}")
+        for number, one in enumerate(of_prompt):
+            # Text that is tokenized again has another number of tokens than was sampled.
+            is_exact = not one.metadata.get("retokenized")
+            wrong = response_problems(
+                one.response_ids.tolist(),
+                None if one.rollout_logprobs is None else one.rollout_logprobs.tolist(),
+                vocab_size=vocab_size,
+                max_response_tokens=params.max_response_tokens if is_exact else None,
+            )
+            found += [f"response {number} {problem}" for problem in wrong]
+        trained = [one for one in of_prompt if one.status != "aborted"]
+        if len({one.rollout_logprobs is None for one in trained}) > 1:
+            found.append("some responses carry rollout_logprobs, others do not")
+        problems += [f"prompt {prompt.prompt_id!r}: {problem}" for problem in found]
+    if len(problems) > _MAX_PROBLEMS:
+        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
+    if problems:
+        raise ValueError("the source sampled what cannot be trained: " + "; ".join(problems))
 
 
 def _positive(name: str, value: int) -> int:

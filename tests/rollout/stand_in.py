@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 
-Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]]
+Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]] | Callable[[BinaryIO], None]
 Handler = Callable[[str, Any], Reply]
 
 
@@ -28,7 +28,11 @@ class StandIn:
 
 @contextmanager
 def stand_in(handler: Handler) -> Iterator[StandIn]:
-    """Serve ``handler(path, body) -> (status, JSON or raw str[, headers])``."""
+    """Serve ``handler(path, body) -> (status, JSON or raw str or bytes[, headers])``.
+
+    A handler may return a function instead, which writes the whole answer, bytes of HTTP, by
+    itself; the connection is closed after it.
+    """
     server_state = StandIn("")
 
     class _Handler(BaseHTTPRequestHandler):
@@ -39,8 +43,13 @@ def stand_in(handler: Handler) -> Iterator[StandIn]:
             body = json.loads(self.rfile.read(length)) if length else None
             server_state.requests.append((self.path, body))
             server_state.headers.append(dict(self.headers))
-            status, answer, *rest = handler(self.path, body)
-            data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            reply = handler(self.path, body)
+            if callable(reply):
+                self.close_connection = True
+                return reply(self.wfile)
+            status, answer, *rest = reply
+            data = answer if isinstance(answer, str | bytes) else json.dumps(answer)
+            data = data.encode() if isinstance(data, str) else data
             self.send_response(status)
             for name, value in (rest[0] if rest else {}).items():
                 self.send_header(name, value)

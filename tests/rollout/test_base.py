@@ -42,8 +42,30 @@ def test_sampling_params_accept_a_list_of_stop_tokens():
 def test_tokens_must_be_a_vector_of_ids(ids):
     with pytest.raises(ValueError, match="must be a non-empty int64 vector"):
         Prompt(prompt_id="p", prompt_ids=ids)
-    with pytest.raises(ValueError, match="must be a non-empty int64 vector"):
+    if ids.dtype == torch.int64 and ids.ndim == 1:
+        return
+    with pytest.raises(ValueError, match="response_ids must be an int64 vector"):
         Response(response_ids=ids, text="")
+
+
+@pytest.mark.parametrize("status", ["completed", "truncated", "aborted"])
+@pytest.mark.parametrize("ids", [[], [5, 6]])
+@pytest.mark.parametrize("mask", [None, True])
+def test_an_aborted_or_empty_response_trains_nothing(status, ids, mask):
+    ids = torch.tensor(ids, dtype=torch.int64)
+    given = None if mask is None else torch.ones_like(ids, dtype=torch.bool)
+    one = Response(response_ids=ids, text="", status=status, loss_mask=given)
+    if len(ids) and status != "aborted":
+        assert (one.status, one.loss_mask) == (status, given)
+        return
+    assert one.status == "aborted"
+    assert one.loss_mask.tolist() == [False] * len(ids)
+    assert one.response_ids.tolist() == ids.tolist(), "no token is made up"
+
+
+def test_a_status_is_one_of_three():
+    with pytest.raises(ValueError, match="status='done' must be one of completed, truncated, ab"):
+        Response(response_ids=torch.tensor([1]), text="", status="done")
 
 
 @pytest.mark.parametrize("name", ["rollout_logprobs", "loss_mask"])

@@ -180,66 +180,6 @@ def test_text_is_tokenized_again_and_flagged():
     assert truncated[0].response_ids.tolist() == [*map(ord, truncated[0].text)]
 
 
-def test_empty_response_is_kept_untrained():
-    with stand_in(text_only) as server:
-        source = make_source(server.url, tokenizer=CharTokenizer(), allow_retokenize=True)
-        ((one, *_),) = source.generate([make_prompt(1)], PARAMS)  # "e\x07"
-    assert one.response_ids.tolist() == [1]
-    assert one.status == "completed"
-
-    def make_choices(body):
-        empty = body["max_tokens"] > 1
-        return [completion([] if empty else [5], index=i) for i in range(body["n"])]
-
-    with stand_in(completions_only(make_choices)) as server:
-        source = make_source(server.url, tokenizer=CharTokenizer())
-        ((one, *_),) = source.generate([make_prompt()], PARAMS)
-        assert one.response_ids.tolist() == [1]
-        assert one.loss_mask.tolist() == [False]
-        assert one.rollout_logprobs is None
-        assert one.status == "aborted"
-        with pytest.raises(ValueError, match="no end token is known"):
-            make_source(server.url).generate([make_prompt()], PARAMS)
-
-
-def good_then(change):
-    """Probes well, then sends choices changed by ``change``."""
-
-    def make_choices(body):
-        choices = [completion([5, 6], index=i) for i in range(body["n"])]
-        return choices if body["max_tokens"] == 1 else change(choices)
-
-    return completions_only(make_choices)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda choices: choices[:-1], "2 responses instead of 3"),
-        (lambda choices: [c | {"token_ids": None, "logprobs": None} for c in choices], "without"),
-        (lambda choices: [c | {"token_ids": [5]} for c in choices], "2 logprobs for 1 tokens"),
-        (lambda choices: [{"index": 0}], "KeyError: 'finish_reason'"),
-        (lambda choices: [c | {"token_ids": ["x"]} for c in choices], "ValueError"),
-        (
-            lambda choices: [
-                c | {"logprobs": {"tokens": ["a", "b"], "token_logprobs": [None, -1.0]}}
-                for c in choices
-            ],
-            "TypeError",
-        ),
-        (lambda choices: (200, {"detail": "no choices here"}), "KeyError: 'choices'"),
-        (lambda choices: (200, [1, 2]), "TypeError"),
-    ],
-)
-def test_malformed_answers_name_url_and_prompt(change, complaint):
-    with (
-        stand_in(good_then(change)) as server,
-        pytest.raises(RolloutServerError, match=f"prompt 'p0'.*{complaint}") as caught,
-    ):
-        make_source(server.url).generate([make_prompt()], PARAMS)
-    assert caught.value.url == server.url + "/v1/completions"
-
-
 def test_concurrency_is_used_and_bounded():
     lock = threading.Lock()
     running = most = 0

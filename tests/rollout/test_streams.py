@@ -1,12 +1,15 @@
 """Recorded and sampled streams: order, ends, resuming."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from megatron_pg.rollout import (
     GroupStream,
     RecordedRollouts,
+    Response,
     SampledRollouts,
     SamplingParams,
 )
@@ -119,6 +122,79 @@ def test_sampled_rollouts_reward_and_resume():
     assert source.seeds == [10, 12, 12]
     stream.update_weights(lambda folder: None, 5)
     assert source.versions == [5]
+
+
+class _Fixed(_Source):
+    """Answers every prompt with the same responses."""
+
+    def __init__(self, *responses):
+        super().__init__()
+        self.responses = responses
+
+    def generate(self, prompts, params):
+        return [self.responses for _ in prompts]
+
+
+ABORTED = Response(response_ids=torch.tensor([], dtype=torch.int64), text="", status="aborted")
+
+
+def with_logprobs(text, logprobs):
+    return make_response(text, rollout_logprobs=torch.tensor(logprobs, dtype=torch.float64))
+
+
+GOOD = with_logprobs("ab", [-1.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("one", "complaint"),
+    [
+        (make_response("x" * 5), "response 1 has 5 tokens, at most 4 were asked"),
+        (with_logprobs("a\xff", [-1.0, -1.0]), "response 1 token 1 is 255, must lie in"),
+        (with_logprobs("ab", [-1.0, 0.5]), "response 1 logprob value 1 is 0.5"),
+        (with_logprobs("ab", [-1.0, math.nan]), "response 1 logprob value 1 is nan"),
+        (with_logprobs("ab", [-1.0, -9999.0]), "response 1 logprob value 1 is -9999.0"),
+        (make_response("ab"), "some responses carry rollout_logprobs, others do not"),
+    ],
+)
+def test_whatever_a_source_samples_is_held_to_the_rules(one, complaint):
+    params = SamplingParams(num_generations=3, max_response_tokens=4)
+    stream = SampledRollouts(_Task(), _Fixed(GOOD, one, GOOD), _fail, params, vocab_size=128)
+    with pytest.raises(ValueError, match=f"prompt 'p0': {complaint}.*prompt 'p1'"):
+        stream.next_groups(2)
+    assert stream.state_dict() == {"num_taken": 0}
+
+
+def test_a_source_samples_as_many_as_it_was_asked():
+    params = SamplingParams(num_generations=3, max_response_tokens=4)
+    stream = SampledRollouts(_Task(), _Fixed(GOOD, GOOD), _fail, params)
+    with pytest.raises(ValueError, match="prompt 'p0': 2 responses instead of 3") as caught:
+        stream.next_groups(15)
+    assert str(caught.value).endswith("; and 5 more")
+
+
+def _fail(prompt, response):
+    raise AssertionError("nothing that cannot be trained is judged")
+
+
+@pytest.mark.parametrize("num_aborted", [1, 2, 3])
+def test_aborted_responses_stay_in_their_group_untrained_and_unjudged(num_aborted):
+    responses = [ABORTED] * num_aborted + [GOOD] * (3 - num_aborted)
+    params = SamplingParams(num_generations=3, max_response_tokens=4)
+    judged = []
+
+    def reward(prompt, response):
+        judged.append(response)
+        return 2.0
+
+    stream = SampledRollouts(_Task(), _Fixed(*responses), reward, params, vocab_size=128)
+    (group,) = stream.next_groups(1)
+    assert [sample.status for sample in group.samples] == [one.status for one in responses]
+    assert [sample.num_loss_tokens for sample in group.samples] == [
+        0 if one is ABORTED else 2 for one in responses
+    ]
+    assert [len(sample.response_ids) for sample in group.samples[:num_aborted]] == [0] * num_aborted
+    assert judged == [GOOD] * (3 - num_aborted)
+    assert stream.state_dict() == {"num_taken": 1}
 
 
 def test_both_are_group_streams():
