@@ -105,6 +105,9 @@ class ServerConfig:
 
     ``reload`` says how the server is told to take the trained weights (a key of
     ``rollout.RELOAD_PLANS``); it reads them from ``export_dir``, ``run.out``/export when None.
+
+    ``api_key: ${oc.env:NAME}`` takes the key from an environment variable, so that no file holds
+    it; what a run writes and prints never does.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -113,6 +116,8 @@ class ServerConfig:
     allow_retokenize: bool = False
     max_concurrency: int = 32
     timeout_seconds: float = 600
+    health_path: str = "/health"
+    api_key: str | None = field(default=None, repr=False)
     export_dir: str | None = None
     reload: str | None = None
 

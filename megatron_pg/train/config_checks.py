@@ -8,7 +8,14 @@ from collections.abc import Iterator, Sequence
 
 from ..attention import ATTENTION_BACKENDS
 from ..loss import ADVANTAGE_ESTIMATORS, AGGREGATION_MODES, KL_KINDS
-from ..rollout import ANSWER_EXTRACTORS, RELOAD_PLANS, base_url_problem, dialect_problem
+from ..rollout import (
+    ANSWER_EXTRACTORS,
+    RELOAD_PLANS,
+    api_key_problem,
+    base_url_problem,
+    dialect_problem,
+    health_path_problem,
+)
 from .config import (
     AlgorithmConfig,
     ModelConfig,
@@ -223,8 +230,13 @@ def _sampling_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
 
 def _server_problems(rollout: RolloutConfig) -> Iterator[str]:
     server = rollout.server
-    if problem := base_url_problem(server.base_url):
-        yield f"rollout.server.{problem}"
+    for problem in (
+        base_url_problem(server.base_url),
+        health_path_problem(server.health_path),
+        api_key_problem(server.api_key),
+    ):
+        if problem is not None:
+            yield f"rollout.server.{problem}"
     if server.reload not in RELOAD_PLANS:
         yield _no_name("rollout.server.reload", server.reload, list(RELOAD_PLANS))
     if server.dialect == "text" and not server.allow_retokenize:

@@ -12,6 +12,9 @@ from typing import Any, Literal
 from .config import TrainConfig
 from .config_checks import config_problems, nearest, raise_problems
 
+# In place of a key, which belongs into no output and no message.
+_HIDDEN = "***"
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and ``section.key=value`` overrides; a section left empty is its defaults.
@@ -45,8 +48,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """The whole configuration as plain values, defaults included."""
-    return dataclasses.asdict(config)
+    """The whole configuration as plain values, defaults included; only whether a key was given."""
+    content = dataclasses.asdict(config)
+    server = content["rollout"]["server"]
+    server["api_key"] = None if server["api_key"] is None else _HIDDEN
+    return content
 
 
 def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
@@ -85,7 +91,8 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
             # YAML reads 1e-6 without a dot as text.
             return float(value)
     expected = " or ".join(_describe(option) for option in options)
-    problems.append(f"{where}={value!r} must be {expected}")
+    shown = _HIDDEN if where.endswith("api_key") else repr(value)
+    problems.append(f"{where}={shown} must be {expected}")
     return None
 
 

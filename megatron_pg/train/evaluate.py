@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..data import without_aborted
 from ..rollout import ReasoningGymTask, SampledRollouts, make_groups
 from .config import TrainConfig
 from .ranks import from_first_rank
@@ -18,7 +19,7 @@ class Evaluation:
     Attributes:
         mean: over prompts, of the mean over their samples.
         standard_error: of that mean, over prompts.
-        num_prompts: prompts judged.
+        num_prompts: prompts judged: those with a response that was not aborted.
     """
 
     mean: float
@@ -34,6 +35,9 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
     Args:
         config: of the run; its rollouts are sampled.
         stream: of the run; its position stays as it is.
+
+    Raises:
+        ValueError: if every response was aborted.
     """
     sampled = stream.stream
     assert isinstance(sampled, SampledRollouts) and isinstance(sampled.task, ReasoningGymTask)
@@ -45,13 +49,18 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
     def judge() -> list[float]:
         prompts = task.prompts(0, run.eval_prompts)
         groups = make_groups(prompts, sampled.source.generate(prompts, params), reward)
-        return [float(group.rewards.mean()) for group in groups]
+        return [float(group.rewards.mean()) for group in without_aborted(groups)]
 
     if stream.needs_all_ranks:
         # Rewards may be random, so that the first rank's count.
         rewards = from_first_rank(judge())
     else:
         rewards = on_first_rank(judge, stream.is_first)
+    if not rewards:
+        raise ValueError(
+            "every response to a held-out prompt was aborted or empty: there is nothing to judge; "
+            "see the server's log, or set run.eval_prompts=0"
+        )
     mean = sum(rewards) / len(rewards)
     variance = sum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
     return Evaluation(mean, math.sqrt(variance / len(rewards)), len(rewards))

@@ -21,6 +21,7 @@ from ..rollout import (
     ReasoningGymTask,
     RecordedRollouts,
     RewardFunction,
+    RolloutSource,
     SampledRollouts,
     SamplingParams,
     load_reward,
@@ -125,22 +126,29 @@ def make_stream(
         return SharedStream(recorded, needs_all_ranks=False, is_first=is_first)
     if rollout.source == "model":
         own = ModelSource(chunks, inputs.tokenizer, vocab_size, rollout.max_batch_samples)
-        stream = SampledRollouts(inputs.task, own, inputs.reward, inputs.params)
+        stream = _sampled(inputs, own, vocab_size)
         return SharedStream(stream, needs_all_ranks=True, is_first=is_first)
     server = rollout.server
     source = OpenAIServerSource(
         server.base_url,
         model=server.model or None,
         tokenizer=inputs.tokenizer,
+        vocab_size=vocab_size,
         dialect=server.dialect,
         allow_retokenize=server.allow_retokenize,
         max_concurrency=server.max_concurrency,
         timeout_seconds=server.timeout_seconds,
+        health_path=server.health_path,
+        api_key=server.api_key,
         reload=server.reload,
         export_dir=server.export_dir or str(Path(config.run.out) / "export"),
     )
-    stream = SampledRollouts(inputs.task, source, inputs.reward, inputs.params)
+    stream = _sampled(inputs, source, vocab_size)
     return SharedStream(stream, needs_all_ranks=False, is_first=is_first)
+
+
+def _sampled(inputs: Sampling, source: RolloutSource, vocab_size: int) -> SampledRollouts:
+    return SampledRollouts(inputs.task, source, inputs.reward, inputs.params, vocab_size=vocab_size)
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
