@@ -81,8 +81,7 @@ def _read_choice(where: str, choice: dict[str, Any], with_tokens: bool) -> RawRe
     if table is None:
         return RawResponse(token_ids, None, text, reason)
     named = _ids_from_strings(_take_if(f"{where}.logprobs", table, "tokens", list))
-    take = _take_if if is_aborted else _take
-    logprobs = take(f"{where}.logprobs", table, "token_logprobs", list)
+    logprobs = _take_if(f"{where}.logprobs", table, "token_logprobs", list)
     return RawResponse(
         token_ids=named if token_ids is None else token_ids,
         logprobs=None if is_aborted else logprobs,
@@ -108,11 +107,13 @@ def _read_generate(choices: list[Any]) -> Answer:
 
 def _read_generated(where: str, choice: dict[str, Any], meta: dict[str, Any]) -> RawResponse:
     finish = _take(f"{where}.meta_info", meta, "finish_reason", dict, NoneType)
-    reason = finish and _take(f"{where}.meta_info.finish_reason", finish, "type", str, NoneType)
+    reason = None
+    if finish is not None:
+        reason = _take(f"{where}.meta_info.finish_reason", finish, "type", str, NoneType)
     is_aborted = status_of(reason) == "aborted"
     text = _take_text(where, choice, is_aborted)
     output_ids = _take_if(where, choice, "output_ids", list)
-    if is_aborted:
+    if is_aborted or not (text or output_ids or meta.get("output_token_logprobs")):
         return RawResponse(output_ids, None, text, reason)
     # The pairs hold the end token too, which output_ids may lack.
     pairs = _take(f"{where}.meta_info", meta, "output_token_logprobs", list)
@@ -173,19 +174,17 @@ def _raise_reported(record: Any) -> None:
         raise MalformedAnswerError(f"the server reports an error: {said}")
 
 
-def _ids_from_strings(tokens: list[Any] | None) -> list[int] | None:
-    """17 of "token_id:17"; None if the server names its tokens in another way."""
+def _ids_from_strings(tokens: list[Any] | None) -> list[Any] | None:
+    """17 of "token_id:17", any other ending as it is; None if the server has no such names."""
     if tokens is None:
         return None
-    ids = []
+    ids: list[Any] = []
     for token in tokens:
         if not (isinstance(token, str) and token.startswith(_TOKEN_ID_PREFIX)):
             return None
         digits = token.removeprefix(_TOKEN_ID_PREFIX)
         # int() would take blanks, underscores and other scripts' digits too.
-        if not re.fullmatch("-?[0-9]{1,19}", digits):
-            raise MalformedAnswerError(f"logprobs.tokens holds {_show(token)}: no token id")
-        ids.append(int(digits))
+        ids.append(int(digits) if re.fullmatch("-?[0-9]{1,19}", digits) else token)
     return ids
 
 

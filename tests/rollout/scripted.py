@@ -51,8 +51,8 @@ class Scripted:
             return 200, answer[:2] if path == "/generate" else answer | {
                 "choices": answer["choices"][:2]
             }
-        status, answer = self.reply
-        return status, answer if isinstance(answer, str | bytes) else json.dumps(answer)
+        status, answer, *headers = self.reply
+        return status, answer if isinstance(answer, str | bytes) else json.dumps(answer), *headers
 
     @cached_property
     def source(self):

@@ -79,7 +79,8 @@ COMPLETIONS = {
     "text logprob": (logprobs(token_logprobs=["-0.1", -0.1]), "logprob value 0 must be a number"),
     "fewer logprobs": (logprobs(token_logprobs=[-0.1]), "has 1 logprobs, the response has"),
     "more logprobs": (logprobs(token_logprobs=[-0.1] * 3), "has 3 logprobs, the response has 2"),
-    "logprobs are null": (logprobs(token_logprobs=None), "token_logprobs is None"),
+    "logprobs are null": (logprobs(token_logprobs=None), "1 comes without logprobs"),
+    "logprobs are an object": (logprobs(token_logprobs={"0": -0.1}), "token_logprobs is {'0'"),
     "logprobs are a number": (choices(logprobs=-0.5), "choices[1].logprobs is -0.5 (float), must"),
     "logprobs are left out": (choices(logprobs=None), "response 1 comes without logprobs"),
     "no tokens": (choices(token_ids=None, logprobs=None), "response 1 comes without token ids"),
@@ -88,7 +89,11 @@ COMPLETIONS = {
         logprobs(tokens=["token_id:5", "token_id:7"]),
         "response 1 has two fields that name different tokens",
     ),
-    "odd token name": (logprobs(tokens=["token_id:5", "token_id:+6"]), "'token_id:+6'"),
+    "odd token name": (logprobs(tokens=["token_id:5", "token_id:+6"]), "name different tokens"),
+    "odd token names only": (
+        lambda a: (logprobs(tokens=["token_id:5", "token_id:6_0"])(a), choices(token_ids=None)(a)),
+        "token 1 is 'token_id:6_0' (str), must be an integer",
+    ),
     "token names are numbers": (
         lambda a: (logprobs(tokens=[5, 6])(a), choices(token_ids=None)(a)),
         "comes without token ids",
@@ -168,6 +173,7 @@ GENERATE = {
     "no finish reason": (lambda a: a[1]["meta_info"].pop("finish_reason"), "no 'finish_reason'"),
     "a finish reason of text": (meta(finish_reason="stop"), "finish_reason is 'stop' (str)"),
     "a finish reason without type": (meta(finish_reason={"length": 3}), "has no 'type'"),
+    "an empty finish reason": (meta(finish_reason={}), "finish_reason has no 'type'"),
     "no meta_info": (lambda a: a[1].pop("meta_info"), "answer[1] has no 'meta_info'"),
     "text is missing": (lambda a: a[1].pop("text"), "answer[1] has no 'text'"),
     "one response less": (lambda a: a.pop(), "2 responses instead of 3"),
@@ -286,6 +292,8 @@ ABORTED_GENERATE = {
     "of null": {"text": "", "meta_info": {"finish_reason": {"type": None}}},
     "empty": generated([], "abort"),
     "cut at once": generated([], "length"),
+    "cut at once, without pairs": {
+        "text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "length"}}},
     "ended at once": generated([], "stop"),
     "with tokens": generated([5, 6], "abort", output_ids=[5, 6]),
 }  # fmt: skip

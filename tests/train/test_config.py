@@ -209,6 +209,49 @@ def test_what_is_given_is_what_is_read(tmp_path: Path, sections: dict[str, Any])
     assert load_config(again) == config
 
 
+KEY = "sk-very-secret"
+
+
+@pytest.mark.parametrize("given", [KEY, "${oc.env:ROLLOUT_KEY}"])
+def test_a_servers_key_is_read_and_shown_nowhere(
+    tmp_path: Path, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("ROLLOUT_KEY", KEY)
+    server = f"rollout.server.api_key={given}"
+    config = load(tmp_path, sections, *FROM_SERVER, server, "rollout.server.health_path=/up")
+    assert config.rollout.server.api_key == KEY
+    assert config.rollout.server.health_path == "/up"
+    assert KEY not in repr(config)
+    content = config_dict(config)
+    assert content["rollout"]["server"]["api_key"] == "***"
+    assert KEY not in str(content)
+    assert config_dict(TrainConfig())["rollout"]["server"]["api_key"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.server.api_key=73194", "rollout.server.api_key=*** must be text or null"),
+        ("rollout.server.api_key=[73194]", "rollout.server.api_key=*** must be text or null"),
+        ("rollout.server.api_key='73194 x'", "rollout.server.api_key holds a blank"),
+        ("rollout.server.api_key=''", "rollout.server.api_key is empty"),
+        ("rollout.server.api_key=${oc.env:NO_SUCH_NAME}", "'NO_SUCH_NAME' not found"),
+        ("rollout.server.base_url=http://me:73194@h", "must not hold a user name or password"),
+        (
+            "rollout.server.health_path=up",
+            "health_path='up' must start with a slash",
+        ),
+    ],
+)
+def test_a_wrong_key_is_refused_without_showing_it(
+    tmp_path: Path, sections: dict[str, Any], override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml") as caught:
+        load(tmp_path, sections, *FROM_SERVER, override)
+    assert message in str(caught.value)
+    assert "73194" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "run: [unclosed", "just words"])
 def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)

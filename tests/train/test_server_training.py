@@ -65,21 +65,33 @@ def test_two_ranks_train_from_transformers_serve(tmp_path: Path) -> None:
     assert exported_versions(out) == ["version-2"], "only the newest export is kept"
 
 
-def test_what_the_server_can_do_is_told_and_its_failure_is_one_message(tmp_path: Path) -> None:
+def test_what_the_server_can_do_is_told_and_its_failure_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sections = tiny.run_sections(tmp_path)
     tiny.save_tokenizer(tmp_path / "model")
     sections["rollout"] = {"source": "server", "max_response_tokens": 4, "num_generations": 2}
-    sections["rollout"]["server"] = {"reload": "vllm"}
-    sections["run"] |= {"num_steps": 1, "groups_per_step": 2}
-    path = str(tiny.write_config(tmp_path / "config.yaml", sections))
-    refuses = False
+    key = "sk-very-secret"
+    sections["rollout"]["server"] = {"reload": "vllm", "api_key": "${oc.env:ROLLOUT_KEY}"}
+    monkeypatch.setenv("ROLLOUT_KEY", key)
+    sections["run"] |= {"num_steps": 2, "groups_per_step": 2}
+    path, out = str(tiny.write_config(tmp_path / "config.yaml", sections)), tmp_path / "out"
+    refuses, sampled = False, []
 
     def handler(asked: str, body: Any) -> Reply:
         if asked in ("/collective_rpc", "/reset_prefix_cache"):
             return 200, {"success": True}
         if refuses and asked == "/v1/completions":
-            return 400, {"error": "no completions here"}
-        return vllm_like(asked, body)
+            return 400, {"error": f"no completions for {key}"}
+        if asked == "/health":
+            return 404, "no such path"
+        status, answer = vllm_like(asked, body)
+        if asked == "/v1/completions" and body["max_tokens"] > 1:
+            # Aborted before the first token: all responses of the first step, then one a prompt.
+            sampled.append(body["prompt"])
+            for choice in answer["choices"][: 2 if len(sampled) <= 2 else 1]:
+                choice |= {"token_ids": [], "text": "", "finish_reason": "abort", "logprobs": None}
+        return status, answer
 
     with stand_in(handler) as server:
         url = f"rollout.server.base_url={server.url}"
@@ -87,11 +99,19 @@ def test_what_the_server_can_do_is_told_and_its_failure_is_one_message(tmp_path:
         refuses = True
         failed = tiny.launch([path, url, f"run.out={tmp_path / 'other'}"])
     assert trained.returncode == 0, trained.stderr
+    assert {h.get("Authorization") for h in server.headers} == {f"Bearer {key}"}
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["response_length/aborted"] for step in steps] == [1.0, 0.5]
+    assert [step["actor/updates"] for step in steps] == [0, 1]
     told = "rollout server: dialect token_ids, with logprobs, all responses of a prompt per request"
     assert " ".join(trained.stdout.split()).count(told) == 1, trained.stdout
     assert failed.returncode == 2, failed.stderr
     assert failed.stderr.count("error: ") == 1 and "Traceback" not in failed.stderr
     assert f"error: {server.url}: cannot serve rollouts" in failed.stderr
+    assert "no completions for [api_key]" in failed.stderr
+    printed = trained.stdout + trained.stderr + failed.stdout + failed.stderr
+    written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    assert key not in printed and written and not any(key.encode() in data for data in written)
 
 
 @pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM: see tests/rollout/servers.py")
