@@ -1,0 +1,84 @@
+"""How a config becomes a stream that samples, and what an evaluation makes of aborted responses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("reasoning_gym", reason='pip install "megatron_pg[rollout]"')
+
+from megatron_pg.rollout import (
+    OpenAIServerSource,
+    ReasoningGymTask,
+    Response,
+    SampledRollouts,
+    SamplingParams,
+)
+from megatron_pg.train import evaluate as evaluation
+from megatron_pg.train.config import RolloutConfig, RunConfig, ServerConfig, TrainConfig
+from megatron_pg.train.ranks import Ranks
+from megatron_pg.train.shared_stream import SharedStream
+from megatron_pg.train.sources import Sampling, make_stream
+from tests.rollout.helpers import CharTokenizer, make_response
+
+RANKS = Ranks(
+    device=torch.device("cpu"), rank=0, world_size=1, dp_rank=0, dp_size=1, is_last_stage=True,
+    tp_rank=0,
+)  # fmt: skip
+PARAMS = SamplingParams(num_generations=2, max_response_tokens=4)
+ABORTED = Response(response_ids=torch.tensor([], dtype=torch.int64), text="", status="aborted")
+
+
+def sampling() -> Sampling:
+    task = ReasoningGymTask(tokenizer=CharTokenizer())
+    return Sampling(tokenizer=CharTokenizer(), task=task, reward=lambda p, r: 1.0, params=PARAMS)
+
+
+@pytest.mark.parametrize("kind", ["model", "server"])
+def test_what_is_sampled_is_held_to_the_vocabulary_of_the_model(kind: Any) -> None:
+    server = ServerConfig(api_key="secret", health_path="/up", reload="vllm")
+    config = TrainConfig(rollout=RolloutConfig(source=kind, server=server))
+    stream = make_stream(config, sampling(), [], 321, RANKS).stream
+    assert isinstance(stream, SampledRollouts)
+    assert stream.vocab_size == 321
+    if kind == "server":
+        assert isinstance(stream.source, OpenAIServerSource)
+        assert (stream.source.vocab_size, stream.source.health_path) == (321, "/up")
+
+
+class Source:
+    """Answers prompt i with the i-th pair of responses."""
+
+    def __init__(self, *answers: tuple[Response, ...]) -> None:
+        self.answers = list(answers)
+
+    def generate(self, prompts: Any, params: Any) -> list[tuple[Response, ...]]:
+        return self.answers[: len(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "mean", "num_prompts"),
+    [
+        ([("ab", "c"), ("d", "")], (1.5 + 1) / 2, 2),
+        ([("ab", "c"), ("", "")], 1.5, 1),
+        ([("", ""), ("", "")], None, 0),
+    ],
+)
+def test_an_evaluation_leaves_aborted_responses_out(
+    monkeypatch: pytest.MonkeyPatch, answers: Any, mean: float | None, num_prompts: int
+) -> None:
+    monkeypatch.setattr(evaluation, "on_first_rank", lambda action, is_first: action())
+    pairs = [tuple(make_response(text) if text else ABORTED for text in pair) for pair in answers]
+    inputs = replace(sampling(), reward=lambda prompt, response: len(response.text))
+    sampled = SampledRollouts(inputs.task, Source(*pairs), inputs.reward, PARAMS)  # type: ignore[arg-type]
+    stream = SharedStream(sampled, needs_all_ranks=False, is_first=True)
+    config = TrainConfig(run=RunConfig(eval_prompts=2, eval_generations=2))
+    if mean is None:
+        with pytest.raises(ValueError, match="every response to a held-out prompt was aborted"):
+            evaluation.evaluate(config, stream)
+        return
+    result = evaluation.evaluate(config, stream)
+    assert (result.mean, result.num_prompts) == (mean, num_prompts)
