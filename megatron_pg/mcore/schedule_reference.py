@@ -33,6 +33,11 @@ def sequential_prefix_resident_forward_backward(
         loss, _, data = loss_func(output)
         return loss, data
 
+    def backward(loss: Tensor) -> None:
+        # With every parameter frozen there is no graph.
+        if loss.requires_grad:
+            loss.backward()
+
     for wave in waves:
         kept = tuple(PrefixKV() for _ in wave.prefix_rows)
         prefix_losses = [
@@ -40,8 +45,8 @@ def sequential_prefix_resident_forward_backward(
         ]
         for row in wave.microbatches:
             loss, data = forward(ScheduledRow(row, resident=kept))
-            scale(loss).backward()
+            backward(scale(loss))
             results.append(data)
         for loss in prefix_losses:
-            loss.backward()
+            backward(loss)
     return results

@@ -137,7 +137,10 @@ class RetainedRows:
                 is_last_row = row == len(self.rows) - 1
                 if is_last_row and unsynced is not None and self.config.grad_sync_func is None:
                     unsynced.close()
-                torch.autograd.backward(self.outputs.pop(place), gradients.pop(tick.job, None))
+                output, output_gradient = self.outputs.pop(place), gradients.pop(tick.job, None)
+                # Without a trained parameter before it, a row has no graph to go back through.
+                if output.requires_grad:
+                    torch.autograd.backward(output, output_gradient)
                 if place in self.inputs:
                     gradient = self.inputs.pop(place).grad
                 if is_last_row:

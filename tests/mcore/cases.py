@@ -108,4 +108,39 @@ SCHEDULE = {
     "pp2_dp2": Case(pp=2, dp=2),
     "pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, num_layers=4),
     "tp2_sp_pp2_dp2": Case(tp=2, sp=True, pp=2, dp=2),
+    # Parameters that are not trained, as in adapter tuning.
+    "frozen_all": Case(trains=lambda stage, chunk, name: False),
+    "frozen_embedding": Case(trains=lambda stage, chunk, name: "embedding" not in name),
+    "frozen_embedding_selective": Case(
+        config=SELECTIVE_RECOMPUTE, trains=lambda stage, chunk, name: "embedding" not in name
+    ),
+    "frozen_all_but_embedding": Case(trains=lambda stage, chunk, name: "embedding" in name),
+    "frozen_all_but_head": Case(trains=lambda stage, chunk, name: "output_layer" in name),
+    "frozen_lower_layer": Case(
+        trains=lambda stage, chunk, name: "embedding" not in name and "layers.0" not in name
+    ),
+    "frozen_lower_layer_full": Case(
+        config=FULL_RECOMPUTE,
+        trains=lambda stage, chunk, name: "embedding" in name or "layers.1" in name,
+    ),
+    "frozen_projections": Case(
+        config=dict(qk_layernorm=True),
+        spec=dict(qk_layernorm=True),
+        trains=lambda stage, chunk, name: "k_layernorm" in name,
+    ),
+    "pp2_frozen_first": Case(pp=2, trains=lambda stage, chunk, name: stage == 1),
+    "pp2_frozen_last": Case(pp=2, trains=lambda stage, chunk, name: stage == 0),
+    "pp2_frozen_first_full": Case(
+        pp=2, config=FULL_RECOMPUTE, trains=lambda stage, chunk, name: stage == 1
+    ),
+    "pp2_frozen_all": Case(pp=2, trains=lambda stage, chunk, name: False),
+    "pp2_vpp2_frozen_first_chunk": Case(
+        pp=2, vpp=2, num_layers=4, trains=lambda stage, chunk, name: (stage, chunk) != (0, 0)
+    ),
+    "pp2_vpp2_frozen_chunks": Case(
+        pp=2, vpp=2, num_layers=4, trains=lambda stage, chunk, name: (stage, chunk) == (0, 1)
+    ),
+    "pp4_frozen_middle": Case(pp=4, num_layers=4, trains=lambda stage, chunk, name: stage == 1),
+    "pp4_frozen_lower": Case(pp=4, num_layers=4, trains=lambda stage, chunk, name: stage > 1),
+    "pp2_dp2_frozen_first": Case(pp=2, dp=2, trains=lambda stage, chunk, name: stage == 1),
 }

@@ -173,6 +173,9 @@ def run(case: harness.Case, name: str) -> float:
     loss = harness.run_step(case, stock, harness.written_out_step, batches)
     truth = harness.named_gradients(stock)
     assert all(gradient.abs().max() > 0 for gradient in truth.values())
+    num_trained = torch.tensor(len(truth))
+    dist.all_reduce(num_trained)
+    assert bool(num_trained) == (not name.endswith("frozen_all")), f"{name}: {num_trained} trained"
 
     worst = 0.0
     for mode in ("retain", "recompute"):
@@ -207,7 +210,7 @@ def run(case: harness.Case, name: str) -> float:
             for n, want in truth.items()
         }
         harness.all_ranks_close(errors, case.bound)
-        worst = max(worst, *errors.values())
+        worst = max(worst, *errors.values(), 0.0)
         if case.world_size == 1 and config.calculate_per_token_loss:
             compare_with_sequential(chunks, waves, counted, gradients)
     return worst
@@ -238,9 +241,10 @@ def main() -> None:
             case = cases.SCHEDULE[name]
             harness.initialize(case)
             worst = run(case, name)
+            over_ranks = torch.tensor(worst)
+            dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX)
             if dist.get_rank() == 0:
-                print(f"{name}: gradients, worst {worst:.1e}", flush=True)
-            dist.barrier()
+                print(f"{name}: gradients, worst {float(over_ranks):.1e}", flush=True)
         dist.destroy_process_group()
 
 
