@@ -1,7 +1,12 @@
 """How a tree attends: plan, merge and backends."""
 
 from .backends import ATTENTION_BACKENDS, AttentionInputs
-from .interface import available_backends, prefix_grouped_attention, select_backend
+from .interface import (
+    available_backends,
+    check_backend_name,
+    prefix_grouped_attention,
+    select_backend,
+)
 from .merge import merge_implementation
 from .plan import AttentionPlan, make_attention_plan
 from .resident import ResidentKV
@@ -12,6 +17,7 @@ __all__ = [
     "AttentionPlan",
     "ResidentKV",
     "available_backends",
+    "check_backend_name",
     "make_attention_plan",
     "merge_implementation",
     "prefix_grouped_attention",

@@ -94,15 +94,10 @@ def select_backend(inputs: AttentionInputs, backend: str = "auto") -> AttentionB
     Raises:
         ValueError: if the name is unknown or no backend takes the inputs, with every reason.
     """
+    check_backend_name(backend)
+    candidates = [backend]
     if backend == "auto":
         candidates = [name for name in ATTENTION_BACKENDS if name != "reference"]
-    elif backend in ATTENTION_BACKENDS:
-        candidates = [backend]
-    else:
-        raise ValueError(
-            f"attention backend {backend!r} is unknown; use 'auto' or one of "
-            f"{', '.join(ATTENTION_BACKENDS)}"
-        )
     refusals = {}
     for name in candidates:
         refusals[name] = ATTENTION_BACKENDS[name].refusal(inputs)
@@ -113,6 +108,15 @@ def select_backend(inputs: AttentionInputs, backend: str = "auto") -> AttentionB
         f"no attention backend for {backend!r} takes these inputs: {reasons}. "
         "backend='reference' takes any (memory quadratic in the row)"
     )
+
+
+def check_backend_name(backend: str) -> None:
+    """Raise ValueError if the name is neither "auto" nor that of a backend."""
+    if backend != "auto" and backend not in list(ATTENTION_BACKENDS):
+        raise ValueError(
+            f"attention backend {backend!r} is unknown; use 'auto' or one of "
+            f"{', '.join(ATTENTION_BACKENDS)}"
+        )
 
 
 def available_backends(inputs: AttentionInputs | None = None) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import prefix_grouped_attention
 from .generation_cache import DecodeSeqParams, PrefillSeqParams
-from .params import PositionedSeqParams
+from .params import PositionedSeqParams, WrappedRow
 
 
 class AttentionCalls(NamedTuple):
@@ -54,11 +54,14 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             attention_mask: for ordinary batches; a packed row's visibility is its layout's.
             attn_mask_type: for ordinary batches.
             attention_bias: must be None for packed groups.
-            packed_seq_params: ``PrefixGroupedSeqParams`` for packed groups; its prefill and decode
-                counterparts while ``generate`` runs.
+            packed_seq_params: ``WrappedRow`` of packed groups, from the layer's self-attention.
             kwargs: what the given module's call takes beyond these.
+
+        Raises:
+            NotImplementedError: if a packed row comes from a self-attention that is not wrapped,
+                or with an attention bias.
         """
-        if not isinstance(packed_seq_params, PositionedSeqParams):
+        if not isinstance(packed_seq_params, PositionedSeqParams | WrappedRow):
             self.num_ordinary_calls += 1
             given: Tensor = super().forward(
                 query,
@@ -76,13 +79,18 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 "attention_bias (alibi, relative positions) is not supported for packed groups; "
                 "pass attention_bias=None"
             )
+        if isinstance(packed_seq_params, PositionedSeqParams):
+            raise NotImplementedError(
+                "core attention got a packed row from a self-attention that is not wrapped; wrap "
+                "the layer's whole spec by with_prefix_grouped_attention"
+            )
         self.num_prefix_grouped_calls += 1
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         scale = self.prefix_grouped_softmax_scale
-        if isinstance(packed_seq_params, DecodeSeqParams):
-            out = packed_seq_params.cache.attend(self, query, key, value, scale)
+        params: Any = packed_seq_params.params
+        if isinstance(params, DecodeSeqParams):
+            out = params.cache.attend(self, query, key, value, scale)
         else:
-            params = packed_seq_params
             if params.prefix_kv is not None:
                 key, value = params.prefix_kv.keep(self, key, value)
             out = prefix_grouped_attention(
@@ -94,8 +102,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 backend=self.attention_backend,
                 resident=[kept.of(self) for kept in params.resident],
             )
-        if isinstance(packed_seq_params, PrefillSeqParams):
-            packed_seq_params.cache.store_prompts(self, key, value)
+        if isinstance(params, PrefillSeqParams):
+            params.cache.store_prompts(self, key, value)
         return out.reshape(out.shape[0], 1, -1)
 
 

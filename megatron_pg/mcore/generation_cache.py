@@ -100,7 +100,6 @@ class GenerationCache:
                 layer.grow(self.own_len, min(2 * self.own_len, self.max_own_len))
         self.own_len += 1
         return DecodeSeqParams(
-            qkv_format="decode",
             max_seqlen_q=self.max_seqlen,
             max_seqlen_kv=self.max_seqlen,
             position_ids=position_ids.to(self.device, non_blocking=True),
@@ -218,7 +217,7 @@ class GenerationCache:
         return x if self._grid is None else x.index_select(0, self._grid)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class PrefillSeqParams(PrefixGroupedSeqParams):
     """Encodes whole prompts, one tree of one segment each, and keeps their keys and values.
 
@@ -235,11 +234,13 @@ class PrefillSeqParams(PrefixGroupedSeqParams):
     def from_prompts(cls, layout: PackedLayout, cache: GenerationCache) -> PrefillSeqParams:
         """Prepare a row that holds the prompts of ``cache``."""
         base = PrefixGroupedSeqParams.from_layout(layout, cache.device)
-        given = {f.name: getattr(base, f.name) for f in fields(base) if f.init}
+        given = {
+            f.name: vars(base)[f.name] for f in fields(base) if f.init and f.name in vars(base)
+        }
         return cls(**given, cache=cache, output_rows=cache.prompt_lens.cumsum(0) - 1)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class DecodeSeqParams(PositionedSeqParams):
     """Gives every live sample one token.
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from ..loss import gather_predictors, vocab_parallel_logprobs
-from .params import PrefixGroupedSeqParams, check_row_length
+from .core_attention import PrefixGroupedCoreAttention
+from .params import PositionedSeqParams, PrefixGroupedSeqParams, check_row_length
+from .self_attention import PrefixGroupedSelfAttention
 
 
 class PrefixGroupedGPTModel(GPTModel):
@@ -24,11 +27,41 @@ class PrefixGroupedGPTModel(GPTModel):
     """
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As ``GPTModel.forward``; ``(logprobs [E], entropy [E] or None)`` with predictions."""
+        """As ``GPTModel.forward``; ``(logprobs [E], entropy [E] or None)`` with predictions.
+
+        Raises:
+            NotImplementedError: if a packed row meets a layer that is not wrapped, by its number.
+        """
         params = kwargs.get("packed_seq_params")
+        if not isinstance(params, PositionedSeqParams):
+            return super().forward(input_ids, *args, **kwargs)
         if isinstance(params, PrefixGroupedSeqParams):
             check_row_length(params.layout.total_tokens, self.config)
-        return super().forward(input_ids, *args, **kwargs)
+        cores = self._wrapped_cores()
+        num_ordinary = [core.num_ordinary_calls for core in cores]
+        output = super().forward(input_ids, *args, **kwargs)
+        if num_ordinary != [core.num_ordinary_calls for core in cores]:
+            raise NotImplementedError(
+                "a layer did not hand packed_seq_params on to its self-attention, which then ran "
+                "across samples; hand it on, as TransformerLayer.forward does"
+            )
+        return output
+
+    def _wrapped_cores(self) -> list[PrefixGroupedCoreAttention]:
+        """Core attention of every layer; a layer without attention has none."""
+        cores = []
+        for layer in self.decoder.layers:
+            attention: Any = getattr(layer, "self_attention", layer)
+            if isinstance(attention, IdentityOp):
+                continue
+            if not isinstance(attention, PrefixGroupedSelfAttention):
+                raise NotImplementedError(
+                    f"layer {layer.layer_number} runs {type(attention).__name__}, which does not "
+                    "know packed groups; build the model from a spec of which "
+                    "with_prefix_grouped_attention wrapped every layer, and leave its layers"
+                )
+            cores.append(attention.wrapped_core())
+        return cores
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any

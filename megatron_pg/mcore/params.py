@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,20 +17,48 @@ from .predictions import Predictions
 from .prefix_kv import PrefixKV
 
 
-@dataclass(kw_only=True)
+class _NotOfARow:
+    """A field of ``PackedSeqParams`` that a row of shared tokens cannot have; reading it raises."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, row: Any, owner: type | None = None) -> Any:
+        if row is None:
+            return self
+        raise NotImplementedError(
+            f"a layer read {self.name} of a packed row, whose samples share tokens and have no "
+            f"{self.name}; the layer does not know such rows: build the model from a spec of which "
+            "with_prefix_grouped_attention wrapped every layer (see the layer in the traceback)"
+        )
+
+    def __set__(self, row: Any, value: object) -> None:
+        if value is not None:
+            raise ValueError(f"{self.name}={value!r}: a packed row has its layout instead")
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
 class PositionedSeqParams(PackedSeqParams):
     """A row whose tokens stand at logical positions of their own; base of what layers accept.
 
-    ``qkv_format`` is a name of our own, so that attention which does not know this class refuses
-    it instead of attending across samples. ``max_seqlen_q`` bounds the positions of the row.
+    It is a ``thd`` row whose samples are no runs of tokens. A layer that knows packed rows asks
+    for their ``cu_seqlens``, ``seq_idx`` or lengths; reading those here raises, so that one which
+    is not wrapped cannot run across samples. ``max_seqlen_q`` bounds the positions of the row.
 
     Attributes:
         position_ids: ``[tokens of the row]`` int64 logical positions on the device.
     """
 
+    qkv_format: str = field(default="thd", init=False)
     position_ids: Tensor
     _rotary_source: Tensor | None = field(default=None, init=False, repr=False)
     _rotary_gathered: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Nothing: Megatron-Core's derives fields from ``cu_seqlens``."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.position_ids)} tokens)"
 
     def gather_rotary(self, table: Any) -> Any:
         """Rows of a rotary table ``[max_seqlen_q, 1, 1, D]`` by logical position.
@@ -60,7 +88,26 @@ class PositionedSeqParams(PackedSeqParams):
         return self._rotary_gathered
 
 
-@dataclass(kw_only=True)
+# What models and layers read of every row; all else that a Megatron-Core may have is refused.
+_READ_OF_EVERY_ROW = {"qkv_format", "max_seqlen_q", "max_seqlen_kv", "cp_group"}
+_READ_OF_EVERY_ROW.add("tokens_per_sample")  # by layers with experts
+for _name in {f.name for f in fields(PackedSeqParams)} - _READ_OF_EVERY_ROW:
+    setattr(PositionedSeqParams, _name, _NotOfARow(_name))
+
+
+@dataclass(frozen=True)
+class WrappedRow:
+    """A row as wrapped self-attention hands it to its core attention: ``[T, 1, heads, dim]``.
+
+    Megatron-Core's ``Attention.forward`` between the two reads ``qkv_format`` alone. Core attention
+    takes nothing else for a packed row, so neither runs one without the other.
+    """
+
+    params: PositionedSeqParams
+    qkv_format: str = "sbhd"
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
 class PrefixGroupedSeqParams(PositionedSeqParams):
     """Layout, plan and positions of one packed row, for ``GPTModel(..., packed_seq_params=)``.
 
@@ -112,7 +159,6 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             device = torch.device("cuda", torch.cuda.current_device())
         max_seqlen = layout.max_position + 1
         return cls(
-            qkv_format="prefix_grouped",
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             layout=layout,

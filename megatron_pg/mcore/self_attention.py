@@ -6,9 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from .params import PositionedSeqParams
+from .core_attention import PrefixGroupedCoreAttention
+from .params import PositionedSeqParams, WrappedRow
 from .validate import validate_config
 
 
@@ -16,10 +18,18 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
     """Mixin over a ``SelfAttention`` class; ordinary batches go through it untouched."""
 
     config: Any
+    core_attention: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         validate_config(config)
         super().__init__(config, *args, **kwargs)
+        self.wrapped_core()
+        mask_type: Any = self.attn_mask_type
+        if mask_type is not AttnMaskType.causal:
+            raise ValueError(
+                f"attn_mask_type={mask_type} of {type(self).__name__}: attention of packed groups "
+                'is causal; set params={"attn_mask_type": AttnMaskType.causal} in the spec'
+            )
 
     def forward(
         self,
@@ -30,15 +40,25 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the given class, rotary rows gathered by logical position for packed groups."""
-        if isinstance(packed_seq_params, PositionedSeqParams):
+        """As the given class, rotary rows gathered by logical position for packed groups.
+
+        Raises:
+            ValueError: if the row is not the layout's.
+            NotImplementedError: with an ``inference_context``, or if the given class does not hand
+                packed rows to a wrapped core attention.
+        """
+        is_packed = isinstance(packed_seq_params, PositionedSeqParams)
+        if is_packed:
             if kwargs.get("inference_context") is not None:
                 raise NotImplementedError(
                     "packed groups take no inference_context; sample with mcore.generate"
                 )
             self._check_row(hidden_states, packed_seq_params)
             rotary_pos_emb = packed_seq_params.gather_rotary(rotary_pos_emb)
-        return super().forward(
+            packed_seq_params = WrappedRow(packed_seq_params)
+            core = self.wrapped_core()
+            num_calls = core.num_prefix_grouped_calls
+        output = super().forward(
             hidden_states,
             attention_mask,
             *args,
@@ -46,6 +66,26 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+        if is_packed and core.num_prefix_grouped_calls == num_calls:
+            raise NotImplementedError(
+                f"{type(self).__name__} did not hand packed_seq_params on to its core attention, "
+                "which then attends across samples; hand it on, as SelfAttention.forward does"
+            )
+        return output
+
+    def wrapped_core(self) -> PrefixGroupedCoreAttention:
+        """The layer's core attention.
+
+        Raises:
+            NotImplementedError: if another one has been put in the place of the wrapped one.
+        """
+        core: Any = self.core_attention
+        if not isinstance(core, PrefixGroupedCoreAttention):
+            raise NotImplementedError(
+                f"core_attention of {type(self).__name__} is {type(core).__name__}, which was put "
+                "there after with_prefix_grouped_attention; wrap the spec last"
+            )
+        return core
 
     def _check_row(self, hidden_states: Tensor, params: PositionedSeqParams) -> None:
         tokens, batch = hidden_states.shape[:2]

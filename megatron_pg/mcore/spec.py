@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
+from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from ..attention import check_backend_name
 from .core_attention import PrefixGroupedCoreAttention, prefix_grouped_core_attention
 from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_attention
+
+# Without Transformer Engine its attention is no class.
+_SOFTMAX_ATTENTION = tuple(
+    cls
+    for cls in (DotProductAttention, transformer_engine.TEDotProductAttention)
+    if isinstance(cls, type)
+)
 
 Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
 
@@ -33,8 +46,11 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
 
     Raises:
         ValueError: if the object is no such spec, or is wrapped already with another backend.
-        NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention``.
+        NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention`` over
+            plain softmax attention, or another part of it mixes tokens.
     """
+    if backend is not None:
+        check_backend_name(backend)
     if isinstance(spec, TransformerBlockSubmodules):
         if spec.layer_specs is None:
             raise ValueError("TransformerBlockSubmodules.layer_specs is None: nothing to wrap")
@@ -53,12 +69,45 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
             f"{get_module(spec).__name__} has no self_attention submodule; prefix grouping "
             "supports transformer layers, not state-space or linear-attention layers"
         )
+    for part in fields(spec.submodules):
+        if part.name != "self_attention":
+            for name in _row_readers(getattr(spec.submodules, part.name)):
+                raise NotImplementedError(
+                    f"{part.name} of {get_module(spec).__name__} is {name}, whose call takes a "
+                    "row; prefix grouping supports layers whose self_attention alone mixes tokens"
+                )
     attention = _wrap_attention(spec.submodules.self_attention, backend)
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
+def _row_readers(spec: Any) -> Iterator[str]:
+    """Names of the classes in (a part of) a spec whose call takes ``packed_seq_params``."""
+    if isinstance(spec, type):
+        call = getattr(spec, "forward", None)
+        if call is not None and "packed_seq_params" in signature(call).parameters:
+            yield spec.__name__
+    elif isinstance(spec, ModuleSpec):
+        yield from _row_readers([get_module(spec), spec.submodules])
+    elif isinstance(spec, partial):
+        yield from _row_readers([spec.func, *spec.args, *spec.keywords.values()])
+    elif isinstance(spec, list | tuple):
+        for part in spec:
+            yield from _row_readers(part)
+    elif is_dataclass(spec):
+        yield from _row_readers([getattr(spec, part.name) for part in fields(spec)])
+
+
+def _class_of(name: str, spec: Any) -> type:
+    cls = get_module(spec) if isinstance(spec, type | ModuleSpec) else None
+    if not isinstance(cls, type):
+        raise NotImplementedError(
+            f"{name} is {spec!r}; prefix grouping needs a class or its ModuleSpec"
+        )
+    return cls
+
+
 def _wrap_attention(spec: Any, backend: str | None) -> Any:
-    cls: Any = get_module(spec)
+    cls: Any = _class_of("self_attention", spec)
     if cls is IdentityOp:
         return spec
     if not issubclass(cls, SelfAttention):
@@ -67,11 +116,12 @@ def _wrap_attention(spec: Any, backend: str | None) -> Any:
             "subclasses (no latent, linear or sparse attention)"
         )
     core = spec.submodules.core_attention
-    core_cls: Any = get_module(core)
-    is_class = isinstance(core_cls, type)
-    if not is_class:
+    core_cls: Any = _class_of("core_attention", core)
+    if not issubclass(core_cls, _SOFTMAX_ATTENTION):
         raise NotImplementedError(
-            f"core_attention is {core!r}; prefix grouping needs a class or its ModuleSpec"
+            f"core_attention is {core_cls.__name__}; prefix grouping supports plain softmax "
+            f"attention: {', '.join(known.__name__ for known in _SOFTMAX_ATTENTION)} and their "
+            "subclasses"
         )
     if not issubclass(core_cls, PrefixGroupedCoreAttention):
         core_cls = prefix_grouped_core_attention(core_cls, "auto" if backend is None else backend)

@@ -121,15 +121,12 @@ def test_the_backend_of_a_wrapped_spec_stays() -> None:
             with_prefix_grouped_attention(once, backend)
 
 
-def test_the_backend_is_named_in_the_spec(one_rank) -> None:
+def test_the_backend_is_named_in_the_spec() -> None:
     spec = with_prefix_grouped_attention(get_gpt_layer_local_spec(), backend="reference")
     core = spec.submodules.self_attention.submodules.core_attention
     assert core.attention_backend == "reference"
-    unknown = with_prefix_grouped_attention(get_gpt_layer_local_spec(), backend="tirton")
-    model = build(unknown, model_cls=PrefixGroupedGPTModel)
-    row = harness.make_rows(0, 1)
     with pytest.raises(ValueError, match="'tirton' is unknown"):
-        run(model, row)
+        with_prefix_grouped_attention(get_gpt_layer_local_spec(), backend="tirton")
 
 
 def run(model, row):
