@@ -1,7 +1,7 @@
 """How Megatron-Core runs prefix-grouped attention."""
 
 from . import cpu
-from .builder import gpt_builder
+from .builder import gpt_builder, gpt_config_from_args
 from .core_attention import AttentionCalls, count_attention_calls
 from .generate import GeneratedResponse, generate
 from .model import PrefixGroupedGPTModel
@@ -29,8 +29,9 @@ __all__ = [
     "SequenceParallelRMSNorm",
     "count_attention_calls",
     "cpu",
-    "gpt_builder",
     "generate",
+    "gpt_builder",
+    "gpt_config_from_args",
     "prefix_resident_forward_backward",
     "validate_config",
     "with_prefix_grouped_attention",

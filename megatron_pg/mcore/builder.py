@@ -1,4 +1,7 @@
-"""Megatron-LM's seam for models: the same call as its ``gpt_builder``."""
+"""Megatron-LM's two seams for models: one import of ``pretrain_gpt.py`` changed to ours.
+
+Core 0.16 to 0.18 build from ``gpt_builder``, 0.19 and later from ``gpt_config_from_args``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,25 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
+    get_gpt_heterogeneous_layer_spec,
+)
 from megatron.core.transformer.spec_utils import import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .model import PrefixGroupedGPTModel
 from .norm import with_sequence_parallel_norms
 from .spec import with_prefix_grouped_attention
+from .validate import validate_config
+
+# Of the configuration, by the name that the layer specs give them.
+_LAYER_SETTINGS = ("qk_layernorm", "qk_l2_norm", "use_kitchen", "use_kitchen_attention")
+_TE_LAYER_SETTINGS = (
+    *_LAYER_SETTINGS,
+    "kitchen_attention_backend",
+    "use_te_activation_func",
+    "use_grouped_gemm_for_dense_mlp",
+)
 
 
 def gpt_builder(
@@ -28,7 +44,8 @@ def gpt_builder(
 ) -> PrefixGroupedGPTModel:
     """Build the GPT model that Megatron-LM's arguments describe, able to run packed groups.
 
-    A drop-in for Megatron-LM's ``gpt_builders.gpt_builder``: change that one import. Checkpoints
+    A drop-in for ``gpt_builders.gpt_builder``, from which Megatron-LM's ``pretrain_gpt.py`` builds
+    up to core 0.18 (later ones import it, and build from ``gpt_config_from_args``). Checkpoints
     have the stock keys.
 
     Args:
@@ -42,16 +59,20 @@ def gpt_builder(
     Raises:
         ValueError: listing every setting that prefix grouping does not support; a normalization
             that PyTorch's norms do not have.
-        NotImplementedError: if ``args.spec`` names layers without ``SelfAttention``.
+        NotImplementedError: if ``args.spec`` names layers without ``SelfAttention``, or the
+            arguments ask for a model that is not Megatron-Core's.
         ImportError: if ``config`` is None and Megatron-LM is not there to make it.
     """
+    for name in ("use_legacy_models", "yaml_cfg", "modelopt_enabled"):
+        if getattr(args, name, None):
+            raise NotImplementedError(
+                f"{name}={getattr(args, name)!r}: another builder makes that model; leave it out"
+            )
     if config is None:
         from megatron.training.arguments import core_transformer_config_from_args
 
         config = core_transformer_config_from_args(args)
-    if config.pipeline_model_parallel_size > 1:
-        # Packed rows differ in length between microbatches; stages exchange shapes first.
-        config.variable_seq_lengths = True
+    validate_config(_exchange_shapes(config))
     return PrefixGroupedGPTModel(
         config=config,
         transformer_layer_spec=with_prefix_grouped_attention(_stock_spec(args, config, vp_stage)),
@@ -72,22 +93,79 @@ def gpt_builder(
     )
 
 
+def gpt_config_from_args(
+    args: Any, config: TransformerConfig | None = None, model_config_cls: type | None = None
+) -> Any:
+    """Describe the GPT model of Megatron-LM's arguments, able to run packed groups.
+
+    A drop-in for ``megatron.training.argument_utils.gpt_config_from_args``, from which
+    Megatron-LM's ``pretrain_gpt.py`` builds since core 0.19: what its ``pretrain`` builds from the
+    result is a ``PrefixGroupedGPTModel`` of wrapped layers, with the stock keys in checkpoints.
+
+    Args:
+        args: Megatron-LM's parsed arguments; ``args.spec`` may name any GPT spec.
+        config: made from ``args`` when None.
+        model_config_cls: as Megatron-LM passes it for ModelOpt, which brings layers of its own.
+
+    Returns:
+        A ``GPTModelConfig``.
+
+    Raises:
+        NotImplementedError: if ``model_config_cls`` is given.
+        ImportError: if there is no Megatron-LM, or one before core 0.19.
+    """
+    if model_config_cls is not None:
+        raise NotImplementedError(
+            f"model_config_cls={model_config_cls.__name__} builds layers of its own; leave "
+            "modelopt_enabled out"
+        )
+    try:
+        from megatron.training import argument_utils
+
+        from .model_config import PrefixGroupedGPTModelConfig
+    except ImportError as error:
+        raise ImportError(
+            f"Megatron-LM's model config is not there ({error}); before core 0.19 it builds from "
+            "gpt_builder: import that from megatron_pg.mcore"
+        ) from error
+    model_config = argument_utils.gpt_config_from_args(args, config, PrefixGroupedGPTModelConfig)
+    _exchange_shapes(model_config.transformer)
+    return model_config
+
+
+def _exchange_shapes(config: TransformerConfig) -> TransformerConfig:
+    if config.pipeline_model_parallel_size > 1:
+        # Packed rows differ in length between microbatches; stages exchange shapes first.
+        config.variable_seq_lengths = True
+    return config
+
+
 def _stock_spec(args: Any, config: TransformerConfig, vp_stage: int | None) -> Any:
     if getattr(args, "spec", None) is not None:
         return import_module(args.spec)
-    use_te = getattr(args, "transformer_impl", "transformer_engine") == "transformer_engine"
+    implementation = getattr(args, "transformer_impl", "transformer_engine")
+    if implementation not in ("transformer_engine", "local"):
+        raise NotImplementedError(
+            f"transformer_impl={implementation!r} has a spec of its own; use 'transformer_engine' "
+            "or 'local'"
+        )
+    use_te = implementation == "transformer_engine"
     if config.num_moe_experts:
         return get_gpt_decoder_block_spec(
             config,
             use_transformer_engine=use_te,
             normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
             vp_stage=vp_stage,
         )
+    if getattr(args, "heterogeneous_layers_config_path", None) is not None:
+        return get_gpt_heterogeneous_layer_spec(config, use_te)
+    names = _TE_LAYER_SETTINGS if use_te else _LAYER_SETTINGS
+    # A setting that this version does not have cannot be on.
+    settings = {name: getattr(config, name) for name in names if getattr(config, name, None)}
     if use_te:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
+        return get_gpt_layer_with_transformer_engine_spec(**settings)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, **settings)
     if importlib.util.find_spec("apex") is None:
         return with_sequence_parallel_norms(spec, config, vp_stage=vp_stage)
     return spec
