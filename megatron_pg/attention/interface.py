@@ -50,12 +50,16 @@ def prefix_grouped_attention(
 
     Source: shared-prefix forward of Prefix Grouper (arXiv 2506.05433), generalised to trees.
     """
+    if not isinstance(layout, PackedLayout | AttentionPlan):
+        raise ValueError(
+            f"layout is {type(layout).__name__}; pass what pack_trees or make_attention_plan gives"
+        )
     total_tokens = (layout.layout if isinstance(layout, AttentionPlan) else layout).total_tokens
     _check_tensors(q, k, v, total_tokens)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale={softmax_scale} must be finite")
+    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale={softmax_scale!r} must be a finite number")
     chosen = select_backend(AttentionInputs.of(q, k), backend)
     plan = layout if isinstance(layout, AttentionPlan) else make_attention_plan(layout, q.device)
     if plan.device != q.device:
@@ -78,11 +82,17 @@ def _check_resident(k: Tensor, plan: AttentionPlan, resident: Sequence[ResidentK
             continue
         kept = resident[p.prefix_row]
         for name, x in (("keys", kept.k), ("values", kept.v)):
-            if x.shape[1:] != k.shape[1:] or len(x) < p.kv_end or x.dtype != k.dtype:
+            fits = (x.shape[1:], x.dtype, x.device) == (k.shape[1:], k.dtype, k.device)
+            if not fits or len(x) < p.kv_end:
                 raise ValueError(
-                    f"resident[{p.prefix_row}] holds {x.dtype} {name} of shape {tuple(x.shape)}; "
-                    f"the row has {k.dtype} {name} of shape {tuple(k.shape)} and sees "
-                    f"{p.kv_end} of its tokens"
+                    f"resident[{p.prefix_row}] holds {x.dtype} {name} of shape {tuple(x.shape)} on "
+                    f"{x.device}; the row has {k.dtype} {name} of shape {tuple(k.shape)} on "
+                    f"{k.device} and sees {p.kv_end} of its tokens"
+                )
+            if x.stride(-1) != 1:
+                raise ValueError(
+                    f"{name} of resident[{p.prefix_row}] have strides {x.stride()}, the last must "
+                    "be 1; call contiguous()"
                 )
 
 
@@ -134,6 +144,8 @@ def available_backends(inputs: AttentionInputs | None = None) -> list[str]:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {type(x).__name__}")
         if x.dim() != 3:
             raise ValueError(f"{name} must be [tokens, heads, head_dim], got {tuple(x.shape)}")
         if x.shape[0] != total_tokens:

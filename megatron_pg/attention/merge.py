@@ -91,6 +91,8 @@ class LseMergeAttention(torch.autograd.Function):
         softmax_scale: float,
         resident: Sequence[ResidentKV],
     ) -> Tensor:
+        # Kernels read a head's numbers side by side.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         tokens = plan.unique_tokens
         first, *others = plan.passes
         merge = _merge_functions(q.device)

@@ -6,9 +6,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..attention import prefix_grouped_attention
+from ..attention import AttentionInputs, prefix_grouped_attention, select_backend
 from .generation_cache import DecodeSeqParams, PrefillSeqParams
 from .params import PositionedSeqParams, WrappedRow
 
@@ -24,12 +25,18 @@ class AttentionCalls(NamedTuple):
 
 
 class PrefixGroupedCoreAttention(torch.nn.Module):
-    """Mixin over a core attention class with ``DotProductAttention``'s constructor and call."""
+    """Mixin over a core attention class with ``DotProductAttention``'s constructor and call.
+
+    Raises:
+        ValueError: if no backend can run the model's packed groups on this machine.
+    """
 
     attention_backend: str
+    config: Any
 
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
+        select_backend(_inputs_of(self.config), self.attention_backend)
         self.prefix_grouped_softmax_scale = softmax_scale
         self.num_prefix_grouped_calls = 0
         self.num_ordinary_calls = 0
@@ -105,6 +112,24 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         if isinstance(params, PrefillSeqParams):
             params.cache.store_prompts(self, key, value)
         return out.reshape(out.shape[0], 1, -1)
+
+
+def _inputs_of(config: TransformerConfig) -> AttentionInputs:
+    """What attention of the model will be given; Megatron runs on CUDA wherever there is one."""
+    device, dtype = torch.device("cpu"), config.params_dtype
+    if config.bf16 or config.fp16:
+        dtype = torch.bfloat16 if config.bf16 else torch.float16
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        # Models that are made in fp32 are cast before they run packed groups there.
+        dtype = dtype if dtype.itemsize == 2 else torch.bfloat16
+    return AttentionInputs(
+        device,
+        dtype,
+        config.kv_channels,
+        config.num_attention_heads,
+        config.num_query_groups or config.num_attention_heads,
+    )
 
 
 @cache

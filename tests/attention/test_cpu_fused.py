@@ -215,6 +215,40 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select_backend(INPUTS).name == "cpu"
 
 
+CLANG = """#!/bin/sh
+[ "$1" = --version ] && exit 0
+echo "<stdin>:7:12: error: use of undeclared identifier '__builtin_shuffle'" >&2
+exit 1
+"""
+
+
+def test_a_compiler_that_is_not_gcc_is_never_picked(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    clang = tmp_path / "clang++"
+    clang.write_text(CLANG)
+    clang.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{clang} -stdlib=libc++")
+    assert select_backend(INPUTS).name == "cpu"
+    with pytest.raises(ValueError, match=r"needs GCC 10.*undeclared identifier.*CXX names another"):
+        select_backend(INPUTS, "cpu_fused")
+    # What is in the cache needs no compiler.
+    build._compiler_refusal.cache_clear()
+    build.compiled_path().parent.mkdir(parents=True)
+    build.compiled_path().touch()
+    assert select_backend(INPUTS).name == "cpu_fused"
+
+
+@needs_cpu_fused
+def test_the_compiler_here_passes_what_the_source_needs(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert build.compiler_refusal() is None
+    monkeypatch.setattr(build, "_PROBE", build._PROBE.replace("__builtin_shuffle", "no_such_word"))
+    build._compiler_refusal.cache_clear()
+    assert "no_such_word" in str(build.compiler_refusal())
+    build._compiler_refusal.cache_clear()
+
+
 def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build, "_SOURCE", tmp_path / "broken.cpp")
@@ -240,7 +274,9 @@ print(prefix_grouped_attention(q, k, v, layout, backend="cpu_fused").shape)
 def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch) -> None:
     """Also where a killed process left its lock."""
     wrapper = tmp_path / "counting-c++"
-    wrapper.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec c++ "$@"\n')
+    # Each process asks it for a few lines first, which are no operators.
+    count = f'case "$*" in *tree_attention.cpp*) echo run >> {tmp_path}/runs;; esac'
+    wrapper.write_text(f'#!/bin/sh\n{count}\nexec c++ "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))

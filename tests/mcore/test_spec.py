@@ -25,6 +25,7 @@ from megatron_pg.mcore import (
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
+from megatron_pg.mcore.core_attention import prefix_grouped_core_attention
 from tests.mcore import harness
 from tests.utils import assert_close
 
@@ -271,3 +272,57 @@ def test_gpt_builder_builds_what_the_arguments_say(one_rank) -> None:
     config.pipeline_model_parallel_size, config.variable_seq_lengths = 2, False
     gpt_builder(Arguments(), True, False, config=config)
     assert config.variable_seq_lengths
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "message"),
+    [
+        ("flash", {}, "flash needs tensors on cuda, got cpu"),
+        ("cpu_fused", dict(kv_channels=12), "takes head_dim in multiples of 8, got 12"),
+        ("cpu", dict(params_dtype=torch.float8_e5m2), "got torch.float8_e5m2"),
+    ],
+)
+def test_backends_that_cannot_run_the_model_are_refused_when_it_is_built(
+    one_rank, backend, changes, message
+) -> None:
+    config = harness.make_config(harness.Case(config=dict(normalization="LayerNorm")))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    spec = with_prefix_grouped_attention(get_gpt_layer_local_spec(), backend)
+    with pytest.raises(ValueError, match=message):
+        build(spec, config)
+
+
+class BareCore(torch.nn.Module):
+    """As much of a core attention as reads its configuration."""
+
+    def __init__(self, config, softmax_scale=None):
+        super().__init__()
+        self.config = config
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "message"),
+    [
+        ({}, (9, 0), None),
+        (dict(params_dtype=torch.float32), (9, 0), None),  # cast later, as by Float16Module
+        (dict(kv_channels=60), (9, 0), "head_dim in multiples of 8 up to 256, got 60"),
+        (dict(kv_channels=264), (9, 0), "head_dim in multiples of 8 up to 256, got 264"),
+        ({}, (7, 5), r"compute capability 8.0 \(Ampere\) or newer, cuda:0 has 7.5"),
+    ],
+)
+def test_devices_that_cannot_run_the_model(monkeypatch, changes, capability, message) -> None:
+    config = harness.make_config(harness.Case(dtype=torch.bfloat16))
+    config.kv_channels = 64
+    for name, value in changes.items():
+        setattr(config, name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+    core = prefix_grouped_core_attention(BareCore, "auto")
+    if message is None:
+        core(config)
+        return
+    with pytest.raises(ValueError, match=message):
+        core(config)

@@ -5,7 +5,7 @@ from .cpu import CpuBackend
 from .cpu_fused import CpuFusedBackend
 from .flash_attn import FlashAttnBackend
 from .reference import ReferenceBackend
-from .torch_cuda import TorchCudnnBackend, TorchFlashBackend
+from .torch_cuda import TorchFlashBackend
 
 # The order is that of preference under "auto"; the quadratic reference is never picked.
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
@@ -13,7 +13,6 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     for backend in (
         FlashAttnBackend(),
         TorchFlashBackend(),
-        TorchCudnnBackend(),
         CpuFusedBackend(),
         CpuBackend(),
         ReferenceBackend(),

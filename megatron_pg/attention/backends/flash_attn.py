@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 
 import torch
 from torch import Tensor
 
 from ..plan import AttentionPass
-from .base import AttentionInputs, MergingBackend
+from .base import AttentionInputs, CudaFlashBackend
+
+_REMEDY = "install a flash-attn >= 2.7, < 3 that was built for this PyTorch, or use 'flash'"
 
 
 class FlashAttnKernel:
@@ -77,17 +81,33 @@ class FlashAttnKernel:
         return dq, dk, dv
 
 
-class FlashAttnBackend(MergingBackend):
+class FlashAttnBackend(CudaFlashBackend):
     """Tree attention on the flash-attn package."""
 
     name = "flash_attn"
     kernel = FlashAttnKernel()
-    dtypes = (torch.bfloat16, torch.float16)
-    device_type = "cuda"
-    max_head_dim = 256
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""
-        if importlib.util.find_spec("flash_attn") is None:
-            return "the flash-attn package is not installed"
-        return super().refusal(inputs)
+        return super().refusal(inputs) or package_refusal()
+
+
+@functools.cache
+def package_refusal() -> str | None:
+    """Why the installed flash-attn, if any, cannot be called; imports it once."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the flash-attn package is not installed"
+    try:
+        version = str(getattr(importlib.import_module("flash_attn"), "__version__", "unknown"))
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+    except Exception as error:  # whatever a wheel for another PyTorch or CUDA fails with
+        if getattr(error, "name", None) == "flash_attn.flash_attn_interface":
+            return f"finds a flash_attn without kernels, as flash-attn-4 alone brings; {_REMEDY}"
+        return f"cannot import flash-attn ({type(error).__name__}: {error}); {_REMEDY}"
+    parts = version.split(".")
+    if not (parts[0] == "2" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) >= 7):
+        return f"finds flash-attn {version}; {_REMEDY}"
+    for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
+        if not hasattr(interface, name):
+            return f"finds flash-attn {version} without {name}; {_REMEDY}"
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from ...padding import padding_dv, padding_out
 from ...plan import AttentionPlan
 from ...resident import ResidentKV
 from ..base import AttentionInputs
-from .build import compiler, operators
+from .build import compiler_refusal, operators
 from .tiles import TilesOfPlans
 
 _tiles_of = TilesOfPlans()
@@ -38,9 +37,7 @@ class CpuFusedBackend:
         capability = torch.backends.cpu.get_cpu_capability()
         if capability != "AVX512":
             return f"needs a CPU with AVX-512, PyTorch finds {capability}"
-        if shutil.which(compiler()[0]) is None:
-            return f"needs a C++ compiler, found no {compiler()[0]} (CXX names another)"
-        return None
+        return compiler_refusal()
 
     def __call__(
         self,

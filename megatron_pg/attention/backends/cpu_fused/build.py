@@ -7,7 +7,9 @@ import functools
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,46 @@ def compiled() -> Path:
 def compiler() -> list[str]:
     """The C++ compiler and its own arguments: ``CXX``, or ``c++``."""
     return shlex.split(os.environ.get("CXX") or "c++")
+
+
+# What the source needs beyond C++: vectors and shuffles as GCC has them, its headers, OpenMP.
+_PROBE = """
+#include <immintrin.h>
+#include <omp.h>
+#include <vector>
+typedef float Vector __attribute__((vector_size(64)));
+typedef int Indices __attribute__((vector_size(64)));
+Vector probe(Vector a, Vector b, Indices i) {
+    return __builtin_shuffle(a, b, i) + float(omp_get_max_threads());
+}
+"""
+
+
+def compiler_refusal() -> str | None:
+    """Why the compiler cannot make the operators; None when it can, or they are in the cache."""
+    return _compiler_refusal(tuple(_command()), os.environ.get("TORCH_EXTENSIONS_DIR"))
+
+
+@functools.cache
+def _compiler_refusal(command: tuple[str, ...], folder: str | None) -> str | None:
+    """Asked once: a few lines of the same kind, which take the compiler part of a second."""
+    if compiled_path().exists():
+        return None
+    if shutil.which(command[0]) is None:
+        return f"needs GCC, found no {command[0]} (CXX names another compiler)"
+    with tempfile.TemporaryDirectory() as scratch:
+        library = f"{scratch}/probe.so"
+        result = subprocess.run(
+            [*command, "-x", "c++", "-", "-o", library],
+            input=_PROBE,
+            capture_output=True,
+            text=True,
+        )
+    if result.returncode == 0:
+        return None
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    said = errors[0].strip() if errors else f"exit code {result.returncode}"
+    return f"needs GCC 10 or newer, {command[0]} fails ({said}); CXX names another compiler"
 
 
 def _command() -> list[str]:
