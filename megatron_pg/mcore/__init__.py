@@ -15,10 +15,11 @@ from .predictions import Predictions
 from .prefix_kv import PrefixKV, ScheduledRow
 from .schedule import prefix_resident_forward_backward
 from .spec import with_prefix_grouped_attention
-from .validate import validate_config
+from .validate import FieldVerdict, field_verdict, validate_config
 
 __all__ = [
     "AttentionCalls",
+    "FieldVerdict",
     "GeneratedResponse",
     "Predictions",
     "PrefixGroupedGPTModel",
@@ -29,6 +30,7 @@ __all__ = [
     "SequenceParallelRMSNorm",
     "count_attention_calls",
     "cpu",
+    "field_verdict",
     "generate",
     "gpt_builder",
     "gpt_config_from_args",

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from . import config_fields
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldVerdict:
+    """What is known about a field of ``TransformerConfig``.
+
+    Attributes:
+        kind: as ``config_fields`` defines the three.
+        changes_model: whether the same weights give other outputs under another value.
+        allows: whether a value is fine.
+        problem: why any other is not, and what to do.
+    """
+
+    kind: Literal["proven", "harmless", "refused"]
+    changes_model: bool
+    allows: Callable[[Any], bool]
+    problem: str = ""
+
+
+def field_verdict(name: str) -> FieldVerdict | None:
+    """The verdict on a field of any supported Megatron-Core; None when nothing is known of it."""
+    return _VERDICTS.get(name)
 
 
 def validate_config(config: TransformerConfig) -> None:
     """Refuse a configuration under which packed groups would differ from written-out samples.
 
-    Called by every wrapped layer when the model is built, before any work is done.
+    Called by every wrapped layer when the model is built, before any work is done. A field of which
+    nothing is known, of a newer Megatron-Core or a subclass, must have its default.
 
     Raises:
         ValueError: listing every unsupported setting, its value and the remedy.
@@ -23,192 +51,109 @@ def validate_config(config: TransformerConfig) -> None:
         )
 
 
-# setting -> (values that are fine, why, remedy)
-_REQUIRED: dict[str, tuple[tuple[object, ...], str, str]] = {
-    "attention_dropout": (
-        (0, 0.0),
-        "a shared prefix would get one mask where written-out samples get one each",
-        "set attention_dropout=0",
-    ),
-    "hidden_dropout": (
-        (0, 0.0),
-        "a shared prefix would get one mask where written-out samples get one each",
-        "set hidden_dropout=0",
-    ),
-    "context_parallel_size": (
-        (1,),
-        "packed rows are not split over context-parallel ranks",
-        "set context_parallel_size=1; use tensor parallelism with sequence_parallel instead",
-    ),
-    "multi_latent_attention": (
-        (False, None),
-        "latent attention has its own core attention",
-        "set multi_latent_attention=False (ordinary or grouped-query attention)",
-    ),
-    "experimental_attention_variant": (
-        (None,),
-        "linear and sparse attention carry state across the row",
-        "set experimental_attention_variant=None",
-    ),
-    "mrope_section": (
-        (None,),
-        "positions of a packed row are one number per token",
-        "set mrope_section=None and position_embedding_type='rope'",
-    ),
-    "window_size": (
-        (None,),
-        "sliding windows are not expressed in the attention plan",
-        "set window_size=None",
-    ),
-    "softmax_type": (
-        ("vanilla", None),
-        "attention sinks and softmax-off-by-one change the merge of passes",
-        "set softmax_type='vanilla'",
-    ),
-    "attn_logit_softcapping": (
-        (None, 0, 0.0),
-        "softcap is not applied by the kernels in use",
-        "set attn_logit_softcapping=None",
-    ),
-    "qk_clip": (
-        (False, None),
-        "no maximum attention logit is collected",
-        "set qk_clip=False",
-    ),
-    "log_max_attention_logit": (
-        (False, None),
-        "no maximum attention logit is collected",
-        "set log_max_attention_logit=False",
-    ),
-    "fp8": (
-        (None, False),
-        "scaling factors of a packed row differ from those of written-out rows",
-        "set fp8=None (bf16)",
-    ),
-    "fp4": (
-        (None, False),
-        "scaling factors of a packed row differ from those of written-out rows",
-        "set fp4=None (bf16)",
-    ),
-    "mtp_num_layers": (
-        (None, 0),
-        "multi-token prediction rolls labels across samples of a row",
-        "set mtp_num_layers=None",
-    ),
-    "flash_decode": ((False, None), "it is an inference path", "set flash_decode=False"),
-    "fused_single_qkv_rope": (
-        (False, None),
-        "Megatron-Core does not fuse it with packed sequences",
-        "set fused_single_qkv_rope=False",
-    ),
-    "enable_cuda_graph": (
-        (False, None),
-        "every microbatch has its own layout",
-        "set enable_cuda_graph=False",
-    ),
-    "external_cuda_graph": (
-        (False, None),
-        "every microbatch has its own layout",
-        "set external_cuda_graph=False",
-    ),
-    "cuda_graph_impl": (
-        ("none", None),
-        "every microbatch has its own layout",
-        "set cuda_graph_impl='none'",
-    ),
-    "fine_grained_activation_offloading": (
-        (False, None),
-        "it has not been proven exact with packed rows",
-        "set fine_grained_activation_offloading=False",
-    ),
-    "overlap_moe_expert_parallel_comm": (
-        (False, None),
-        "its schedule plan bypasses the model's forward",
-        "set overlap_moe_expert_parallel_comm=False",
-    ),
-    "defer_embedding_wgrad_compute": (
-        (False, None),
-        "logprobs are computed from predictor rows, not by the output layer",
-        "set defer_embedding_wgrad_compute=False",
-    ),
-    "use_mup": (
-        (False, None),
-        "its logit and attention multipliers are not applied",
-        "set use_mup=False",
-    ),
-    "moe_z_loss_coeff": (
-        (None, 0, 0.0),
-        "router statistics count a shared token once instead of once per sample",
-        "set moe_z_loss_coeff=None",
-    ),
-    "moe_router_enable_expert_bias": (
-        (False, None),
-        "router statistics count a shared token once instead of once per sample",
-        "set moe_router_enable_expert_bias=False",
-    ),
-    "moe_expert_capacity_factor": (
-        (None,),
-        "capacity counts a shared token once instead of once per sample",
-        "set moe_expert_capacity_factor=None (dropless)",
-    ),
-    "moe_input_jitter_eps": (
-        (None, 0, 0.0),
-        "a shared token would get one jitter where written-out samples get one each",
-        "set moe_input_jitter_eps=None",
-    ),
-    "moe_router_force_load_balancing": (
-        (False, None),
-        "random routes differ between packed and written-out rows",
-        "set moe_router_force_load_balancing=False",
-    ),
-}
-
-
 def _problems(config: TransformerConfig) -> Iterator[str]:
-    for name, (allowed, reason, remedy) in _REQUIRED.items():
-        # A setting that this version of Megatron-Core does not have cannot be on.
-        value = getattr(config, name, None)
-        if value is not None and value not in allowed:
-            yield f"{name}={value!r}: {reason}; {remedy}"
-    yield from _moe_problems(config)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    # Models also read attributes that the class does not declare.
+    for name in dict.fromkeys([*fields, *(n for n in vars(config) if n in _VERDICTS)]):
+        value, verdict = getattr(config, name, None), field_verdict(name)
+        if verdict is not None:
+            if not verdict.allows(value):
+                yield f"{name}={value!r}: {verdict.problem}"
+        elif not _is_default(fields[name], value):
+            yield (
+                f"{name}={value!r}: nothing is known of this field of {type(config).__name__}; "
+                "leave it at its default"
+            )
     yield from _parallel_problems(config)
 
 
-def _moe_problems(config: TransformerConfig) -> Iterator[str]:
-    if config.num_moe_experts is None:
-        return
-    coefficients = config.moe_aux_loss_coeff
-    if not isinstance(coefficients, list | tuple):
-        coefficients = [coefficients]
-    if any(coefficients):
-        yield (
-            f"moe_aux_loss_coeff={config.moe_aux_loss_coeff!r}: router statistics count a shared "
-            "token once instead of once per sample; set moe_aux_loss_coeff=0"
-        )
-    balancing = config.moe_router_load_balancing_type
-    if "sinkhorn" in (balancing if isinstance(balancing, list | tuple) else [balancing]):
-        yield (
-            f"moe_router_load_balancing_type={balancing!r}: sinkhorn routes depend on the whole "
-            "row; set moe_router_load_balancing_type='none'"
-        )
+def _is_default(field: Any, value: Any) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return value is default or (type(value) is type(default) and bool(value == default))
 
 
 def _parallel_problems(config: TransformerConfig) -> Iterator[str]:
     tp_size, heads = config.tensor_model_parallel_size, config.num_attention_heads
-    groups = config.num_query_groups or heads
+    pp_size, groups = config.pipeline_model_parallel_size, config.num_query_groups or heads
     if heads % tp_size:
         yield (
             f"num_attention_heads={heads} is no multiple of tensor_model_parallel_size={tp_size}; "
             "choose a tensor_model_parallel_size that divides it"
+        )
+    if heads % groups:
+        yield (
+            f"num_attention_heads={heads} is no multiple of num_query_groups={groups}; choose a "
+            "num_query_groups that divides it"
         )
     if groups % tp_size and tp_size % groups:
         yield (
             f"num_query_groups={groups} neither divides nor is a multiple of "
             f"tensor_model_parallel_size={tp_size}; choose a tensor_model_parallel_size that fits"
         )
-    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+    if pp_size > 1 and not config.variable_seq_lengths:
         yield (
-            "variable_seq_lengths=False with pipeline_model_parallel_size="
-            f"{config.pipeline_model_parallel_size}: packed rows differ in length between "
-            "microbatches; set variable_seq_lengths=True"
+            f"variable_seq_lengths=False with pipeline_model_parallel_size={pp_size}: packed rows "
+            "differ in length between microbatches; set variable_seq_lengths=True"
         )
+    etp_size = config.expert_tensor_parallel_size or tp_size
+    if config.num_moe_experts and config.expert_model_parallel_size == 1 and etp_size != tp_size:
+        # Megatron-Core 0.16 takes such experts for weights that every rank holds.
+        yield (
+            f"expert_tensor_parallel_size={etp_size} with expert_model_parallel_size=1: gradients "
+            "are not summed over an expert's replicas; set expert_tensor_parallel_size=None, or "
+            "spread experts by expert_model_parallel_size"
+        )
+    chunk = config.microbatch_group_size_per_vp_stage
+    if chunk not in (None, pp_size):
+        yield (
+            f"microbatch_group_size_per_vp_stage={chunk}: rows are made in multiples of "
+            f"pipeline_model_parallel_size={pp_size}; set microbatch_group_size_per_vp_stage=None"
+        )
+
+
+def _one_of(values: tuple[Any, ...]) -> Callable[[Any], bool]:
+    """Whether it is one of them, or a list of them; 1 is not True."""
+    known = [(type(value), value) for value in values]
+
+    def allows(value: Any) -> bool:
+        items = value if isinstance(value, list | tuple) and value else [value]
+        return all((type(item), item) in known for item in items)
+
+    return allows
+
+
+def _make_verdicts() -> dict[str, FieldVerdict]:
+    verdicts: dict[str, FieldVerdict] = {}
+
+    def add(name: str, *args: Any) -> None:
+        assert name not in verdicts, f"two verdicts on {name}"
+        names = ("kind", "changes_model", "allows", "problem")
+        verdicts[name] = FieldVerdict(**dict(zip(names, args)))
+
+    def anything(value: Any) -> bool:
+        return True
+
+    def limited(values: tuple[Any, ...]) -> str:
+        return f"no other than {', '.join(map(repr, values))} is known to be exact; set one of them"
+
+    for name in config_fields.PROVEN_MODEL - {"activation_func"}:
+        add(name, "proven", True, anything)
+    add("activation_func", "proven", True, callable, "it is no function; set it to one")
+    for name in config_fields.PROVEN_RUN:
+        add(name, "proven", False, anything)
+    for name in config_fields.HARMLESS_MODEL:
+        add(name, "harmless", True, anything)
+    for name in config_fields.HARMLESS_RUN:
+        add(name, "harmless", False, anything)
+    for name, (values, changes) in config_fields.PROVEN_VALUES.items():
+        add(name, "proven", changes, _one_of(values), limited(values))
+    for name, values in config_fields.HARMLESS_VALUES.items():
+        add(name, "harmless", False, _one_of(values), limited(values))
+    for name, (values, reason, changes) in config_fields.REFUSED.items():
+        add(name, "refused", changes, _one_of(values), f"{reason}; set {name}={values[0]!r}")
+    return verdicts
+
+
+_VERDICTS = _make_verdicts()

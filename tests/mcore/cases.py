@@ -1,5 +1,7 @@
 """The parallel layouts and models that must be exact."""
 
+from typing import Any
+
 import torch
 
 from tests.mcore.harness import Case
@@ -11,8 +13,9 @@ BLOCK_RECOMPUTE = dict(
     recompute_granularity="full", recompute_method="block", recompute_num_layers=1
 )
 SELECTIVE_RECOMPUTE = dict(recompute_granularity="selective")
+MODULES_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
 
-MOE = dict(
+MOE: dict[str, Any] = dict(
     config=dict(
         num_moe_experts=4,
         moe_router_topk=2,
@@ -23,6 +26,12 @@ MOE = dict(
     # Megatron's router takes its softmax in fp32 whatever the model's dtype.
     bound=1e-6,
 )
+
+
+def moe(spec: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
+    """``MOE`` with further settings."""
+    return MOE | dict(config=MOE["config"] | config, spec=MOE["spec"] | (spec or {}))
+
 
 EQUIVALENCE = {
     # One rank: models.
@@ -36,6 +45,21 @@ EQUIVALENCE = {
         config=dict(normalization="LayerNorm", add_bias_linear=True, gated_linear_unit=False)
     ),
     "softmax_scale": Case(config=dict(softmax_scale=0.7)),
+    "block_order": Case(
+        config=dict(
+            kv_channels=12,
+            layernorm_epsilon=1e-2,
+            add_qkv_bias=True,
+            glu_linear_offset=0.5,
+            activation_func_clamp_value=1.0,
+            apply_residual_connection_post_layernorm=True,
+            apply_query_key_layer_scaling=True,
+        )
+    ),
+    # Megatron computes these two in fp32 whatever the model's dtype.
+    "qk_l2_norm": Case(config=dict(qk_l2_norm=True), spec=dict(qk_l2_norm=True), bound=1e-6),
+    "output_gate": Case(config=dict(attention_output_gate=True), bound=1e-6),
+    "no_rope": Case(config=dict(no_rope_freq=[0, 1])),
     "learned_absolute": Case(position_embedding_type="learned_absolute"),
     "no_positions": Case(position_embedding_type="none"),
     "rotary_percent": Case(model=dict(rotary_percent=0.5)),
@@ -44,7 +68,35 @@ EQUIVALENCE = {
     "rope_interpolation": Case(model=dict(seq_len_interpolation_factor=2.0)),
     "yarn": Case(position_embedding_type="yarn"),
     "moe": Case(**MOE),
+    "moe_sigmoid": Case(
+        **moe(
+            moe_router_score_function="sigmoid",
+            moe_router_num_groups=2,
+            moe_router_group_topk=1,
+            moe_router_topk_scaling_factor=2.5,
+            moe_ffn_hidden_size=24,
+            moe_shared_expert_intermediate_size=16,
+        ),
+        loss_bound=1e-7,
+    ),
+    "moe_overlap": Case(
+        **moe(moe_shared_expert_intermediate_size=16, moe_shared_expert_overlap=True),
+    ),
+    "moe_pre_softmax": Case(
+        **moe(
+            moe_router_pre_softmax=True,
+            moe_router_topk=1,
+            moe_apply_probs_on_input=True,
+            moe_shared_expert_intermediate_size=16,
+            moe_shared_expert_gate=True,
+        )
+    ),
+    "moe_mixed": Case(**moe(moe_layer_freq=[0, 1])),
+    "moe_modules": Case(
+        **moe(recompute_granularity="selective", recompute_modules=["core_attn", "moe"])
+    ),
     "selective": Case(config=SELECTIVE_RECOMPUTE),
+    "modules": Case(config=MODULES_RECOMPUTE),
     "full": Case(config=FULL_RECOMPUTE),
     "block": Case(config=BLOCK_RECOMPUTE, num_layers=3),
     # Two ranks.
@@ -57,8 +109,19 @@ EQUIVALENCE = {
     "tp2_sp_selective": Case(tp=2, sp=True, config=SELECTIVE_RECOMPUTE),
     "tp2_mqa": Case(tp=2, num_query_groups=1),
     "moe_tp2_sp": Case(tp=2, sp=True, **MOE),
+    "moe_tp2_sp_etp1": Case(tp=2, sp=True, ep=2, etp=1, **MOE),
     "moe_ep2": Case(dp=2, ep=2, **MOE),
     "pp2": Case(pp=2),
+    "pp2_first": Case(pp=2, num_layers=3, config=dict(num_layers_in_first_pipeline_stage=1)),
+    "pp2_last": Case(pp=2, num_layers=3, config=dict(num_layers_in_last_pipeline_stage=1)),
+    "pp2_layout": Case(pp=2, num_layers=3, config=dict(pipeline_model_parallel_layout="Et|ttL")),
+    "pp2_accounted": Case(
+        pp=2,
+        num_layers=4,
+        config=dict(
+            account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+        ),
+    ),
     "pp2_tied": Case(pp=2, tied=True),
     "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),
     "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),

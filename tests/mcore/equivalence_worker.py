@@ -34,7 +34,7 @@ def check(name: str, case: harness.Case) -> None:
     written_out = harness.written_out_microbatches(case, rows)
     control = harness.run_step(case, stock, harness.written_out_step, written_out)
     if loss is not None:
-        assert abs(loss - control) <= 1e-9 * abs(control), (loss, control)
+        assert abs(loss - control) <= case.loss_bound * abs(control), (loss, control)
     got, want = harness.named_gradients(packed), harness.named_gradients(stock)
     errors = {n: ((got[n] - want[n]).norm() / want[n].norm().clamp(min=1e-30)).item() for n in want}
     assert all(want[n].norm() > 0 for n in want), "a gradient is zero: nothing is proven"

@@ -15,7 +15,10 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -61,10 +64,12 @@ class Case:
     predictions: bool = True
     distributed_optimizer: bool = False
     ep: int = 1
+    etp: int | None = None
     position_embedding_type: str = "rope"
     bound: float = 1e-9
     # (pipeline stage, chunk, parameter name) -> whether it is trained; None trains all.
     trains: Callable[[int, int, str], bool] | None = None
+    loss_bound: float = 1e-9
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +87,7 @@ def initialize(case: Case) -> None:
         case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
         expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
     )
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
@@ -101,6 +107,7 @@ def make_config(case: Case) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=case.vpp,
         sequence_parallel=case.sp,
         expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         normalization="RMSNorm",
@@ -129,7 +136,11 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
     for stage in range(case.vpp or 1):
         vp_stage = stage if case.vpp else None
         layer = get_gpt_layer_local_spec(normalization=config.normalization, **case.spec)
-        block = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
+        block: Any = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
+        if isinstance(config.moe_layer_freq, list):
+            block = get_gpt_decoder_block_spec(
+                config, False, normalization=config.normalization, vp_stage=vp_stage
+            )
         if packed:
             block = with_prefix_grouped_attention(block)
         chunks.append(

@@ -1,0 +1,283 @@
+"""What every field of ``TransformerConfig`` does to packed rows, as ``validate`` reads it.
+
+A field is *proven* where tests compare packed with written-out rows under it, *harmless* where it
+acts on no value, on every token alone, or only beside a setting that is refused, and *refused*
+where packed rows would differ, or nothing shows that they do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The same weights give other outputs under another value.
+PROVEN_MODEL = {
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+    *("kv_channels", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "gated_linear_unit"),
+    *("activation_func", "activation_func_clamp_value", "glu_linear_offset", "qk_layernorm"),
+    *("qk_l2_norm", "softmax_scale", "rotary_interleaved", "no_rope_freq"),
+    *("attention_output_gate", "apply_residual_connection_post_layernorm"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk"),
+    *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_topk_scaling_factor", "moe_apply_probs_on_input"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+}
+# How the same model is run.
+PROVEN_RUN = {
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"),
+    *("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"),
+    *("expert_tensor_parallel_size", "num_layers_in_first_pipeline_stage"),
+    *("num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("variable_seq_lengths", "overlap_p2p_comm", "batch_p2p_comm", "calculate_per_token_loss"),
+    *("params_dtype", "pipeline_dtype", "recompute_num_layers", "apply_query_key_layer_scaling"),
+    *("init_method_std", "microbatch_group_size_per_vp_stage", "moe_shared_expert_overlap"),
+}
+# Every token on its own, but not with the norms and kernels that tests have.
+HARMLESS_MODEL = {"layernorm_zero_centered_gamma"}
+HARMLESS_RUN = {
+    # Where and in which precision tensors live; how weights begin.
+    *("fp16", "bf16", "fp32_residual_connection", "autocast_dtype"),
+    *("perform_initialization", "use_cpu_initialization", "init_model_with_meta_device"),
+    *("init_method", "output_layer_init_method"),
+    *("embedding_init_method", "embedding_init_method_std", "use_te_rng_tracker"),
+    *("inference_rng_tracker", "inference_sampling_seed", "attention_softmax_in_fp32"),
+    *("disable_bf16_reduced_precision_matmul", "deterministic_mode", "test_mode"),
+    # Hooks that training sets.
+    *("timers", "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func"),
+    *("param_sync_func", "moe_grad_scale_func", "mtp_grad_scale_func"),
+    "experimental_attention_variant_loss_scale_func",
+    # Transport and logging.
+    *("pipeline_model_parallel_comm_backend", "batch_p2p_sync", "use_ring_exchange_p2p"),
+    *("async_tensor_model_parallel_allreduce", "barrier_with_L1_time", "config_logger_dir"),
+    *("deallocate_pipeline_outputs", "moe_per_layer_logging", "symmetric_ar_type"),
+    *("high_priority_a2a_comm_stream", "hetereogenous_dist_checkpoint", "moe_enable_deepep"),
+    *("moe_deepep_num_sms", "moe_flex_dispatcher_num_sms"),
+    # Kernels that compute the same for every token.
+    *("gradient_accumulation_fusion", "bias_activation_fusion", "masked_softmax_fusion"),
+    *("persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion"),
+    *("apply_rope_fusion", "use_fused_weighted_squared_relu", "cross_entropy_loss_fusion"),
+    *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm"),
+    *("use_te_activation_func", "clone_scatter_output_in_embedding"),
+    "disable_parameter_transpose_cache",
+    # Of ordinary batches, whose attention is not ours, and of inference.
+    *("attention_backend", "flash_attention_version", "mlp_chunks_for_prefill"),
+    *("inference_fuse_tp_communication", "nccl_all_reduce_for_prefill"),
+    *("inference_disable_triton_nvls_kernels", "inference_grouped_gemm_backend"),
+    *("inference_moe_disable_fused_quant_kernels", "inference_moe_token_dispatcher_type"),
+    *("inference_cuda_graph_scope", "moe_pad_experts_for_cuda_graph_inference"),
+    # Deprecated spelling of a recomputed module.
+    "moe_layer_recompute",
+    # They only qualify a setting that is refused or off: context parallelism, user buffers,
+    "cp_comm_type",
+    *("tp_comm_bulk_wgrad", "tp_comm_bulk_dgrad", "tp_comm_overlap_ag", "tp_comm_overlap_rs"),
+    *("tp_comm_overlap_rs_dgrad", "tp_comm_split_ag", "tp_comm_atomic_ag", "tp_comm_split_rs"),
+    *("tp_comm_atomic_rs", "tp_comm_overlap_disable_qkv", "tp_comm_overlap_disable_fc1"),
+    "tp_comm_bootstrap_backend",
+    # offloading, delayed gradients, graphs,
+    *("cpu_offloading_num_layers", "_cpu_offloading_context", "cpu_offloading_activations"),
+    *("cpu_offloading_weights", "cpu_offloading_double_buffering", "wgrad_deferral_limit"),
+    *("cpu_offloading_retain_pinned_cpu_buffers", "offload_modules", "min_offloaded_tensor_size"),
+    *("delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks"),
+    *("activation_offload_fraction", "fine_grained_offloading_max_inflight_offloads"),
+    *("ep_overlap_early_attn_memory_release", "cuda_graph_use_single_mempool"),
+    *("cuda_graph_retain_backward_graph", "cuda_graph_warmup_steps", "cuda_graph_scope"),
+    "cuda_graph_modules",
+    # low precision,
+    *("fp8_recipe", "fp8_param", "fp8_quantizer_factory", "fp8_margin", "fp8_interval"),
+    *("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "fp8_output_proj"),
+    *("tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
+    *("num_layers_at_end_in_bf16", "fp4_recipe", "fp4_param", "fp4_quantizer_factory"),
+    *("activation_func_fp8_input_store", "kitchen_attention_backend"),
+    # experts' balance, capacity and stock dispatchers,
+    *("moe_router_bias_update_rate", "moe_router_quantile_balancing_ema", "moe_token_drop_policy"),
+    *("moe_hybridep_num_sms", "moe_hybridep_num_blocks_permute", "moe_ncclep_static_shape"),
+    *("moe_hybridep_num_blocks_unpermute", "moe_hybridep_num_sms_preprocessing"),
+    *("moe_hybridep_pad_uneven_dispatch_inputs", "moe_permute_fusion_into_hybridep"),
+    *("moe_ncclep_zero_copy", "moe_paged_stash_page_size"),
+    *("moe_paged_stash_buffer_size_factor_cuda", "moe_paged_stash_buffer_size_factor_cpu"),
+    # windows, clipped queries and keys, multi-token prediction, mu-parametrisation,
+    *("window_attn_skip_freq", "qk_clip_alpha", "qk_clip_threshold"),
+    *("mtp_loss_scaling_factor", "mtp_use_repeated_layer", "mtp_hybrid_override_pattern"),
+    *("mtp_detach_heads", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult"),
+    *("mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power"),
+    # linear, sparse and latent attention, state-space layers, blocks of their own.
+    *("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_loss_coeff"),
+    *("dsa_indexer_use_sparse_loss", "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"),
+    *("dsa_kernel_backend", "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation"),
+    *("dsa_indexer_scoring_relu", "dsa_indexer_k_norm_epsilon", "dsa_indexer_k_norm_fp32"),
+    *("linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim"),
+    *("linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+    *("rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast"),
+    *("beta_slow", "mscale", "mscale_all_dim", "cache_mla_latents", "mla_down_proj_fusion"),
+    *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+    *("use_mamba_mem_eff_path", "mamba_training_ssm_states_dtype"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+    "per_block_parameters",
+    # Of a provider that is its model's configuration too (Megatron-Bridge): outside the layers.
+    *("vocab_size", "make_vocab_size_divisible_by", "should_pad_vocab", "seq_length"),
+    *("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base"),
+    *("rotary_percent", "seq_len_interpolation_factor", "fp16_lm_cross_entropy"),
+    *("parallel_output", "scatter_embedding_sequence_parallel", "tp_comm_overlap_cfg"),
+    *("transformer_layer_spec", "generation_config", "hf_model_id", "restore_modelopt_state"),
+    *("use_transformer_engine_full_layer_spec", "mtp_enabled"),
+}
+
+_BALANCE = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+# field -> (values that are proven; one or a list of them, does it change the model?)
+PROVEN_VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
+    "normalization": (("LayerNorm", "RMSNorm"), True),
+    "moe_router_score_function": (("softmax", "sigmoid"), True),
+    "moe_router_load_balancing_type": (_BALANCE, False),
+    "moe_router_dtype": ((None, "fp32", "fp64"), False),
+    "moe_token_dispatcher_type": (("alltoall", "allgather", "flex"), False),
+    "recompute_granularity": ((None, "full", "selective"), False),
+    "recompute_method": ((None, "uniform", "block"), False),
+    "recompute_modules": ((None, [], *_MODULES), False),
+}
+# As above; nothing in them meets attention.
+HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
+    "transformer_impl": ("local", "transformer_engine"),
+    "cross_entropy_fusion_impl": ("native", "te"),
+    "moe_flex_dispatcher_backend": ("deepep",),
+}
+
+_OFF = (False, None)
+_NONE = (None,)
+_ZERO = (None, 0, 0.0)
+_ONE_MASK = "a shared prefix would get one mask where written-out samples get one each"
+_STATISTICS = "router statistics count a shared token once instead of once per sample"
+_LAYOUTS = "every microbatch has its own layout"
+_NOT_PROVEN = "it has not been proven exact with packed rows"
+_PRECISION = "scaling factors of a packed row differ from those of written-out rows"
+_LENGTHS = "its buffers are made for rows of one length"
+_WEIGHTS = "weights in that layout have not been proven exact with packed rows"
+
+# field -> (values that are fine, why others are not, does it change the model?)
+REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
+    "attention_dropout": ((0, 0.0), _ONE_MASK, False),
+    "hidden_dropout": ((0, 0.0), _ONE_MASK, False),
+    "context_parallel_size": (
+        (1,),
+        "packed rows are not split over context-parallel ranks (tensor parallelism with "
+        "sequence_parallel splits them)",
+        False,
+    ),
+    "hierarchical_context_parallel_sizes": (_NONE, "it belongs to context parallelism", False),
+    "max_seqlen_per_dp_cp_rank": (_NONE, "it belongs to context parallelism", False),
+    "hybrid_context_parallel": (_OFF, "it belongs to context parallelism", False),
+    "multi_latent_attention": (_OFF, "latent attention has its own core attention", True),
+    "experimental_attention_variant": (
+        _NONE,
+        "linear and sparse attention carry state across the row",
+        True,
+    ),
+    "is_hybrid_model": (_OFF, "state-space layers carry state across the row", True),
+    "heterogeneous_block_specs": (_OFF, _NOT_PROVEN, True),
+    "mrope_section": (_NONE, "positions of a packed row are one number per token", True),
+    "window_size": (_NONE, "sliding windows are not expressed in the attention plan", True),
+    "softmax_type": (
+        ("vanilla", None),
+        "attention sinks and softmax-off-by-one change the merge of passes",
+        True,
+    ),
+    # Megatron-Core declares no such field; models that read it off the config do.
+    "attn_logit_softcapping": (_ZERO, "softcap is not applied by the kernels in use", True),
+    "qk_clip": (_OFF, "no maximum attention logit is collected", True),
+    "log_max_attention_logit": (_OFF, "no maximum attention logit is collected", False),
+    "batch_invariant_mode": (_OFF, "passes of packed attention are not batch invariant", False),
+    "use_mup": (_OFF, "its logit and attention multipliers are not applied", True),
+    "mtp_num_layers": (
+        (None, 0),
+        "multi-token prediction rolls labels across samples of a row",
+        True,
+    ),
+    "mtp_standalone": (_OFF, "it belongs to multi-token prediction", False),
+    "fp8": (_OFF, _PRECISION, False),
+    "fp8_dot_product_attention": (_OFF, _PRECISION, False),
+    "fp8_multi_head_attention": (_OFF, _PRECISION, False),
+    "fp4": (_OFF, _PRECISION, False),
+    "quant_recipe": (_NONE, _PRECISION, False),
+    "use_kitchen": (_OFF, _PRECISION, False),
+    "use_kitchen_attention": (_OFF, _PRECISION, False),
+    "enable_autocast": (_OFF, _NOT_PROVEN, False),
+    "flash_decode": (_OFF, "it is an inference path", False),
+    "use_inference_optimized_layers": (_OFF, "it is an inference path", False),
+    "fused_single_qkv_rope": (
+        _OFF,
+        "Megatron-Core does not fuse it with packed sequences",
+        False,
+    ),
+    "fused_residual_rmsnorm": (_OFF, _NOT_PROVEN, False),
+    "mlp_chunks_for_training": ((1,), _NOT_PROVEN, False),
+    "use_transformer_engine_op_fuser": (_OFF, _NOT_PROVEN, False),
+    "use_grouped_gemm_for_dense_mlp": (_OFF, _WEIGHTS, False),
+    "use_grouped_gemm_for_shared_expert": (_OFF, _WEIGHTS, False),
+    "enable_cuda_graph": (_OFF, _LAYOUTS, False),
+    "external_cuda_graph": (_OFF, _LAYOUTS, False),
+    "cuda_graph_impl": (("none", None), _LAYOUTS, False),
+    "tp_comm_overlap": (_OFF, _LENGTHS, False),
+    "distribute_saved_activations": (_OFF, _NOT_PROVEN, False),
+    "num_microbatches_with_partial_activation_checkpoints": (_NONE, _NOT_PROVEN, False),
+    "cpu_offloading": (_OFF, _NOT_PROVEN, False),
+    "fine_grained_activation_offloading": (_OFF, _NOT_PROVEN, False),
+    "overlap_p2p_comm_warmup_flush": (_OFF, _NOT_PROVEN, False),
+    "overlap_moe_expert_parallel_comm": (
+        _OFF,
+        "its schedule plan bypasses the model's forward",
+        False,
+    ),
+    "overlap_dispatch_backward_with_experts_wgrad": (_OFF, _NOT_PROVEN, False),
+    "delay_wgrad_compute": (_OFF, "no schedule of packed rows computes the delayed part", False),
+    "defer_embedding_wgrad_compute": (
+        _OFF,
+        "logprobs are computed from predictor rows, not by the output layer",
+        False,
+    ),
+    "tensor_parallel_num_weight_shards": (_NONE, _WEIGHTS, False),
+    "gtp_weight_remat_size": ((1,), _WEIGHTS, False),
+    "expert_tensor_parallel_num_weight_shards": (_NONE, _WEIGHTS, False),
+    "expert_gtp_weight_remat_size": ((1,), _WEIGHTS, False),
+    "moe_aux_loss_coeff": ((0, 0.0), _STATISTICS, False),
+    "moe_z_loss_coeff": (_ZERO, _STATISTICS, False),
+    "moe_router_enable_expert_bias": (_OFF, _STATISTICS, True),
+    "moe_expert_capacity_factor": (
+        _NONE,
+        "capacity counts a shared token once instead of once per sample",
+        True,
+    ),
+    "moe_expert_rank_capacity_factor": (
+        _NONE,
+        "capacity counts a shared token once instead of once per sample",
+        False,
+    ),
+    "moe_pad_expert_input_to_capacity": (_OFF, "it belongs to a capacity", False),
+    "moe_token_dropping": (_OFF, "it belongs to a capacity", False),
+    "moe_paged_stash": (_OFF, _NOT_PROVEN, False),
+    "moe_router_padding_for_quantization": (_OFF, _NOT_PROVEN, False),
+    "moe_router_padding_for_fp8": (_OFF, _NOT_PROVEN, False),
+    "moe_input_jitter_eps": (
+        _ZERO,
+        "a shared token would get one jitter where written-out samples get one each",
+        False,
+    ),
+    "moe_router_force_load_balancing": (
+        _OFF,
+        "random routes differ between packed and written-out rows",
+        False,
+    ),
+    "moe_router_force_biased": (
+        _NONE,
+        "random routes differ between packed and written-out rows",
+        False,
+    ),
+    "moe_enable_routing_replay": (_OFF, "recorded routes are those of written-out rows", False),
+    "moe_router_topk_limited_devices": (_NONE, "its routes depend on the ranks", True),
+    "moe_latent_size": (_NONE, _NOT_PROVEN, True),
+    "moe_single_grouped_weight": (_OFF, _WEIGHTS, False),
+    "moe_single_grouped_bias": (_OFF, _WEIGHTS, False),
+    "moe_mlp_glu_interleave_size": (_NONE, _WEIGHTS, True),
+    "moe_shared_expert_glu_interleave_size": (_NONE, _WEIGHTS, True),
+    "moe_extended_tp": (_OFF, "Megatron-Core has given it up", False),
+}
