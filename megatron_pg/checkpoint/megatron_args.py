@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from .hf_config import HfModel
+from .argument_checks import check_arguments
+from .files import NAMED_DTYPES
+from .hf_config import ARCHITECTURES, HfModel
 
 
 def make_megatron_args(
@@ -101,71 +103,68 @@ def hf_model_from_args(args: Namespace, where: str) -> HfModel:
     """The model that a checkpoint's ``args`` describe.
 
     Raises:
-        ValueError: an argument is missing.
-        NotImplementedError: the model has no counterpart among the supported architectures.
+        ValueError: an argument is missing, or no value of its kind.
+        NotImplementedError: the model has no counterpart among the supported architectures, or an
+            argument is set of which nothing is known.
     """
-    values = vars(args)
-
-    def need(key: str) -> Any:
-        if values.get(key) is None:
-            raise ValueError(
-                f"{where}: args have no {key}; give the model's configuration by --hf-config DIR"
-            )
-        return values[key]
-
-    required = dict(
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_interleaved=False,
-        apply_layernorm_1p=False,
-        multi_latent_attention=False,
-    )
-    wrong = [
-        f"{key}={values[key]!r} (must be {value!r})"
-        for key, value in required.items()
-        if values.get(key) is not None and values[key] != value
-    ]
-    if wrong:
-        raise NotImplementedError(f"{where}: no supported architecture has " + "; ".join(wrong))
-    heads, experts = need("num_attention_heads"), values.get("num_experts")
-    bias = bool(values.get("add_bias_linear"))
-    architecture = values.get("hf_architecture") or _architecture(values)
+    read = _Reader(_values(args, where), where)
+    heads, experts = read.size("num_attention_heads"), read.size("num_experts", None)
+    groups = read.size("num_query_groups") if read.get("group_query_attention") else heads
+    if heads % groups:
+        raise ValueError(
+            f"{where}: args have num_attention_heads={heads}, no multiple of num_query_groups="
+            f"{groups}; {_NEED}"
+        )
     rope_type, factor = "default", 1.0
-    if values.get("use_rope_scaling"):
-        rope_type, factor = "llama3", float(values.get("rope_scaling_factor") or 8.0)
-    elif values.get("rotary_seq_len_interpolation_factor"):
-        rope_type, factor = "linear", float(values["rotary_seq_len_interpolation_factor"])
+    if read.get("use_rope_scaling"):
+        rope_type, factor = "llama3", read.number("rope_scaling_factor", 8.0)
+    elif read.get("rotary_seq_len_interpolation_factor"):
+        rope_type, factor = "linear", read.number("rotary_seq_len_interpolation_factor")
     moe: dict[str, Any] = {}
     if experts:
         moe = dict(
             num_experts=experts,
-            moe_router_topk=need("moe_router_topk"),
-            moe_ffn_hidden_size=values.get("moe_ffn_hidden_size") or need("ffn_hidden_size"),
-            norm_topk_prob=not values.get("moe_router_pre_softmax", False),
+            moe_router_topk=read.size("moe_router_topk"),
+            moe_ffn_hidden_size=read.size("moe_ffn_hidden_size", None)
+            or read.size("ffn_hidden_size"),
+            norm_topk_prob=not read.get("moe_router_pre_softmax"),
         )
-    return HfModel(
-        architecture=architecture,
-        num_layers=need("num_layers"),
-        hidden_size=need("hidden_size"),
-        ffn_hidden_size=need("ffn_hidden_size"),
+        if moe["moe_router_topk"] > experts:
+            raise ValueError(
+                f"{where}: args have moe_router_topk={moe['moe_router_topk']} of num_experts="
+                f"{experts}; {_NEED}"
+            )
+    model = HfModel(
+        architecture=read.architecture(),
+        num_layers=read.size("num_layers"),
+        hidden_size=read.size("hidden_size"),
+        ffn_hidden_size=read.size("ffn_hidden_size"),
         num_attention_heads=heads,
-        num_query_groups=(
-            need("num_query_groups") if values.get("group_query_attention") else heads
-        ),
-        kv_channels=values.get("kv_channels") or need("hidden_size") // heads,
-        layernorm_epsilon=values.get("norm_epsilon") or need("layernorm_epsilon"),
-        vocab_size=values.get("vocab_size") or need("padded_vocab_size"),
-        max_sequence_length=need("max_position_embeddings"),
-        rotary_base=float(values.get("rotary_base") or 10000),
+        num_query_groups=groups,
+        kv_channels=read.size("kv_channels", None) or read.size("hidden_size") // heads,
+        layernorm_epsilon=read.number("norm_epsilon", None) or read.number("layernorm_epsilon"),
+        vocab_size=read.size("vocab_size", None) or read.size("padded_vocab_size"),
+        max_sequence_length=read.size("max_position_embeddings"),
+        rotary_base=read.number("rotary_base", 10000.0),
         rope_type=rope_type,
         rope_factor=factor,
-        tied=not values.get("untie_embeddings_and_output_weights", False),
-        add_bias_linear=bias,
-        dtype=values.get("params_dtype") or torch.float32,
+        tied=not read.get("untie_embeddings_and_output_weights"),
+        add_bias_linear=bool(read.get("add_bias_linear")),
+        dtype=read.dtype(),
         **moe,
     )
+    check_arguments(args, model, make_megatron_args(model), where, by_configuration=False)
+    return model
+
+
+def check_args(args: Namespace, model: HfModel, where: str) -> None:
+    """Refuse a checkpoint whose ``args`` contradict the model that a ``config.json`` describes.
+
+    Raises:
+        ValueError: listing every argument under which the weights are another model's.
+    """
+    _values(args, where)
+    check_arguments(args, model, make_megatron_args(model), where, by_configuration=True)
 
 
 def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | None = None) -> None:
@@ -196,11 +195,72 @@ def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | Non
         )
 
 
-def _architecture(values: dict[str, Any]) -> str:
-    if values.get("num_experts"):
-        return "Qwen3MoeForCausalLM"
-    if values.get("qk_layernorm"):
-        return "Qwen3ForCausalLM"
-    if values.get("add_qkv_bias") and not values.get("add_bias_linear"):
-        return "Qwen2ForCausalLM"
-    return "LlamaForCausalLM"
+_NEED = "give the model's config.json as hf_config"
+_UNSET: Any = object()
+
+
+def _values(args: Any, where: str) -> dict[str, Any]:
+    if not isinstance(args, Namespace):
+        raise ValueError(f"{where}: args are {type(args).__name__}, not a Namespace; {_NEED}")
+    return vars(args)
+
+
+class _Reader:
+    """Arguments by name, each of its kind or refused."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def size(self, name: str, default: Any = _UNSET) -> Any:
+        """A positive integer."""
+        value = self._given(name, default)
+        if value is not default and not (type(value) is int and value >= 1):
+            self._refuse(name, value, "an integer of at least 1")
+        return value
+
+    def number(self, name: str, default: Any = _UNSET) -> Any:
+        """A finite number above 0."""
+        value = self._given(name, default)
+        if value is default:
+            return value
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            self._refuse(name, value, "finite and above 0")
+        return float(value)
+
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        value = self._given("params_dtype", torch.float32)
+        if value not in list(NAMED_DTYPES.values()):
+            self._refuse("params_dtype", value, f"one of {', '.join(NAMED_DTYPES)}")
+        return value  # type: ignore[no-any-return]
+
+    def architecture(self) -> str:
+        """The recorded one, or the one with such layers."""
+        given = self.get("hf_architecture")
+        if given is not None:
+            if not isinstance(given, str) or given not in ARCHITECTURES:
+                self._refuse("hf_architecture", given, f"one of {', '.join(ARCHITECTURES)}")
+            return str(given)
+        if self.get("num_experts"):
+            return "Qwen3MoeForCausalLM"
+        if self.get("qk_layernorm"):
+            return "Qwen3ForCausalLM"
+        if self.get("add_qkv_bias") and not self.get("add_bias_linear"):
+            return "Qwen2ForCausalLM"
+        return "LlamaForCausalLM"
+
+    def _given(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is _UNSET:
+            raise ValueError(f"{self.where}: args have no {name}; {_NEED}")
+        return default
+
+    def _refuse(self, name: str, value: Any, rule: str) -> None:
+        raise ValueError(
+            f"{self.where}: args have {name}={str(value)[:80]!r}, which must be {rule}; {_NEED}"
+        )

@@ -16,7 +16,7 @@ from .hf_parse import parse_hf_config
 from .layout import find_hf_config, find_iteration, load_torch_file
 from .legacy import LegacyShards
 from .mapping import Mapping, Shard
-from .megatron_args import hf_model_from_args
+from .megatron_args import check_args, hf_model_from_args
 from .shards import merge_shards
 from .torch_dist import TorchDistReader, is_torch_dist
 
@@ -92,7 +92,10 @@ class MegatronFolder:
     def _describe(self) -> HfModel:
         if self.hf_config is not None:
             path = self.hf_config / "config.json"
-            return parse_hf_config(read_json(path), str(path))
+            model = parse_hf_config(read_json(path), str(path))
+            if self.args is not None:
+                check_args(self.args, model, str(self.path))
+            return model
         if self.args is None:
             raise ValueError(
                 f"{self.path / 'common.pt'}: no args in it; give the model's configuration by "

@@ -171,11 +171,11 @@ MEGATRON_CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "damaged common.pt": (shorten("common.pt"), "common.pt: not readable"),
     "other configuration": (
         lambda folder: edit_config(intermediate_size=64)(folder / "huggingface"),
-        "by the configuration it must be",
+        "ffn_hidden_size=48 .must be 64.",
     ),
     "fewer layers": (
         lambda folder: edit_config(num_hidden_layers=4)(folder / "huggingface"),
-        "has 8 layers, the configuration says 4",
+        "num_layers=8 .must be 4.",
     ),
 }
 

@@ -1,0 +1,115 @@
+"""Which of Megatron-LM's arguments say nothing about the model that a checkpoint holds.
+
+Of those that are fields of ``TransformerConfig`` ``mcore.field_verdict`` says it.
+"""
+
+from __future__ import annotations
+
+# argument -> values under which the model is one of Megatron-Core's ordinary decoders
+ORDINARY: dict[str, tuple[object, ...]] = {
+    "enable_mhc_connections": (False,),
+    "export_te_mcore_model": (False,),
+    "heterogeneous_layers_config_encoded_json": (None, ""),
+    "heterogeneous_layers_config_path": (None, ""),
+    "hybrid_attention_ratio": (0.0,),
+    "hybrid_layer_pattern": (None, ""),
+    "hybrid_mlp_ratio": (0.0,),
+    "hybrid_override_pattern": (None, ""),
+    # They balance in training only; other kinds choose experts otherwise.
+    "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+    "modelopt_enabled": (False,),
+    "openai_gelu": (False,),
+    "quick_geglu": (False,),
+    "retro_add_retriever": (False,),
+    "use_legacy_models": (False,),
+}
+
+# Of every version from 2.0 to 0.20; how weights are saved, for one, and what a BERT has of its own.
+_PREFIX_TEXT = """
+adam_ adlr_ app_tag_ async_ bert_ ckpt_ data_ ddp_ dino_ dist_ckpt_ eval_ exit_ fault_injector_
+fim_ flight_recorder_ fsdp_ ft_ gdp_ grpo_ gtp_ ict_ inference_ inprocess_ kitchen_ langrl_ lion_
+log_ logits_ lr_ main_ manual_gc megatron_fsdp_ mhc_ moe_routing_trace_ muon_ non_persistent_
+null_tokenizer_ one_logger_ otel_ profile pytorch_profiler_ replication rerun_ retriever_ retro_
+rl_ save_ sgd_ swin_ tensorboard_ tiktoken_ tokenizer_ torch_fsdp2_ train_ vision_ wandb_ yarn_
+"""
+_NAME_TEXT = """
+DDP_impl _is_global_batch_size_explicitly_specified accumulate_allreduce_grads_in_fp32
+activations_checkpoint_method activations_checkpoint_num_layers add_position_embedding
+align_grad_reduce align_param_gather allow_ambiguous_pad_tokens apply_wd_to_qk_layernorm
+auto_detect_ckpt_format batch_invariant_backend batch_size bias_gelu_fusion bias_swiglu_fusion
+biencoder_projection_dim biencoder_shared_query_context_model block_data_path budget_list
+budget_probs calc_ft_timeouts chat_template check_for_large_grads check_for_nan_in_loss_and_grad
+check_for_spiky_loss check_weight_hash_across_dp_replicas_interval checkpoint_activations
+checkpoint_num_layers classes_fraction clip_grad consumed_train_bins consumed_train_samples
+consumed_valid_samples create_all_gather_group create_attention_mask_in_dataloader
+cuda_graph_scope_deprecated curr_iteration dataloader_defer_npy_index_mmap
+dataloader_fast_cache_load dataloader_inter_document_masking dataloader_type
+decode_only_cuda_graphs decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
+decoder_num_layers decoder_seq_length decoupled_lr decoupled_min_lr decrease_batch_size_if_needed
+delay_grad_reduce delay_param_gather deprecated_use_mcore_models disable_chunked_prefill
+disable_jit_fuser disable_msc_deprecated disable_straggler_on_startup
+disable_symmetric_registration distrib_optim_fully_reshardable_mem_efficient
+distribute_checkpointed_activations distributed_backend distributed_timeout_minutes
+distributed_timeout_seconds_after_init do_test do_train do_valid dump_param_to_param_group_map
+embedding_path embedding_weights_in_fp32 empty_unused_memory_level enable_chunked_prefill
+enable_experimental enable_ft_package enable_full_sharding_in_hsdp enable_gloo_process_groups
+enable_msc enable_one_logger encoder_num_layers encoder_pipeline_model_parallel_size
+encoder_seq_length encoder_tensor_model_parallel_size end_weight_decay eod_mask_loss
+error_injection_rate error_injection_type evidence_data_path exp_avg_dtype exp_avg_sq_dtype
+faiss_use_gpu fake_process_group finetune fp16_lm_cross_entropy fp32_allreduce fp4_format
+fp4_param_gather fp8_e4m3 fp8_format fp8_hybrid fp8_param_gather freeze_all_layers full_validation
+global_batch_size gpu_sniff_test_interval grad_reduce_in_bf16 gradient_reduce_div_fusion
+hf_architecture group_query_attention head_lr_mult high_priority_stream_groups hysteresis
+ict_head_size img_dim img_h img_w indexer_batch_size indexer_log_interval
+init_method_xavier_uniform initial_loss_scale iter_per_epoch iteration iterations_to_skip
+keep_fp8_transpose_cache keep_fp8_transpose_cache_when_using_custom_fsdp lazy_mpu_init
+legacy_tokenizer load load_main_params_from_ckpt load_model_opt_format local_rank logging_level
+logit_dtype loss_scale loss_scale_window lr make_vocab_size_divisible_by
+mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype mask_factor mask_prob mask_type
+max_position_embeddings max_tokens_to_oom memory_snapshot_path merge_file metadata_path
+micro_batch_size microbatch_group_size_per_virtual_pipeline_stage mid_level_dataset_surplus
+min_loss_scale min_lr mmap_bin_files mmap_warmup mock_data model_parallel_size model_type
+moe_combine_bwd_dtype moe_dispatch_fwd_dtype moe_upcycling_granularity moe_use_grouped_tensor
+moe_use_upcycling mtp_hsm multiple_validation_sets nccl_communicator_config_path nccl_ub
+no_load_optim no_load_rng no_persist_layer_norm no_save_optim no_save_rng
+no_weight_decay_cond_type num_channels num_classes num_dataset_builder_threads
+num_distributed_optimizer_instances num_floating_point_operations_so_far
+num_layers_per_virtual_pipeline_stage num_speculative_tokens num_virtual_stages_per_pipeline_rank
+num_workers nvtx_ranges object_storage_cache_path offset_sampling_seed_by_dp_rank onnx_safe
+optimizer optimizer_cpu_offload optimizer_cuda_graph optimizer_offload_fraction
+outer_dp_sharding_strategy output_bert_embeddings overlap_cpu_optimizer_d2h_h2d
+overlap_grad_reduce overlap_p2p_communication overlap_p2p_communication_warmup_flush
+overlap_param_gather overlap_param_gather_with_optimizer_step override_ckpt_iteration
+override_lr_scheduler override_opt_param_scheduler pad_vocab_size padded_vocab_size patch_dim
+per_dataset_sequences_path per_split_data_args_path perform_rl_step persistent_save_interval
+phase_transition_iterations pin_cpu_grads pin_cpu_params pipeline_model_parallel_split_rank
+pretrained_checkpoint query_in_block_prob rampup_batch_size rank recompute_activations
+record_memory_history record_shapes refit_method relative_attention_max_distance
+relative_attention_num_buckets renormalize_blend_weights report_topk_accuracies
+reset_attention_mask reset_position_ids result_rejected_tracker_filename return_log_probs
+reuse_grad_buf_for_mxfp8_param_ag run_workload_inspector_server s3_cache_path sample_rate save
+scaled_masked_softmax_fusion scaled_upper_triang_masked_softmax_fusion
+scatter_gather_tensors_in_pipeline seed seq_length sft sft_tokenizer_prompt_format
+sharp_enabled_group short_seq_prob skip_prompt_log_probs skip_train skipped_train_samples
+special_tokens split standalone_embedding_stage start_eval_at_iter start_weight_decay
+step_batch_size_schedule straggler_ctrlr_port straggler_minmax_count stream_ckpt_dequant
+strict_fsdp_dtensor_load suggested_communication_unit_size te_precision_config_file te_rng_tracker
+test_data_path timing_log_level timing_log_option titles_data_path to_test tp_comm_overlap_cfg
+transformer_pipeline_model_parallel_size trust_remote_code use_checkpoint_args
+use_checkpoint_lr_scheduler use_checkpoint_opt_param_scheduler use_contiguous_buffers_in_ddp
+use_contiguous_buffers_in_local_ddp use_custom_fsdp use_dist_ckpt use_dist_ckpt_deprecated
+use_distributed_optimizer use_flash_attn use_gigatoken use_gloo_process_groups
+use_layer_wise_distributed_optimizer use_layer_wise_param_layout use_legacy_static_engine
+use_mcore_models use_megatron_fsdp use_mp_args_from_checkpoint_args use_nccl_ub use_one_sent_docs
+use_persistent_ckpt_worker use_precision_aware_optimizer use_pytorch_profiler
+use_rotary_position_embeddings use_sharp use_tokenizer_model_from_checkpoint_args use_torch_fsdp2
+use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping valid_data_path validation_set_names
+verify_integrity vocab_extra_ids vocab_file vocab_size warmup weight_decay weight_decay_incr_style
+world_size
+"""
+_PREFIXES, _NAMES = tuple(_PREFIX_TEXT.split()), frozenset(_NAME_TEXT.split())
+
+
+def says_nothing_of_the_model(name: str) -> bool:
+    """Whether an argument is of training, data, logging, parallelism or another kind of model."""
+    return name in _NAMES or name.startswith(_PREFIXES)

@@ -1,0 +1,327 @@
+"""A checkpoint's ``args`` are read whole: what is set in them is known, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_pg.checkpoint import (
+    HfModel,
+    MegatronFolder,
+    hf_model_from_args,
+    make_megatron_args,
+    megatron_to_hf,
+    open_weights,
+    reshard_checkpoint,
+)
+from megatron_pg.checkpoint.megatron_args import check_args
+
+pytestmark = pytest.mark.megatron
+
+# Of ``pretrain_gpt.py`` from 0.16 to 0.20: every argument that is neither off nor unset.
+DEFAULTS = json.loads(Path(__file__).with_name("megatron_lm_defaults.json").read_text())
+# What its users must set for such a model.
+LLAMA = dict(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    group_query_attention=True,
+    num_query_groups=2,
+    kv_channels=8,
+    max_position_embeddings=128,
+    seq_length=128,
+    vocab_size=100,
+    padded_vocab_size=128,
+    norm_epsilon=1e-5,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+    params_dtype=torch.bfloat16,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+)
+EXPERTS = dict(
+    num_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=16,
+    qk_layernorm=True,
+    moe_layer_freq=[1, 1, 1, 1],
+    moe_aux_loss_coeff=1e-2,
+    moe_z_loss_coeff=1e-3,
+    moe_router_load_balancing_type="aux_loss",
+)
+
+
+def stock(**changes: Any) -> Namespace:
+    return Namespace(**DEFAULTS | LLAMA | changes)
+
+
+def a_model(**changes: Any) -> HfModel:
+    sizes = dict(
+        architecture="LlamaForCausalLM",
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        layernorm_epsilon=1e-5,
+        vocab_size=100,
+        max_sequence_length=128,
+    )
+    return HfModel(**sizes | changes)
+
+
+MODELS = {
+    "llama": a_model(),
+    "tied": a_model(tied=True, num_query_groups=4),
+    "bias": a_model(add_bias_linear=True),
+    "llama3": a_model(rope_type="llama3", rope_factor=8.0, rotary_base=5e5),
+    "linear": a_model(rope_type="linear", rope_factor=4.0),
+    "mistral": a_model(architecture="MistralForCausalLM", kv_channels=12),
+    "qwen2": a_model(architecture="Qwen2ForCausalLM", rotary_base=1e6),
+    "qwen3": a_model(architecture="Qwen3ForCausalLM"),
+    "qwen3_moe": a_model(
+        architecture="Qwen3MoeForCausalLM",
+        num_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        norm_topk_prob=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_arguments_that_are_written_are_read(name: str) -> None:
+    model = MODELS[name]
+    args = make_megatron_args(model, tp_size=2, pp_size=2)
+    assert hf_model_from_args(args, "here") == model
+    check_args(args, model, "here")
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS, dict(qk_layernorm=True), dict(add_qkv_bias=True)])
+def test_megatron_lm_s_own_arguments_are_read(changes: dict[str, Any]) -> None:
+    assert len(DEFAULTS) > 200
+    model = hf_model_from_args(stock(**changes), "here")
+    assert (model.num_query_groups, model.num_experts) == (2, changes.get("num_experts"))
+    assert model.qk_layernorm == changes.get("qk_layernorm", False)
+    assert model.add_qkv_bias == changes.get("add_qkv_bias", False)
+
+
+# Each changes what the same weights compute, or which weights there are.
+CHANGING: list[tuple[str, Any]] = [
+    ("window_size", (128, 0)),
+    ("softmax_type", "learnable"),
+    ("qk_clip", True),
+    ("attention_output_gate", True),
+    ("multi_latent_attention", True),
+    ("mtp_num_layers", 1),
+    ("is_hybrid_model", True),
+    ("hybrid_override_pattern", "M-M*"),
+    ("hybrid_layer_pattern", "M-M*"),
+    ("hybrid_attention_ratio", 0.25),
+    ("heterogeneous_layers_config_path", "layers.json"),
+    ("heterogeneous_layers_config_encoded_json", "{}"),
+    ("apply_residual_connection_post_layernorm", True),
+    ("apply_layernorm_1p", True),
+    ("layernorm_zero_centered_gamma", True),
+    ("normalization", "LayerNorm"),
+    ("position_embedding_type", "learned_absolute"),
+    ("position_embedding_type", "yarn"),
+    ("rotary_percent", 0.5),
+    ("rotary_interleaved", True),
+    ("no_rope_freq", [0, 1, 0, 1]),
+    ("swiglu", False),
+    ("squared_relu", True),
+    ("quick_geglu", True),
+    ("glu_linear_offset", 1.0),
+    ("activation_func_clamp_value", 7.0),
+    ("qk_l2_norm", True),
+    ("softmax_scale", 0.5),
+    ("mrope_section", [4, 2, 2]),
+    ("experimental_attention_variant", "gated_delta_net"),
+    ("use_mup", True),
+    ("use_legacy_models", True),
+    ("enable_mhc_connections", True),
+    ("retro_add_retriever", True),
+    ("spec", ["some.package", "its_layers"]),
+    ("yaml_cfg", "model.yaml"),
+    ("of_a_framework", "something"),
+    ("of_tomorrow", 3),
+    ("of_tomorrow", [0.5]),
+]
+CHANGING_EXPERTS: list[tuple[str, Any]] = [
+    ("moe_router_score_function", "sigmoid"),
+    ("moe_router_topk_scaling_factor", 2.5),
+    ("moe_router_enable_expert_bias", True),
+    ("moe_router_num_groups", 2),
+    ("moe_router_group_topk", 1),
+    ("moe_router_load_balancing_type", "sinkhorn"),
+    ("moe_router_load_balancing_type", "quantile_balancing"),
+    ("moe_shared_expert_intermediate_size", 16),
+    ("moe_layer_freq", [0, 1, 1, 1]),
+    ("moe_layer_freq", 2),
+    ("moe_latent_size", 8),
+    ("moe_apply_probs_on_input", True),
+    ("moe_expert_capacity_factor", 1.0),
+    ("qk_layernorm", False),
+]
+ALL_CHANGING = [({}, *case) for case in CHANGING] + [(EXPERTS, *c) for c in CHANGING_EXPERTS]
+
+
+@pytest.mark.parametrize(("base", "name", "value"), ALL_CHANGING)
+def test_an_argument_that_changes_the_model_is_refused_by_name(
+    base: dict[str, Any], name: str, value: Any
+) -> None:
+    hf_model_from_args(stock(**base), "here")
+    with pytest.raises(NotImplementedError) as error:
+        hf_model_from_args(stock(**base | {name: value}), "here")
+    message = str(error.value)
+    assert message.startswith("here: ") and f"{name}={value!r} (" in message
+    assert "give the model's config.json as hf_config" in message
+
+
+# A framework's own, and where a model is described elsewhere, say nothing against a config.json.
+_SILENT = {"spec", "yaml_cfg", "of_a_framework", "of_tomorrow"}
+
+
+@pytest.mark.parametrize(("base", "name", "value"), ALL_CHANGING)
+def test_a_configuration_that_is_given_must_not_contradict(
+    base: dict[str, Any], name: str, value: Any
+) -> None:
+    model = hf_model_from_args(stock(**base), "here")
+    args = stock(**base | {name: value})
+    if name in _SILENT:
+        check_args(args, model, "here")
+        return
+    with pytest.raises(ValueError) as error:
+        check_args(args, model, "here")
+    assert f"{name}={value!r} (" in str(error.value)
+    assert "Give the config.json of the model that was trained" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", 2),
+        ("hidden_size", 64),
+        ("ffn_hidden_size", 64),
+        ("num_attention_heads", 2),
+        ("num_query_groups", 1),
+        ("group_query_attention", False),
+        ("kv_channels", 16),
+        ("norm_epsilon", 1e-6),
+        ("rotary_base", 500000),
+        ("use_rope_scaling", True),
+        ("rotary_seq_len_interpolation_factor", 4),
+        ("untie_embeddings_and_output_weights", False),
+        ("add_bias_linear", True),
+        ("add_qkv_bias", True),
+        ("qk_layernorm", True),
+        ("num_experts", 4),
+    ],
+)
+def test_every_size_must_agree_with_the_configuration(name: str, value: Any) -> None:
+    model = hf_model_from_args(stock(), "here")
+    check_args(stock(), model, "here")
+    with pytest.raises(ValueError, match="contradict the configuration") as error:
+        check_args(stock(**{name: value}), model, "here")
+    assert f"{name.removeprefix('group_')}={value!r} (must be" in str(error.value) or (
+        name == "group_query_attention" and "num_query_groups=4 (must be 2)" in str(error.value)
+    )
+
+
+def test_what_is_off_or_trains_the_model_passes() -> None:
+    off = dict(of_tomorrow=None, of_a_framework=False, its_list=[], its_name="", its_map={})
+    run = dict(fp8="hybrid", cuda_graph_impl="local", tp_comm_overlap=True, context_parallel_size=8)
+    run |= dict(recompute_granularity="full", overlap_grad_reduce=True, lr=1e-4, seed=3, save="x")
+    ours = dict(spec=["megatron_pg.mcore.te_specs", "prefix_grouped_layer_spec"])
+    model = hf_model_from_args(stock(**off, **run, **ours), "here")
+    assert model == hf_model_from_args(stock(), "here")
+    dense = dict(moe_router_score_function="sigmoid", moe_layer_freq=[0, 1], moe_router_topk=8)
+    assert hf_model_from_args(stock(**dense), "here") == model
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", "four"),
+        ("num_layers", 4.0),
+        ("num_layers", True),
+        ("hidden_size", 0),
+        ("num_attention_heads", -4),
+        ("num_query_groups", 3),
+        ("norm_epsilon", float("nan")),
+        ("rotary_base", -1e4),
+        ("rotary_base", float("inf")),
+        ("params_dtype", "bfloat16"),
+        ("params_dtype", torch.int8),
+        ("hf_architecture", "GPT2LMHeadModel"),
+        ("hf_architecture", ["LlamaForCausalLM"]),
+        ("max_position_embeddings", 12.5),
+    ],
+)
+def test_values_of_another_kind_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^here: args have .*{name}=.*hf_config"):
+        hf_model_from_args(stock(**{name: value}), "here")
+
+
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "ffn_hidden_size"])
+def test_missing_arguments_are_named(name: str) -> None:
+    args = stock()
+    delattr(args, name)
+    with pytest.raises(ValueError, match=r"^here: args have no \w+; give the model's config.json"):
+        hf_model_from_args(args, "here")
+
+
+def test_args_that_are_none() -> None:
+    for args in ({"num_layers": 4}, None, [1]):
+        with pytest.raises(ValueError, match="not a Namespace"):
+            hf_model_from_args(args, "here")  # type: ignore[arg-type]
+
+
+def test_all_problems_are_in_one_error() -> None:
+    with pytest.raises(NotImplementedError) as error:
+        hf_model_from_args(stock(window_size=(8, 0), qk_clip=True, of_tomorrow=1), "here")
+    assert all(name in str(error.value) for name in ("window_size", "qk_clip", "of_tomorrow"))
+    before = copy.deepcopy(vars(stock()))
+    hf_model_from_args(stock(), "here")
+    assert vars(stock()) == before
+
+
+@pytest.mark.parametrize("with_configuration", [False, True])
+def test_whatever_opens_a_checkpoint_reads_its_args(
+    models: Path, tmp_path: Path, with_configuration: bool
+) -> None:
+    """Conversion, reshard, verification and training."""
+    path = tmp_path / "in"
+    shutil.copytree(models / "qwen3_moe-megatron", path)
+    if not with_configuration:
+        shutil.rmtree(path / "huggingface")
+    actions = (
+        MegatronFolder,
+        open_weights,
+        lambda p: megatron_to_hf(p, tmp_path / "hf", dry_run=True),
+        lambda p: reshard_checkpoint(p, tmp_path / "resharded", tp_size=1, pp_size=1, dry_run=True),
+    )
+    for action in actions:
+        action(path)
+    common = torch.load(path / "release/common.pt", weights_only=True)
+    common["args"].moe_router_score_function = "sigmoid"
+    torch.save(common, path / "release/common.pt")
+    for action in actions:
+        with pytest.raises((ValueError, NotImplementedError)) as error:
+            action(path)
+        assert "moe_router_score_function='sigmoid' (must be 'softmax')" in str(error.value)
+        assert str(path / "release") in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
