@@ -116,7 +116,7 @@ def outcome(seed: int) -> bool:
     assert not wrong, f"accepted: {wrong}"
     assert got == wanted
     check_args(args, got, "DIR/common.pt")
-    # Neither the longest sequence nor the padded vocabulary is the function's, and no layer is dense
+    # Neither the longest sequence nor the vocabulary changes the function, and no layer is dense
     # where all have experts.
     free = dict(max_sequence_length=0, vocab_size=0)
     free |= dict(ffn_hidden_size=0) if got.num_experts else {}
