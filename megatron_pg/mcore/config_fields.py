@@ -40,7 +40,7 @@ HARMLESS_RUN = {
     *("perform_initialization", "use_cpu_initialization", "init_model_with_meta_device"),
     *("init_method", "output_layer_init_method"),
     *("embedding_init_method", "embedding_init_method_std", "use_te_rng_tracker"),
-    *("inference_rng_tracker", "inference_sampling_seed", "attention_softmax_in_fp32"),
+    *("inference_rng_tracker", "attention_softmax_in_fp32"),
     *("disable_bf16_reduced_precision_matmul", "deterministic_mode", "test_mode"),
     # Hooks that training sets.
     *("timers", "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func"),
@@ -49,7 +49,7 @@ HARMLESS_RUN = {
     # Transport and logging.
     *("pipeline_model_parallel_comm_backend", "batch_p2p_sync", "use_ring_exchange_p2p"),
     *("async_tensor_model_parallel_allreduce", "barrier_with_L1_time", "config_logger_dir"),
-    *("deallocate_pipeline_outputs", "moe_per_layer_logging", "symmetric_ar_type"),
+    *("deallocate_pipeline_outputs", "moe_per_layer_logging"),
     *("high_priority_a2a_comm_stream", "hetereogenous_dist_checkpoint", "moe_enable_deepep"),
     *("moe_deepep_num_sms", "moe_flex_dispatcher_num_sms"),
     # Kernels that compute the same for every token.
@@ -59,15 +59,27 @@ HARMLESS_RUN = {
     *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm"),
     *("use_te_activation_func", "clone_scatter_output_in_embedding"),
     "disable_parameter_transpose_cache",
-    # Of ordinary batches, whose attention is not ours, and of inference.
-    *("attention_backend", "flash_attention_version", "mlp_chunks_for_prefill"),
+    # Of ordinary batches, whose attention is not ours.
+    *("attention_backend", "flash_attention_version"),
+    # Deprecated spelling of a recomputed module.
+    "moe_layer_recompute",
+    # Of a provider that is its model's configuration too (Megatron-Bridge): outside the layers.
+    *("vocab_size", "make_vocab_size_divisible_by", "should_pad_vocab", "seq_length"),
+    *("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base"),
+    *("rotary_percent", "seq_len_interpolation_factor", "fp16_lm_cross_entropy"),
+    *("parallel_output", "scatter_embedding_sequence_parallel", "tp_comm_overlap_cfg"),
+    *("transformer_layer_spec", "generation_config", "hf_model_id", "restore_modelopt_state"),
+    *("use_transformer_engine_full_layer_spec", "mtp_enabled"),
+}
+# They do nothing: they only qualify a setting that is refused or off,
+INERT = {
+    # Megatron-Core's own inference,
+    *("mlp_chunks_for_prefill", "inference_sampling_seed", "symmetric_ar_type"),
     *("inference_fuse_tp_communication", "nccl_all_reduce_for_prefill"),
     *("inference_disable_triton_nvls_kernels", "inference_grouped_gemm_backend"),
     *("inference_moe_disable_fused_quant_kernels", "inference_moe_token_dispatcher_type"),
     *("inference_cuda_graph_scope", "moe_pad_experts_for_cuda_graph_inference"),
-    # Deprecated spelling of a recomputed module.
-    "moe_layer_recompute",
-    # They only qualify a setting that is refused or off: context parallelism, user buffers,
+    # context parallelism, user buffers,
     "cp_comm_type",
     *("tp_comm_bulk_wgrad", "tp_comm_bulk_dgrad", "tp_comm_overlap_ag", "tp_comm_overlap_rs"),
     *("tp_comm_overlap_rs_dgrad", "tp_comm_split_ag", "tp_comm_atomic_ag", "tp_comm_split_rs"),
@@ -114,13 +126,6 @@ HARMLESS_RUN = {
     *("use_mamba_mem_eff_path", "mamba_training_ssm_states_dtype"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
     "per_block_parameters",
-    # Of a provider that is its model's configuration too (Megatron-Bridge): outside the layers.
-    *("vocab_size", "make_vocab_size_divisible_by", "should_pad_vocab", "seq_length"),
-    *("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base"),
-    *("rotary_percent", "seq_len_interpolation_factor", "fp16_lm_cross_entropy"),
-    *("parallel_output", "scatter_embedding_sequence_parallel", "tp_comm_overlap_cfg"),
-    *("transformer_layer_spec", "generation_config", "hf_model_id", "restore_modelopt_state"),
-    *("use_transformer_engine_full_layer_spec", "mtp_enabled"),
 }
 
 _BALANCE = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")

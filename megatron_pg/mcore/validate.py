@@ -21,12 +21,14 @@ class FieldVerdict:
         changes_model: whether the same weights give other outputs under another value.
         allows: whether a value is fine.
         problem: why any other is not, and what to do.
+        is_inert: whether it only qualifies a setting that is refused or off.
     """
 
     kind: Literal["proven", "harmless", "refused"]
     changes_model: bool
     allows: Callable[[Any], bool]
     problem: str = ""
+    is_inert: bool = False
 
 
 def field_verdict(name: str) -> FieldVerdict | None:
@@ -129,7 +131,7 @@ def _make_verdicts() -> dict[str, FieldVerdict]:
 
     def add(name: str, *args: Any) -> None:
         assert name not in verdicts, f"two verdicts on {name}"
-        names = ("kind", "changes_model", "allows", "problem")
+        names = ("kind", "changes_model", "allows", "problem", "is_inert")
         verdicts[name] = FieldVerdict(**dict(zip(names, args)))
 
     def anything(value: Any) -> bool:
@@ -147,6 +149,8 @@ def _make_verdicts() -> dict[str, FieldVerdict]:
         add(name, "harmless", True, anything)
     for name in config_fields.HARMLESS_RUN:
         add(name, "harmless", False, anything)
+    for name in config_fields.INERT:
+        add(name, "harmless", False, anything, "", True)
     for name, (values, changes) in config_fields.PROVEN_VALUES.items():
         add(name, "proven", changes, _one_of(values), limited(values))
     for name, values in config_fields.HARMLESS_VALUES.items():

@@ -18,7 +18,8 @@ class ModelConfig:
         pretrained_checkpoint: Megatron checkpoint (torch_dist, of any layout) that gives the
             weights instead; ``hf`` may be its ``huggingface/``.
         vocab_size: for a model from scratch.
-        max_position_embeddings: for a model from scratch.
+        max_position_embeddings: longest sample; that of ``hf`` when None, from scratch 4096. More
+            than ``hf`` says trains positions that the model was not made for.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
         untie_embeddings_and_output_weights: for a model from scratch.
         position_embedding_type: for a model from scratch.
@@ -32,7 +33,7 @@ class ModelConfig:
     hf: str | None = None
     pretrained_checkpoint: str | None = None
     vocab_size: int | None = None
-    max_position_embeddings: int = 4096
+    max_position_embeddings: int | None = None
     make_vocab_size_divisible_by: int = 1
     untie_embeddings_and_output_weights: bool = False
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"

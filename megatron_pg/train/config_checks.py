@@ -106,7 +106,6 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 
 _FROM_SCRATCH = (
     "vocab_size",
-    "max_position_embeddings",
     "untie_embeddings_and_output_weights",
     "position_embedding_type",
     "rotary_base",

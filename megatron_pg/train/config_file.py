@@ -71,7 +71,7 @@ def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
             section = {} if value is None else value
             values[name] = _read(typing.cast(type, hints[name]), section, path, problems)
         else:
-            values[name] = _convert(hints[name], value, path, problems)
+            values[name] = convert(hints[name], value, path, problems)
     if len(problems) > before:
         return None
     try:
@@ -81,7 +81,7 @@ def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
         return None
 
 
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+def convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     """The value as the type that ``hint`` names, or None after noting a problem."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
@@ -90,19 +90,28 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         if option is float and _is_number(value):
             # YAML reads 1e-6 without a dot as text.
             return float(value)
-    expected = " or ".join(_describe(option) for option in options)
+    expected = " or ".join(_describe(option) for option in options if _is_plain(option))
     shown = _HIDDEN if where.endswith("api_key") else repr(value)
-    problems.append(f"{where}={shown} must be {expected}")
+    problems.append(f"{where}={shown} must be {expected or 'left out: no file can give it'}")
     return None
 
 
 def _is_a(option: Any, value: Any) -> bool:
-    origin = typing.get_origin(option) or option
+    origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
+    if _is_union(option):
+        return any(_is_a(one, value) for one in arguments)
     if origin is Literal:
-        return value in typing.get_args(option)
+        return value in arguments and type(value) in map(type, arguments)
+    if origin is tuple:
+        return (
+            isinstance(value, list)
+            and len(value) == len(arguments)
+            and all(map(_is_a, arguments, value))
+        )
     if origin is list:
-        (element,) = typing.get_args(option)
-        return isinstance(value, list) and all(type(item) is element for item in value)
+        return isinstance(value, list) and all(
+            _is_a(arguments[0], item) if arguments else _is_plain(type(item)) for item in value
+        )
     if origin is dict:
         return isinstance(value, dict)
     return type(value) is origin
@@ -122,12 +131,19 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+def _is_plain(option: Any) -> bool:
+    """Whether YAML has such values."""
+    plain = (type(None), str, int, float, bool, list, dict, tuple, Literal)
+    return (typing.get_origin(option) or option) in plain
+
+
 def _describe(option: Any) -> str:
-    origin = typing.get_origin(option)
+    origin, arguments = typing.get_origin(option), typing.get_args(option)
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(option)))
-    if origin is list:
-        return f"a list of {_describe(typing.get_args(option)[0])}"
-    names = {type(None): "null", dict: "a mapping", str: "text", int: "an integer"}
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (list, tuple):
+        return f"a list of {_describe(arguments[0])}"
+    names: dict[Any, str] = {type(None): "null", dict: "a mapping", list: "a list"}
+    names |= {str: "text", int: "an integer"}
     names |= {float: "a number", bool: "true or false"}
     return names.get(origin or option, str(option))

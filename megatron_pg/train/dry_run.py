@@ -11,7 +11,8 @@ from ..mcore import validate_config
 from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
 from .config_checks import config_problems, launch_problems, raise_problems
-from .model import validate_weights
+from .megatron_rules import layers_per_stage
+from .model import training_configs, validate_weights
 from .model_plan import ModelPlan, plan_model, validate_trainable
 from .sources import Recording, open_sampling, read_recording
 
@@ -62,12 +63,13 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
         model_plan = plan
         attempt(lambda: validate_config(model_plan.config))
         attempt(lambda: validate_trainable(model_plan))
+        attempt(lambda: training_configs(config, model_plan))
         attempt(lambda: validate_weights(config))
         if config.rollout.source == "recorded" and config.rollout.files:
             packing = packing_config(config, plan)
-            recording = attempt(lambda: read_recording(config, model_plan.vocab_size, packing))
+            recording = attempt(lambda: read_recording(config, model_plan, packing))
     if config.rollout.source != "recorded":
-        attempt(lambda: open_sampling(config))
+        attempt(lambda: open_sampling(config, None if plan is None else plan.max_positions))
     raise_problems("would stop this run", problems)
     assert plan is not None
     dp_size = world_size // config.parallel.model_size
@@ -145,17 +147,23 @@ def parameters_per_rank(plan: ModelPlan) -> int:
         config.num_attention_heads,
         config.num_query_groups or config.num_attention_heads,
     )
-    attention = config.hidden_size * config.kv_channels * (2 * heads + 2 * groups)
+    gates = heads if config.attention_output_gate else 0
+    attention = config.hidden_size * config.kv_channels * (2 * heads + 2 * groups + gates)
     matrices = 3 if config.gated_linear_unit else 2
-    ffn, experts = config.ffn_hidden_size, 1
+    ffn, router = config.ffn_hidden_size, 0
     if config.num_moe_experts:
-        ffn = config.moe_ffn_hidden_size or ffn
         experts = config.num_moe_experts // config.expert_model_parallel_size
-    layer = (attention + experts * matrices * config.hidden_size * ffn) // tp
-    layer += 2 * config.hidden_size
+        ffn = experts * (config.moe_ffn_hidden_size or ffn)
+        ffn += config.moe_shared_expert_intermediate_size or 0
+        router = config.num_moe_experts * config.hidden_size
+    layer = (attention + matrices * config.hidden_size * ffn) // tp
+    layer += 2 * config.hidden_size + router
     embedding = plan.gpt["vocab_size"] * config.hidden_size // tp
-    tables = 2 if pp == 1 and not plan.gpt["share_embeddings_and_output_weights"] else 1
-    return int(config.num_layers // pp * layer + tables * embedding)
+    tables = [0] * pp
+    tables[0] += 1
+    # A tied output keeps a copy of the embedding on a last stage of its own.
+    tables[-1] += pp > 1 or not plan.gpt["share_embeddings_and_output_weights"]
+    return max(int(n * layer + t * embedding) for n, t in zip(layers_per_stage(config), tables))
 
 
 def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_size: int) -> int:
@@ -169,7 +177,8 @@ def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_si
     # 1F1B: the first stage holds one microbatch per stage, each with its share of the layers. As
     # many prefix rows, which are no longer, take their place while they are recomputed.
     rows = config.run.max_tokens_per_microbatch
-    activations = rows * plan.config.num_layers * _memory_model(plan).activations
+    layers = plan.config.pipeline_model_parallel_size * max(layers_per_stage(plan.config))
+    activations = rows * layers * _memory_model(plan).activations
     vocabulary = plan.gpt["vocab_size"] // plan.config.tensor_model_parallel_size
     head = config.run.logprob_chunk_tokens * vocabulary * 4 * 2
     return int(model + activations + head)
@@ -186,7 +195,7 @@ def _resident_tokens(config: TrainConfig, plans: Sequence[Sequence[PackPlan]] | 
 
 def _resident_bytes(config: TrainConfig, plan: ModelPlan, tokens: int) -> int:
     """What they keep on every pipeline stage beside its microbatches."""
-    layers = -(-plan.config.num_layers // plan.config.pipeline_model_parallel_size)
+    layers = max(layers_per_stage(plan.config))
     return int(tokens * layers * _memory_model(plan).resident(config.run.prefix_resident_mode))
 
 

@@ -85,11 +85,7 @@ def build_trained_model(config: TrainConfig, plan: ModelPlan, num_updates: int) 
     """
     chunks = _initial_chunks(config, plan, _initial_weights(config))
     parallel, section = config.parallel, config.optimizer
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=plan.config.params_dtype.itemsize < 4,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-    )
+    ddp_config, optimizer_config = training_configs(config, plan)
     wrapped = [
         DistributedDataParallel(
             plan.config,
@@ -99,23 +95,7 @@ def build_trained_model(config: TrainConfig, plan: ModelPlan, num_updates: int) 
         )
         for i, chunk in enumerate(chunks)
     ]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=section.optimizer,
-            lr=section.lr,
-            min_lr=section.min_lr,
-            weight_decay=section.weight_decay,
-            adam_beta1=section.adam_beta1,
-            adam_beta2=section.adam_beta2,
-            adam_eps=section.adam_eps,
-            clip_grad=section.clip_grad,
-            bf16=plan.config.bf16,
-            fp16=plan.config.fp16,
-            params_dtype=plan.config.params_dtype,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-        ),
-        wrapped,
-    )
+    optimizer = get_megatron_optimizer(optimizer_config, wrapped)
     if parallel.overlap_grad_reduce:
         # Without it the first step's number of microbatches decides when the reduction starts.
         hooks = [chunk.no_sync for chunk in wrapped]
@@ -139,6 +119,40 @@ def build_trained_model(config: TrainConfig, plan: ModelPlan, num_updates: int) 
         use_checkpoint_opt_param_scheduler=False,
     )
     return TrainedModel(plan, wrapped, optimizer, scheduler)
+
+
+def training_configs(
+    config: TrainConfig, plan: ModelPlan
+) -> tuple[DistributedDataParallelConfig, OptimizerConfig]:
+    """Megatron's configurations of gradients and optimizer.
+
+    Raises:
+        ValueError: with what Megatron-Core says of settings that it refuses.
+    """
+    parallel, section = config.parallel, config.optimizer
+    try:
+        return DistributedDataParallelConfig(
+            grad_reduce_in_fp32=plan.config.params_dtype.itemsize < 4,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        ), OptimizerConfig(
+            optimizer=section.optimizer,
+            lr=section.lr,
+            min_lr=section.min_lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.adam_beta1,
+            adam_beta2=section.adam_beta2,
+            adam_eps=section.adam_eps,
+            clip_grad=section.clip_grad,
+            bf16=plan.config.bf16,
+            fp16=plan.config.fp16,
+            params_dtype=plan.config.params_dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        )
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"Megatron-Core refuses the settings of optimizer or parallel: {error}"
+        ) from error
 
 
 def build_reference(config: TrainConfig) -> list[Any]:

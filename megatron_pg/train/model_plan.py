@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from argparse import Namespace
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from ..attention import AttentionInputs, merge_implementation, select_backend
 from ..checkpoint import HfModel, make_megatron_args, read_hf_config
 from ..mcore import cpu
 from .config import ModelConfig, ParallelConfig
-from .config_checks import nearest, needs_vocab_size_message
+from .config_checks import needs_vocab_size_message, raise_problems
+from .megatron_rules import megatron_problems
+from .transformer_settings import transformer_settings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class ModelPlan:
     vocab_size: int
     use_te: bool
     origin: Origin | None = None
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sample that the positions of the model were made for; None without positions."""
+        if self.gpt["position_embedding_type"] == "none":
+            return None
+        return int(self.gpt["max_sequence_length"])
 
     @property
     def layers(self) -> str:
@@ -62,9 +70,9 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     """Megatron's configuration of a run, checked without building weights.
 
     Raises:
-        ValueError: on an unknown ``model.transformer`` key (with the nearest valid one), settings
-            that Megatron-Core refuses, a model from scratch without ``vocab_size``, or a folder
-            without a readable ``config.json``.
+        ValueError: on ``model.transformer`` keys that are not a run's to set, settings that
+            Megatron-Core refuses or changes, a model from scratch without ``vocab_size``, or a
+            folder without a readable ``config.json``.
         NotImplementedError: on a Hugging Face model that is not supported (``read_hf_config``).
     """
     tp_size = parallel.tensor_model_parallel_size
@@ -75,9 +83,12 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         gpt = hf.gpt_model(
             tp_size=tp_size, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
         )
+        if model.max_position_embeddings is not None:
+            gpt["max_sequence_length"] = model.max_position_embeddings
         spec, vocab_size = hf.spec(), hf.vocab_size
     else:
         gpt, spec, vocab_size = _from_scratch(model, tp_size)
+    of_hf = None if model.hf is None else dict(settings)
     has_cuda = torch.cuda.is_available()
     vpp = parallel.virtual_pipeline_model_parallel_size
     settings |= {
@@ -97,16 +108,20 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if not has_cuda:
         settings |= cpu.transformer_config_defaults()
-    settings |= _transformer_overrides(model.transformer)
-    settings.setdefault("pipeline_dtype", settings["params_dtype"])
-    settings.setdefault("bf16", settings["params_dtype"] is torch.bfloat16)
+    overrides = transformer_settings(model.transformer, of_hf)
+    settings |= overrides
+    settings["pipeline_dtype"] = settings["params_dtype"]
+    settings["bf16"] = settings["params_dtype"] is torch.bfloat16
     try:
         config = TransformerConfig(**settings)
-    except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
-        raise ValueError(f"Megatron-Core refuses the model settings: {error}") from error
-    _check_stages(config)
+    except Exception as error:  # whatever Megatron-Core's checks run into
+        raise ValueError(
+            f"Megatron-Core refuses the model settings: {str(error) or type(error).__name__}; "
+            f"change parallel, or of model.transformer {', '.join(overrides) or 'a field'}"
+        ) from error
+    raise_problems("with the model's settings", list(megatron_problems(config, overrides)))
     if model.hf is None:
-        spec |= {"qk_layernorm": config.qk_layernorm}
+        spec |= {"qk_layernorm": config.qk_layernorm, "qk_l2_norm": config.qk_l2_norm}
         if config.num_moe_experts:
             spec |= {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
     origin = None
@@ -163,25 +178,6 @@ def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -
     return f"{backend.name}, {merge_implementation(device)} merge"
 
 
-def _check_stages(config: TransformerConfig) -> None:
-    """Even stages; Megatron's settings for uneven ones are checked by Megatron."""
-    uneven = (
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "pipeline_model_parallel_layout",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-    )
-    stages = config.pipeline_model_parallel_size * (
-        config.virtual_pipeline_model_parallel_size or 1
-    )
-    if config.num_layers % stages and not any(getattr(config, name, None) for name in uneven):
-        raise ValueError(
-            f"num_layers={config.num_layers} is no multiple of {stages} pipeline stages (virtual "
-            "ones included); choose other pipeline sizes"
-        )
-
-
 def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dict[str, Any], int]:
     if model.vocab_size is None:
         raise ValueError(needs_vocab_size_message())
@@ -194,66 +190,12 @@ def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dic
     multiple = model.make_vocab_size_divisible_by * tp_size
     gpt = {
         "vocab_size": -(-model.vocab_size // multiple) * multiple,
-        "max_sequence_length": model.max_position_embeddings,
+        "max_sequence_length": model.max_position_embeddings or 4096,
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base,
         "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
     }
     return gpt, {}, model.vocab_size
-
-
-def _transformer_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
-    valid = [f.name for f in dataclasses.fields(TransformerConfig)]
-    values = dict(overrides)
-    for name in values:
-        if name not in valid:
-            raise ValueError(f"model.transformer.{name} is unknown{nearest(name, valid)}")
-        if name in _OWNED:
-            raise ValueError(f"model.transformer.{name} {_OWNED[name]}")
-    if values.get("fp16"):
-        raise ValueError("model.transformer.fp16 is not supported; use params_dtype: bfloat16")
-    for name in ("params_dtype", "pipeline_dtype"):
-        if name in values:
-            values[name] = _named(f"model.transformer.{name}", _DTYPES, values[name])
-    if "activation_func" in values:
-        values["activation_func"] = _named(
-            "model.transformer.activation_func", _ACTIVATIONS, values["activation_func"]
-        )
-    return values
-
-
-_DTYPES: dict[str, Any] = {
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    # Exact to more digits than an optimizer of Megatron's takes: for checks of gradients.
-    "float64": torch.float64,
-}
-_ACTIVATIONS: dict[str, Any] = {
-    "gelu": torch.nn.functional.gelu,
-    "silu": torch.nn.functional.silu,
-    "relu": torch.nn.functional.relu,
-}
-# Settings that have one place elsewhere, or that the recipe depends on.
-_OWNED = {
-    name: f"is set by parallel.{name}; set it there"
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "expert_model_parallel_size",
-        "sequence_parallel",
-    )
-} | {
-    "calculate_per_token_loss": "must stay true: the loss carries its own denominators; omit it",
-    "variable_seq_lengths": "must stay true: packed rows differ in length; omit it",
-}
-
-
-def _named(what: str, valid: dict[str, Any], name: Any) -> Any:
-    if name not in valid:
-        hint = nearest(str(name), list(valid))
-        raise ValueError(f"{what}={name!r} must be one of {', '.join(valid)}{hint}")
-    return valid[name]
 
 
 def _uses_te(transformer_impl: str) -> bool:

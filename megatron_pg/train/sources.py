@@ -29,7 +29,9 @@ from ..rollout import (
 from .batch import PackingConfig
 from .config import AlgorithmConfig, RolloutConfig, TrainConfig
 from .config_checks import needs_reference_message, raise_problems
+from .model_plan import ModelPlan
 from .model_source import ModelSource
+from .positions import BoundedTask, recorded_position_problems
 from .ranks import Ranks
 from .shared_stream import SharedStream, on_first_rank
 
@@ -57,7 +59,7 @@ class Sampling:
     params: SamplingParams
 
 
-def read_recording(config: TrainConfig, vocab_size: int, packing: PackingConfig) -> Recording:
+def read_recording(config: TrainConfig, plan: ModelPlan, packing: PackingConfig) -> Recording:
     """Read all recorded groups and check them against the run.
 
     Raises:
@@ -72,37 +74,42 @@ def read_recording(config: TrainConfig, vocab_size: int, packing: PackingConfig)
         rollout.files,
         format=rollout.format,
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=plan.vocab_size,
         reward_key=rollout.reward_key,
         group_across_files=rollout.group_across_files,
     )
     recording = Recording(groups=groups, fields=carried_fields(groups))
-    raise_problems("of the recorded rollouts", _recording_problems(config, recording, packing))
+    problems = _recording_problems(config, recording, packing)
+    problems += recorded_position_problems(groups, plan.max_positions)
+    raise_problems("of the recorded rollouts", problems)
     return recording
 
 
 def share_recording(
-    config: TrainConfig, vocab_size: int, packing: PackingConfig, ranks: Ranks
+    config: TrainConfig, plan: ModelPlan, packing: PackingConfig, ranks: Ranks
 ) -> Recording:
     """``read_recording`` on the first rank; a refusal there is raised on every rank."""
     own: list[Recording] = []
 
     def read() -> tuple[str, ...]:
-        own.append(read_recording(config, vocab_size, packing))
+        own.append(read_recording(config, plan, packing))
         return own[0].fields
 
     fields = on_first_rank(read, ranks.rank == 0)
     return own[0] if own else Recording(groups=(), fields=fields)
 
 
-def open_sampling(config: TrainConfig) -> Sampling:
+def open_sampling(config: TrainConfig, max_positions: int | None) -> Sampling:
     """Tokenizer, task, reward and sampling parameters of a run.
 
     Raises:
-        ValueError: on a folder without tokenizer, an unknown task or a reward that does not load.
+        ValueError: on a folder without tokenizer, an unknown task, a reward that does not load, or
+            a prompt of the first step that leaves no room for a response in ``max_positions``.
     """
     tokenizer = load_tokenizer(config)
-    task = make_task(config.rollout, tokenizer)
+    task = make_task(config.rollout, tokenizer, max_positions)
+    if max_positions is not None:
+        task.prompts(0, config.run.groups_per_step)
     reward = task if config.rollout.reward is None else load_reward(config.rollout.reward)
     params = sampling_params(config, tokenizer)
     return Sampling(tokenizer=tokenizer, task=task, reward=reward, params=params)
@@ -166,10 +173,14 @@ def load_tokenizer(config: TrainConfig) -> Any:
         raise ValueError(f"{config.model.hf} has no usable tokenizer: {error}") from error
 
 
-def make_task(config: RolloutConfig, tokenizer: Any) -> ReasoningGymTask:
-    """The prompts of a run."""
+def make_task(
+    config: RolloutConfig, tokenizer: Any, max_positions: int | None = None
+) -> ReasoningGymTask:
+    """The prompts of a run, refused where a response would end beyond ``max_positions``."""
     task = config.task
-    return ReasoningGymTask(
+    return BoundedTask(
+        max_positions=max_positions,
+        max_response_tokens=config.max_response_tokens,
         tokenizer=tokenizer,
         name=task.name,
         config=task.config,

@@ -148,9 +148,9 @@ class Trainer:
         self.attention = select_attention(plan, config.model.attention_backend, ranks.device)
         packing = packing_config(config, plan)
         inputs = (
-            share_recording(config, plan.vocab_size, packing, ranks)
+            share_recording(config, plan, packing, ranks)
             if config.rollout.source == "recorded"
-            else open_sampling(config)
+            else open_sampling(config, plan.max_positions)
         )
         updates = (
             config.run.num_steps * config.algorithm.ppo_epochs * config.algorithm.num_minibatches

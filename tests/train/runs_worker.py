@@ -259,7 +259,7 @@ def sampled(config: TrainConfig, folder: Path) -> None:
     out = folder / "resumed"
     run(config, "pp2", out, num_steps=1, save_interval=1)
     assert_same(run(config, "pp2", out, num_steps=2, save_interval=1), straight)
-    task = open_sampling(config).task
+    task = open_sampling(config, None).task
     trained = {p.metadata["question"] for p in task.prompts(0, 200)}
     judged = {p.metadata["question"] for p in task.held_out().prompts(0, config.run.eval_prompts)}
     assert not trained & judged and len(judged) > 1

@@ -141,7 +141,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         ),
         (["model.hf=null"], "model.vocab_size is needed"),
         (["model.vocab_size=50"], "model.vocab_size=50 would be ignored"),
-        (["model.max_position_embeddings=8"], "model.max_position_embeddings=8 would be ignored"),
+        (["model.max_position_embeddings=0"], "model.max_position_embeddings=0 must be at least 1"),
         (["model.rotary_base=1e6"], "model.rotary_base=1000000.0 would be ignored"),
         (["model.position_embedding_type=none"], "position_embedding_type='none' would be ignored"),
         (

@@ -1,0 +1,129 @@
+"""What Megatron-Core would refuse, or do otherwise than asked, once the model is built and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def megatron_problems(config: TransformerConfig, asked: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that keeps a configuration from being built and trained as it was asked for.
+
+    Args:
+        config: as Megatron-Core made it.
+        asked: the fields that a user set, by name.
+    """
+    for name, value in asked.items():
+        # A pattern of layers is kept in a form of its own.
+        got = getattr(config, name)
+        if name != "pipeline_model_parallel_layout" and got != value:
+            yield (
+                f"model.transformer.{name}={value!r}: Megatron-Core makes {got!r} of it beside the "
+                "other settings; remove it, or change them"
+            )
+    yield from _stage_problems(config)
+    yield from _width_problems(config)
+    if config.num_moe_experts:
+        yield from _expert_problems(config)
+
+
+def layers_per_stage(config: TransformerConfig) -> list[int]:
+    """Layers on every pipeline rank, of all its chunks.
+
+    Raises:
+        AssertionError: Megatron-Core's, on layers that do not divide.
+    """
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return [
+            sum(kind == LayerType.decoder for chunk in chunks for kind in chunk)
+            for chunks in layout.layout
+        ]
+    vpp = config.virtual_pipeline_model_parallel_size
+    return [
+        sum(
+            get_num_layers_to_build(config, vp_stage=stage if vpp else None, pp_rank=rank)
+            for stage in range(vpp or 1)
+        )
+        for rank in range(config.pipeline_model_parallel_size)
+    ]
+
+
+def _stage_problems(config: TransformerConfig) -> Iterator[str]:
+    uneven = (
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+    )
+    vpp = config.virtual_pipeline_model_parallel_size or 1
+    stages = config.pipeline_model_parallel_size * vpp
+    if not any(getattr(config, name) for name in uneven):
+        if config.num_layers % stages:
+            yield (
+                f"num_layers={config.num_layers} is no multiple of {stages} pipeline stages "
+                "(virtual ones included); choose other pipeline sizes"
+            )
+        return
+    set_to = ", ".join(f"{name}={getattr(config, name)!r}" for name in uneven[:2])
+    try:
+        layers = layers_per_stage(config)
+    except AssertionError as error:
+        yield f"num_layers={config.num_layers}, {set_to}: {error}; choose other pipeline sizes"
+        return
+    if sum(layers) != config.num_layers or min(layers) < vpp:
+        yield (
+            f"num_layers={config.num_layers}, {set_to}: pipeline stages of {layers} layers; give "
+            "every stage a layer, and all of them together num_layers"
+        )
+
+
+def _width_problems(config: TransformerConfig) -> Iterator[str]:
+    tp_size = config.tensor_model_parallel_size
+    widths = {"ffn_hidden_size": config.ffn_hidden_size}
+    if config.num_moe_experts:
+        widths = {"moe_ffn_hidden_size": config.moe_ffn_hidden_size}
+        shared = config.moe_shared_expert_intermediate_size
+        widths |= {"moe_shared_expert_intermediate_size": shared} if shared else {}
+    for name, width in widths.items():
+        if width % tp_size:
+            yield (
+                f"{name}={width} is no multiple of tensor_model_parallel_size={tp_size}; choose a "
+                "tensor_model_parallel_size that divides it"
+            )
+
+
+def _expert_problems(config: TransformerConfig) -> Iterator[str]:
+    experts, topk = config.num_moe_experts, config.moe_router_topk
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        yield (
+            f"num_moe_experts={experts} with parallel.tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size}: Megatron-Core trains experts under tensor "
+            "parallelism with sequence parallelism only; set parallel.sequence_parallel=true"
+        )
+    if experts % config.expert_model_parallel_size:
+        yield (
+            f"num_moe_experts={experts} is no multiple of parallel.expert_model_parallel_size="
+            f"{config.expert_model_parallel_size}; choose one that divides it"
+        )
+    if topk > experts:
+        yield f"moe_router_topk={topk} must not exceed num_moe_experts={experts}"
+    groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
+    if groups is None and chosen is None:
+        return
+    if not (groups and chosen) or experts % groups or chosen > groups or topk % chosen:
+        yield (
+            f"moe_router_num_groups={groups} and moe_router_group_topk={chosen} must be given "
+            f"together, the first dividing num_moe_experts={experts}, the second at most the first "
+            f"and dividing moe_router_topk={topk}"
+        )
+    elif topk // chosen > experts // groups:
+        yield (
+            f"moe_router_topk={topk} of moe_router_group_topk={chosen} groups takes more than the "
+            f"{experts // groups} experts of each; lower it"
+        )
