@@ -66,7 +66,7 @@ def packing_config(config: TrainConfig, plan: ModelPlan) -> PackingConfig:
         cost_model=CostModel.from_model_dims(
             hidden_size=model.hidden_size,
             num_layers=model.num_layers,
-            ffn_hidden_size=model.ffn_hidden_size,
+            ffn_hidden_size=plan.active_ffn_hidden_size,
             vocab_size=plan.vocab_size,
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,

@@ -201,13 +201,9 @@ def _resident_bytes(config: TrainConfig, plan: ModelPlan, tokens: int) -> int:
 
 def _memory_model(plan: ModelPlan) -> MemoryModel:
     c = plan.config
-    ffn = c.ffn_hidden_size
-    if c.num_moe_experts:
-        ffn = (c.moe_ffn_hidden_size or ffn) * c.moe_router_topk
-        ffn += c.moe_shared_expert_intermediate_size or 0
     return MemoryModel.from_model_dims(
         hidden_size=c.hidden_size,
-        ffn_hidden_size=ffn,
+        ffn_hidden_size=plan.active_ffn_hidden_size,
         num_attention_heads=c.num_attention_heads,
         num_query_groups=c.num_query_groups or c.num_attention_heads,
         kv_channels=c.kv_channels,

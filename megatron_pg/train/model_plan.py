@@ -41,6 +41,15 @@ class ModelPlan:
     origin: Origin | None = None
 
     @property
+    def active_ffn_hidden_size(self) -> int:
+        """Width of the MLP that one token goes through: of all its experts, shared ones included."""
+        c = self.config
+        if not c.num_moe_experts:
+            return int(c.ffn_hidden_size)
+        experts = c.moe_router_topk * (c.moe_ffn_hidden_size or c.ffn_hidden_size)
+        return int(experts + (c.moe_shared_expert_intermediate_size or 0))
+
+    @property
     def max_positions(self) -> int | None:
         """Longest sample that the positions of the model were made for; None without positions."""
         if self.gpt["position_embedding_type"] == "none":

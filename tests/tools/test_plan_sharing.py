@@ -427,3 +427,191 @@ def test_the_page_of_plots(rollouts: Path) -> None:
     page = rollouts.with_name("page.png")
     report(rollouts, "--plot", str(page))
     assert page.read_bytes().startswith(b"\x89PNG")
+
+
+DEEPSEEK = dict(
+    model_type="deepseek_v3",
+    architectures=["DeepseekV3ForCausalLM"],
+    num_hidden_layers=3,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    moe_layer_freq=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=12,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=20,
+    vocab_size=32,
+    max_position_embeddings=64,
+)
+LATENT = dict(
+    num_layers=3,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    moe_ffn_hidden_size=16,
+    num_experts=8,
+    moe_shared_expert_intermediate_size=32,
+    moe_router_topk=3,
+    moe_layer_freq=[0, 1, 1],
+    num_attention_heads=4,
+    multi_latent_attention=True,
+    q_lora_rank=24,
+    kv_lora_rank=12,
+    qk_head_dim=16,
+    qk_pos_emb_head_dim=8,
+    v_head_dim=20,
+    padded_vocab_size=32,
+    swiglu=True,
+)
+
+
+def parameters(module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+
+def test_latent_attention_and_shared_experts_are_counted(tmp_path: Path) -> None:
+    """Against transformers' own layers, of which a token meets 3 of 8 experts."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
+    (tmp_path / "args.json").write_text(json.dumps(LATENT))
+    dims = read_model(tmp_path)
+    assert dims == read_model(tmp_path / "args.json")
+    config = transformers.DeepseekV3Config(
+        **{k: v for k, v in DEEPSEEK.items() if k != "model_type"}
+    )
+    model = transformers.DeepseekV3ForCausalLM(config)
+    weights = 0
+    for number, layer in enumerate(model.model.layers):
+        weights += parameters(layer.self_attn)
+        if number == 0:
+            weights += parameters(layer.mlp)
+        else:
+            weights += parameters(layer.mlp.shared_experts) + 3 * 3 * 64 * 16
+    assert dims.cost_model.per_token == 2 * weights
+    # Scores over 16 + 8 channels, values of 20, four heads, three layers.
+    assert dims.cost_model.per_attention_pair == 2 * 3 * 4 * (24 + 20)
+    memory = dims.memory_model(2, 1)
+    assert memory.kv == 2 * 4 * (24 + 20)
+    # Two norms' and two products' inputs; q and k before and after rotary; v; out; latents; MLP.
+    values = 4 * 64 + 4 * 4 * 24 + 2 * 4 * 20 + (24 + 12 + 8) + 3 * 96
+    assert memory.activations == 2 * values
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("config", [DEEPSEEK, LATENT], ids=["huggingface", "megatron"])
+def test_a_model_that_training_refuses_never_pays(
+    rollouts: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object]
+) -> None:
+    pytest.importorskip("megatron.core")
+    more = dict(max_position_embeddings=64, norm_epsilon=1e-5, normalization="RMSNorm")
+    (rollouts.parent / "config.json").write_text(json.dumps(config | more))
+    got = report(rollouts)
+    out = capsys.readouterr().out
+    named = "DeepseekV3ForCausalLM" if "architectures" in config else "multi_latent_attention=True"
+    assert not got["pays"] and named in got["training_refuses"]
+    assert "Training refuses this model" in out and "Sharing pays" not in out
+    assert got["predicted_step_time_ratio"] > 1.03, "the numbers alone would say that it pays"
+
+
+@pytest.mark.megatron
+def test_a_model_that_training_takes_pays(
+    rollouts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("megatron.core")
+    supported = dict(
+        architectures=["Qwen2ForCausalLM"], rms_norm_eps=1e-6, max_position_embeddings=7
+    )
+    (rollouts.parent / "config.json").write_text(json.dumps(HF | supported))
+    got = report(rollouts)
+    assert got["training_refuses"] is None and got["pays"]
+    assert "Sharing pays" in capsys.readouterr().out
+    (rollouts.parent / "config.json").write_text(
+        json.dumps(HF | supported | {"max_position_embeddings": 6})
+    )
+    message = refusal(capsys, rollouts)
+    assert "group 'a' has a sample of 7 tokens" in message
+    assert "max_position_embeddings=6: training refuses it" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "width"),
+    [
+        (dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6), [12, 12]),
+        (
+            dict(
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=6,
+                shared_expert_intermediate_size=5,
+                mlp_only_layers=[1],
+            ),
+            [17, 16],
+        ),
+        (
+            dict(
+                num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6, decoder_sparse_step=2
+            ),
+            [16, 12],
+        ),
+        (
+            dict(
+                n_routed_experts=4,
+                num_experts_per_tok=1,
+                moe_intermediate_size=6,
+                n_shared_experts=2,
+                first_k_dense_replace=1,
+            ),
+            [16, 18],
+        ),
+        (dict(num_local_experts=4, num_experts_per_tok=2), [32, 32]),
+        (dict(num_experts=1), [16, 16]),
+    ],
+)
+def test_every_layer_s_mlp_is_counted(
+    tmp_path: Path, change: dict[str, object], width: list[int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF | change))
+    dims = read_model(tmp_path)
+    assert (dims.ffn_hidden_size, dims.ffn_hidden_sizes) == (max(width), sum(width))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(sliding_window=4, max_position_embeddings=64), "sliding_window=4"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types="),
+        (dict(linear_num_key_heads=2), "linear_num_key_heads=2"),
+        (dict(mamba_d_state=16), "mamba_d_state=16"),
+        (dict(is_encoder_decoder=True), "is_encoder_decoder=True"),
+        (dict(num_experts=4), "num_experts=4"),
+        (dict(num_experts=4, num_experts_per_tok=2, num_shared_experts=1), "num_shared_experts=1"),
+        (dict(hidden_size="wide"), "no numbers"),
+        (dict(vocab_size=0), "vocab_size=0"),
+        (dict(num_key_value_heads=3), "num_query_groups=3"),
+    ],
+)
+def test_what_is_not_counted_is_refused_by_name(
+    rollouts: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], named: str
+) -> None:
+    (rollouts.parent / "config.json").write_text(json.dumps(HF | change))
+    message = refusal(capsys, rollouts)
+    assert named in message and "config.json" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(window_size=[128, 0]), dict(hybrid_layer_pattern="M*"), dict(moe_latent_size=8)],
+)
+def test_arguments_that_are_not_counted_are_refused_by_name(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    (tmp_path / "args.json").write_text(json.dumps(MEGATRON | change))
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.*are not counted"):
+        read_model(tmp_path)

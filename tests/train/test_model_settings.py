@@ -14,7 +14,8 @@ pytest.importorskip("megatron.core")
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_pg.data import Group, Sample  # noqa: E402
-from megatron_pg.train import dry_run, load_config  # noqa: E402
+from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
+from megatron_pg.train.batch import packing_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.megatron_rules import layers_per_stage  # noqa: E402
 from megatron_pg.train.model_plan import plan_model  # noqa: E402
@@ -256,6 +257,18 @@ def test_what_is_asked_for_is_built() -> None:
     assert {name: getattr(config, name) for name in asked} == asked | named
     assert config.bf16 and config.pipeline_dtype == torch.bfloat16
     assert model.spec["qk_l2_norm"], "the layers must have it too"
+
+
+def test_a_token_s_experts_decide_what_a_row_costs() -> None:
+    def per_token(transformer: dict[str, Any]) -> float:
+        model = ModelConfig(vocab_size=50, transformer=transformer)
+        config = TrainConfig(model=model)
+        return packing_config(config, plan_model(model, ParallelConfig())).cost_model.per_token
+
+    shared = EXPERTS | dict(moe_router_topk=2, moe_shared_expert_intermediate_size=7)
+    weights = 4 * 32 * 32 + 2 * 32 * (2 * 16 + 7)
+    assert per_token(shared) == 2 * 4 * weights
+    assert per_token(SIZES) == 2 * 4 * (4 * 32 * 32 + 2 * 32 * 48)
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_pg.data import CostModel, MemoryModel
+from tools.sharing.layers import Attention, hf_attention, hf_mlps, megatron_attention, megatron_mlps
+from tools.sharing.support import training_refusal
 
 # Models of these types have two MLP matrices a layer, all others a gate as third. Types whose
 # configs have other names for their sizes (opt, bloom, falcon, gpt_neo) are not read at all.
@@ -40,45 +42,62 @@ class ModelDims:
     """Sizes that decide FLOPs and memory.
 
     Attributes:
-        ffn_hidden_size: width of the MLP that one token goes through: of all its experts together.
+        ffn_hidden_size: width of the widest MLP that one token goes through: of all its experts
+            together, shared ones included.
+        ffn_hidden_sizes: the sum of these widths over all layers.
+        mlp_widths: what tensor parallelism divides, by name.
+        attention: heads and projections.
         gated: whether the MLP has a gate.
+        max_positions: longest sample that the model was made for, when it is said.
+        training_refusal: why training takes no such model; None when it does or nothing is known.
     """
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
+    ffn_hidden_sizes: int
+    mlp_widths: dict[str, int]
+    attention: Attention
     vocab_size: int
     gated: bool
+    max_positions: int | None = field(default=None, compare=False)
+    training_refusal: str | None = field(default=None, compare=False)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        return self.attention.num_heads
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key and value heads."""
+        return self.attention.num_groups
 
     @property
     def cost_model(self) -> CostModel:
         """Forward FLOPs."""
-        return CostModel.from_model_dims(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            ffn_hidden_size=self.ffn_hidden_size,
-            vocab_size=self.vocab_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.num_query_groups,
-            kv_channels=self.kv_channels,
-            gated_linear_unit=self.gated,
+        matrices = 3 if self.gated else 2
+        weights = self.num_layers * self.attention.weights(self.hidden_size)
+        weights += matrices * self.hidden_size * self.ffn_hidden_sizes
+        heads = self.num_layers * self.attention.num_heads
+        return CostModel(
+            per_token=2.0 * weights,
+            per_attention_pair=2.0 * heads * (self.attention.qk_size + self.attention.v_size),
+            per_loss_token=2.0 * self.hidden_size * self.vocab_size,
         )
 
     def memory_model(self, value_bytes: int, tp_size: int) -> MemoryModel:
         """Memory of one rank under sequence parallelism, nothing recomputed."""
-        return MemoryModel.from_model_dims(
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.num_query_groups,
-            kv_channels=self.kv_channels,
-            gated_linear_unit=self.gated,
-            value_bytes=value_bytes,
-            tp_size=tp_size,
-            sequence_parallel=True,
+        a = self.attention
+        # A rank has at least one head for keys and values.
+        heads, groups = a.num_heads // tp_size, max(a.num_groups // tp_size, 1)
+        q, k, v, out = heads * a.qk_size, groups * a.qk_size, groups * a.v_size, heads * a.v_size
+        mlp = (3 if self.gated else 2) * self.ffn_hidden_size // tp_size
+        elements = 4 * (self.hidden_size // tp_size) + 2 * q + 2 * k + v + out + a.latent_size + mlp
+        return MemoryModel(
+            activations=elements * value_bytes,
+            kv=(k + v) * value_bytes,
+            kv_grads=(k + v) * max(value_bytes, 4),
         )
 
 
@@ -96,19 +115,27 @@ def read_model(path: Path) -> ModelDims:
         values = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}); save the model's config anew") from error
-    values = values.get("text_config", values)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no JSON object; save the model's config anew")
+    whole, values = values, values.get("text_config", values)
     is_hf = "num_hidden_layers" in values or "n_layer" in values
     try:
-        return _from_hf(values) if is_hf else _from_megatron(values)
+        dims = _from_hf(values) if is_hf else _from_megatron(values)
+        _check_sizes(dims)
+    except NotImplementedError as error:
+        raise ValueError(f"{file} (model_type={values.get('model_type')!r}): {error}") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file} has sizes that are no numbers ({error}); correct it") from error
     except KeyError as error:
         keys = _MEGATRON_KEYS if not is_hf else _GPT2_KEYS if "n_layer" in values else _HF_KEYS
-        missing = [key for key in keys if key not in values]
+        missing = [key for key in keys if key not in values] or [str(error.args[0])]
         raise ValueError(
             f"{file} (model_type={values.get('model_type')!r}) has no {', '.join(missing)}, which "
             "FLOPs and memory depend on; name an args.json with Megatron-LM's names: num_layers, "
             "hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, vocab_size, "
             "swiglu"
         ) from error
+    return replace(dims, training_refusal=training_refusal(whole, str(file)))
 
 
 def _from_hf(values: dict[str, Any]) -> ModelDims:
@@ -118,44 +145,58 @@ def _from_hf(values: dict[str, Any]) -> ModelDims:
             "hidden_size": values["n_embd"],
             "num_attention_heads": values["n_head"],
             "intermediate_size": values.get("n_inner") or 4 * values["n_embd"],
+            "max_position_embeddings": values.get("n_positions"),
             **values,
         }
-    heads = values["num_attention_heads"]
-    if values.get("num_experts_per_tok"):
-        expert = values.get("moe_intermediate_size") or values["intermediate_size"]
-        ffn = expert * values["num_experts_per_tok"]
-        ffn += values.get("shared_expert_intermediate_size") or 0
-    else:
-        ffn = values["intermediate_size"]
+    layers, widths = hf_mlps(values)
     return ModelDims(
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=values.get("num_key_value_heads") or heads,
-        kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
+        ffn_hidden_size=max(layers),
+        ffn_hidden_sizes=sum(layers),
+        mlp_widths=widths,
+        attention=hf_attention(values),
         vocab_size=values["vocab_size"],
         gated=values.get("model_type") not in UNGATED,
+        max_positions=values.get("max_position_embeddings"),
     )
 
 
 def _from_megatron(values: dict[str, Any]) -> ModelDims:
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    hidden = values["hidden_size"]
     gated = bool(values.get("swiglu") or values.get("gated_linear_unit"))
-    ffn = values.get("ffn_hidden_size") or (
+    dense = values.get("ffn_hidden_size") or (
         int(4 * hidden * 2 / 3) // 64 * 64 if gated else 4 * hidden
     )
-    if values.get("num_experts"):
-        ffn = (values.get("moe_ffn_hidden_size") or ffn) * values.get("moe_router_topk", 2)
-        ffn += values.get("moe_shared_expert_intermediate_size") or 0
-    groups = values.get("num_query_groups") if values.get("group_query_attention", True) else None
+    layers, widths = megatron_mlps(values, dense)
     return ModelDims(
         num_layers=values["num_layers"],
         hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=groups or heads,
-        kv_channels=values.get("kv_channels") or hidden // heads,
+        ffn_hidden_size=max(layers),
+        ffn_hidden_sizes=sum(layers),
+        mlp_widths=widths,
+        attention=megatron_attention(values),
         vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
         gated=gated,
+        max_positions=values.get("max_position_embeddings"),
     )
+
+
+def _check_sizes(dims: ModelDims) -> None:
+    sizes = {
+        "num_layers": dims.num_layers,
+        "hidden_size": dims.hidden_size,
+        "vocab_size": dims.vocab_size,
+        "num_attention_heads": dims.num_attention_heads,
+        "num_query_groups": dims.num_query_groups,
+        "head size": min(dims.attention.qk_size, dims.attention.v_size),
+        **dims.mlp_widths,
+    }
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise NotImplementedError(f"{name}={size!r} must be an integer of at least 1")
+    if dims.num_attention_heads % dims.num_query_groups:
+        raise NotImplementedError(
+            f"num_attention_heads={dims.num_attention_heads} is no multiple of "
+            f"num_query_groups={dims.num_query_groups}"
+        )

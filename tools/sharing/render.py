@@ -43,7 +43,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         if len(report["does_not_fit"]) > 20:
             unfit.caption = f"and {len(report['does_not_fit']) - 20} more, all in --json"
         console.print(unfit)
-    console.print(_verdict(report))
+    console.print(_verdict(report), markup=False)
 
 
 def plot_report(
@@ -114,6 +114,11 @@ def _spread(values: dict[str, float]) -> str:
 def _verdict(report: dict[str, Any]) -> str:
     unpaid = len(report["does_not_pay"])
     ratio = report["predicted_step_time_ratio"]
+    if report["training_refuses"] is not None:
+        return (
+            f"Training refuses this model: {report['training_refuses']}\n"
+            f"Where one could train it, the predicted step-time ratio would be {ratio:.2f}."
+        )
     if report["pays"]:
         text = f"Sharing pays: a step is predicted to take 1/{ratio:.2f} of its time."
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
     Raises:
         ValueError: if the settings cannot be, all problems in one error.
     """
-    raise_problems(setting_problems(settings, dims))
+    raise_problems([*setting_problems(settings, dims), *_too_long(groups, dims)])
     reports = [_report_group(group, settings) for group in groups]
     trees = [report.tree for report in reports]
     recommended = _recommend_max_tokens(trees, dims, settings)
@@ -119,7 +119,8 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "memory": _memory(waves, dims, settings),
         "does_not_fit": unfit,
         "does_not_pay": [name for name, r in group_ratios.items() if r < PAYS_FROM],
-        "pays": ratio >= PAYS_FROM,
+        "pays": ratio >= PAYS_FROM and dims.training_refusal is None,
+        "training_refuses": dims.training_refusal,
         "group_ratios": group_ratios,
         "group_reuse": [t.logical_tokens / t.unique_tokens for t in trees],
     }
@@ -144,6 +145,17 @@ def predict_at(
         else:
             ratios.append(logical / packed)
     return ratios
+
+
+def _too_long(groups: Sequence[Group], dims: ModelDims) -> Iterator[str]:
+    lens = {group.group_id: max(len(s.tokens) for s in group.samples) for group in groups}
+    longest = max(lens, key=lambda name: lens[name])
+    if dims.max_positions is not None and lens[longest] > dims.max_positions:
+        yield (
+            f"group {longest!r} has a sample of {lens[longest]} tokens, the model was made for "
+            f"max_position_embeddings={dims.max_positions}: training refuses it; shorten it, or "
+            "raise max_position_embeddings in a copy of the model's config to train beyond that"
+        )
 
 
 def _report_group(group: Group, settings: Settings) -> GroupReport:

@@ -70,12 +70,9 @@ def _value_problems(settings: Settings) -> Iterator[str]:
 def _layout_problems(settings: Settings, dims: ModelDims) -> Iterator[str]:
     """What Megatron refuses too."""
     tp, pp, groups = settings.tp, settings.pp, dims.num_query_groups
-    for axis, size, names in (
-        ("tp", tp, ("num_attention_heads", "ffn_hidden_size")),
-        ("pp", pp, ("num_layers",)),
-    ):
-        for name in names:
-            value = getattr(dims, name)
+    tp_divides = {"num_attention_heads": dims.num_attention_heads, **dims.mlp_widths}
+    for axis, size, values in (("tp", tp, tp_divides), ("pp", pp, {"num_layers": dims.num_layers})):
+        for name, value in values.items():
             if size > 0 and value % size:
                 yield f"{name}={value} is no multiple of {axis}={size}; choose one that divides it"
     if tp > 0 and groups % tp and tp % groups:

@@ -1,0 +1,190 @@
+"""Heads and MLPs of every layer; what is not counted right is refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Layers whose FLOPs are neither full attention's nor an MLP's. A value that is off is none.
+_HF_UNCOUNTED = {
+    *("attention_chunk_size", "attn_layer_period", "block_types", "index_topk"),
+    *("is_encoder_decoder", "hybrid_override_pattern", "cross_attention_layers", "attn_type_list"),
+    *("full_attention_interval", "interleave_moe_layer_step", "moe_topk", "num_shared_expert"),
+}
+_HF_UNCOUNTED_PREFIXES = ("linear_", "mamba_", "ssm_", "lru_", "conv_")
+_MEGATRON_UNCOUNTED = {
+    *("attention_output_gate", "experimental_attention_variant", "hybrid_override_pattern"),
+    *("hybrid_layer_pattern", "heterogeneous_layers_config_path", "is_hybrid_model"),
+    *("heterogeneous_layers_config_encoded_json", "linear_attention_freq", "moe_latent_size"),
+    *("window_size", "enable_mhc_connections"),
+}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Heads of a layer and what projects onto them.
+
+    Attributes:
+        num_heads: of queries.
+        num_groups: of keys and values.
+        qk_size: of a query and a key.
+        v_size: of a value.
+        q_rank: width between the two query projections; None where there is one.
+        kv_rank: width of the latent that keys and values are projected from; None where they come
+            from the hidden states.
+        shared_size: part of a key that all heads share; latent attention only.
+    """
+
+    num_heads: int
+    num_groups: int
+    qk_size: int
+    v_size: int
+    q_rank: int | None = None
+    kv_rank: int | None = None
+    shared_size: int = 0
+
+    @property
+    def latent_size(self) -> int:
+        """Values of one token between projections."""
+        return (self.q_rank or 0) + (self.kv_rank or 0) + (self.shared_size if self.kv_rank else 0)
+
+    def weights(self, hidden_size: int) -> int:
+        """Parameters of the projections of one layer."""
+        q, out = self.num_heads * self.qk_size, self.num_heads * self.v_size * hidden_size
+        query = hidden_size * q if self.q_rank is None else self.q_rank * (hidden_size + q)
+        if self.kv_rank is None:
+            return query + hidden_size * self.num_groups * (self.qk_size + self.v_size) + out
+        up = self.num_heads * (self.qk_size - self.shared_size + self.v_size)
+        return query + hidden_size * (self.kv_rank + self.shared_size) + self.kv_rank * up + out
+
+
+def hf_attention(values: Mapping[str, Any]) -> Attention:
+    """Of a Hugging Face config.
+
+    Raises:
+        NotImplementedError: naming a key of layers that are not counted.
+    """
+    uncounted = [
+        key
+        for key, value in values.items()
+        if value and (key in _HF_UNCOUNTED or key.startswith(_HF_UNCOUNTED_PREFIXES))
+    ]
+    kinds = values.get("layer_types")
+    if kinds and set(kinds) != {"full_attention"}:
+        uncounted.append("layer_types")
+    window = values.get("sliding_window")
+    reach = values.get("max_position_embeddings") or float("inf")
+    if window and values.get("use_sliding_window", True) and window < reach:
+        uncounted.append("sliding_window")
+    _refuse(uncounted, values)
+    heads = values["num_attention_heads"]
+    if values.get("kv_lora_rank"):
+        rope = values["qk_rope_head_dim"]
+        return Attention(
+            num_heads=heads,
+            num_groups=heads,
+            qk_size=values["qk_nope_head_dim"] + rope,
+            v_size=values["v_head_dim"],
+            q_rank=values.get("q_lora_rank"),
+            kv_rank=values["kv_lora_rank"],
+            shared_size=rope,
+        )
+    size = values.get("head_dim") or values["hidden_size"] // heads
+    groups = values.get("num_key_value_heads") or heads
+    return Attention(num_heads=heads, num_groups=groups, qk_size=size, v_size=size)
+
+
+def megatron_attention(values: Mapping[str, Any]) -> Attention:
+    """Of Megatron-LM's arguments.
+
+    Raises:
+        NotImplementedError: naming an argument of layers that are not counted.
+    """
+    _refuse([key for key in sorted(_MEGATRON_UNCOUNTED) if values.get(key)], values)
+    heads = values["num_attention_heads"]
+    if values.get("multi_latent_attention"):
+        shared = values.get("qk_pos_emb_head_dim", 64)
+        return Attention(
+            num_heads=heads,
+            num_groups=heads,
+            qk_size=values.get("qk_head_dim", 128) + shared,
+            v_size=values.get("v_head_dim", 128),
+            q_rank=values.get("q_lora_rank"),
+            kv_rank=values["kv_lora_rank"],
+            shared_size=shared,
+        )
+    groups = values.get("num_query_groups") if values.get("group_query_attention", True) else None
+    size = values.get("kv_channels") or values["hidden_size"] // heads
+    return Attention(num_heads=heads, num_groups=groups or heads, qk_size=size, v_size=size)
+
+
+def hf_mlps(values: Mapping[str, Any]) -> tuple[list[int], dict[str, int]]:
+    """Width that a token goes through in every layer, and the widths that are divided.
+
+    Raises:
+        NotImplementedError: naming a key of experts that are not counted.
+    """
+    num_layers, topk = values["num_hidden_layers"], values.get("num_experts_per_tok")
+    known = {"shared_expert_intermediate_size", "shared_intermediate_size", "n_shared_experts"}
+    unknown = [k for k in values if "shared_exp" in k and values[k] and k not in known]
+    counts = [key for key in _EXPERT_COUNTS if (values.get(key) or 0) > 1]
+    _refuse(unknown + (counts if not topk else []), values)
+    if not (counts and topk):
+        dense = values["intermediate_size"]
+        return [dense] * num_layers, {"ffn_hidden_size": dense}
+    expert = values.get("moe_intermediate_size") or values["intermediate_size"]
+    shared = (
+        values.get("shared_expert_intermediate_size")
+        or values.get("shared_intermediate_size")
+        or (values.get("n_shared_experts") or 0) * expert
+    )
+    frequency, dense_layers = values.get("moe_layer_freq", 1), values.get("mlp_only_layers") or []
+    first, step = values.get("first_k_dense_replace") or 0, values.get("decoder_sparse_step") or 1
+    has_experts = [
+        bool(frequency[i] if isinstance(frequency, list) else i % frequency == 0)
+        and i >= first
+        and i not in dense_layers
+        and (i + 1) % step == 0
+        for i in range(num_layers)
+    ]
+    return _mlps(has_experts, values.get("intermediate_size"), expert, topk, shared)
+
+
+def megatron_mlps(values: Mapping[str, Any], dense: int) -> tuple[list[int], dict[str, int]]:
+    """As ``hf_mlps``, of Megatron-LM's arguments; ``dense`` is the width of an MLP."""
+    num_layers = values["num_layers"]
+    if not values.get("num_experts"):
+        return [dense] * num_layers, {"ffn_hidden_size": dense}
+    frequency = values.get("moe_layer_freq", 1)
+    has_experts = [
+        bool(frequency[i] if isinstance(frequency, list) else i % frequency == 0)
+        for i in range(num_layers)
+    ]
+    expert = values.get("moe_ffn_hidden_size") or dense
+    shared = values.get("moe_shared_expert_intermediate_size") or 0
+    return _mlps(has_experts, dense, expert, values.get("moe_router_topk", 2), shared)
+
+
+def _mlps(
+    has_experts: list[bool], dense: int | None, expert: int, topk: int, shared: int
+) -> tuple[list[int], dict[str, int]]:
+    widths = {"moe_ffn_hidden_size": expert}
+    if shared:
+        widths["moe_shared_expert_intermediate_size"] = shared
+    if not all(has_experts):
+        if not dense:
+            raise KeyError("intermediate_size")
+        widths["ffn_hidden_size"] = dense
+    layers = [topk * expert + shared if sparse else dense or 0 for sparse in has_experts]
+    return layers, widths
+
+
+def _refuse(keys: list[str], values: Mapping[str, Any]) -> None:
+    if keys:
+        named = ", ".join(f"{key}={str(values[key])[:60]}" for key in keys)
+        raise NotImplementedError(
+            f"{named}: FLOPs and memory of such layers are not counted; name an args.json with the "
+            "sizes of an ordinary decoder that costs the same"
+        )
