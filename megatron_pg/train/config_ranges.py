@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from .config import TrainConfig
 
@@ -73,11 +75,28 @@ def out_of_range(config: TrainConfig) -> Iterator[str]:
             wrong, rule = value < _AT_LEAST[path], f"at least {_AT_LEAST[path]:g}"
         if wrong or not math.isfinite(value):
             yield f"{path}={value!r} must be {'finite and ' * (not math.isfinite(value))}{rule}"
+    for path in _floats(config):
+        told = (*_AT_LEAST, *_ABOVE_ZERO, "rollout.task.held_out_share")
+        if path not in told and not math.isfinite(_value(config, path)):
+            yield f"{path}={_value(config, path)!r} must be finite"
     for path in _BELOW_ONE:
         if _value(config, path) >= 1:
             yield f"{path}={_value(config, path)!r} must be below 1"
+    share = config.rollout.task.held_out_share
+    if not 0.01 <= share <= 0.99:
+        yield f"rollout.task.held_out_share={share!r} must lie in [0.01, 0.99]"
     if config.rollout.top_p > 1:
         yield f"rollout.top_p={config.rollout.top_p!r} must be at most 1, which turns it off"
+
+
+def _floats(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every key whose value is a float."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _floats(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{field.name}"
 
 
 def _value(config: TrainConfig, path: str) -> float:

@@ -85,6 +85,11 @@ def _stage_problems(config: TransformerConfig) -> Iterator[str]:
 
 def _width_problems(config: TransformerConfig) -> Iterator[str]:
     tp_size = config.tensor_model_parallel_size
+    if config.kv_channels < 1:
+        yield (
+            f"hidden_size={config.hidden_size} leaves num_attention_heads="
+            f"{config.num_attention_heads} no channel; set kv_channels, or fewer heads"
+        )
     widths = {"ffn_hidden_size": config.ffn_hidden_size}
     if config.num_moe_experts:
         widths = {"moe_ffn_hidden_size": config.moe_ffn_hidden_size}

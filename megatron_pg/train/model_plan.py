@@ -42,7 +42,7 @@ class ModelPlan:
 
     @property
     def active_ffn_hidden_size(self) -> int:
-        """Width of the MLP that one token goes through: of all its experts, shared ones included."""
+        """Width of the MLP that one token goes through: of all its experts, the shared ones too."""
         c = self.config
         if not c.num_moe_experts:
             return int(c.ffn_hidden_size)
@@ -121,6 +121,11 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     settings |= overrides
     settings["pipeline_dtype"] = settings["params_dtype"]
     settings["bf16"] = settings["params_dtype"] is torch.bfloat16
+    if parallel.expert_model_parallel_size > 1 and not settings.get("num_moe_experts"):
+        raise ValueError(
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a "
+            "model with experts; set it to 1"
+        )
     try:
         config = TransformerConfig(**settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
@@ -128,7 +133,13 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             f"Megatron-Core refuses the model settings: {str(error) or type(error).__name__}; "
             f"change parallel, or of model.transformer {', '.join(overrides) or 'a field'}"
         ) from error
-    raise_problems("with the model's settings", list(megatron_problems(config, overrides)))
+    problems = list(megatron_problems(config, overrides))
+    if gpt["position_embedding_type"] == "rope" and config.kv_channels % 2:
+        problems.append(
+            f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
+            "be even: rotary positions turn pairs of channels"
+        )
+    raise_problems("with the model's settings", problems)
     if model.hf is None:
         spec |= {"qk_layernorm": config.qk_layernorm, "qk_l2_norm": config.qk_l2_norm}
         if config.num_moe_experts:

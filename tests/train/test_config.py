@@ -73,6 +73,8 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["optimizer.min_lr=1"], "optimizer.min_lr=1 must not exceed optimizer.lr=0.001"),
         (["rollout.temperature=0"], "rollout.temperature=0.0 must be above 0"),
         (["rollout.top_p=1.5"], "rollout.top_p=1.5 must be at most 1"),
+        (["rollout.task.held_out_share=.nan"], "held_out_share=nan must lie in [0.01, 0.99]"),
+        (["algorithm.policy.clip_ratio_high=.inf"], "clip_ratio_high"),
         (["rollout.num_generations=0"], "rollout.num_generations=0 must be at least 1"),
         (["run.keep_checkpoints=0"], "run.keep_checkpoints=0 must be at least 1"),
         # Names that other packages own.
