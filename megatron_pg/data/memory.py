@@ -41,6 +41,8 @@ class MemoryModel:
         tp_size: int = 1,
         sequence_parallel: bool = False,
         recompute_layers: bool = False,
+        value_channels: int | None = None,
+        latent_channels: int = 0,
     ) -> MemoryModel:
         """Of a decoder.
 
@@ -55,13 +57,19 @@ class MemoryModel:
             tp_size: ranks that share heads and MLP.
             sequence_parallel: whether they share the rest too.
             recompute_layers: see the class.
+            value_channels: width of a value's head; ``kv_channels`` when None.
+            latent_channels: what latent attention holds between its projections.
         """
+        value_channels = kv_channels if value_channels is None else value_channels
         # A rank has at least one head for keys and values.
-        kv = 2 * max(num_query_groups // tp_size, 1) * kv_channels
+        groups = max(num_query_groups // tp_size, 1)
+        k, kv = groups * kv_channels, groups * (kv_channels + value_channels)
         hidden = hidden_size // (tp_size if sequence_parallel else 1)
         q = num_attention_heads * kv_channels // tp_size
+        out = num_attention_heads * value_channels // tp_size
         mlp = (3 if gated_linear_unit else 2) * ffn_hidden_size // tp_size
-        elements = hidden if recompute_layers else 4 * hidden + 3 * q + kv + kv // 2 + mlp
+        elements = 4 * hidden + 2 * q + out + kv + k + latent_channels + mlp
+        elements = hidden if recompute_layers else elements
         return cls(
             activations=elements * value_bytes,
             kv=kv * value_bytes,

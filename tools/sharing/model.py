@@ -88,16 +88,18 @@ class ModelDims:
 
     def memory_model(self, value_bytes: int, tp_size: int) -> MemoryModel:
         """Memory of one rank under sequence parallelism, nothing recomputed."""
-        a = self.attention
-        # A rank has at least one head for keys and values.
-        heads, groups = a.num_heads // tp_size, max(a.num_groups // tp_size, 1)
-        q, k, v, out = heads * a.qk_size, groups * a.qk_size, groups * a.v_size, heads * a.v_size
-        mlp = (3 if self.gated else 2) * self.ffn_hidden_size // tp_size
-        elements = 4 * (self.hidden_size // tp_size) + 2 * q + 2 * k + v + out + a.latent_size + mlp
-        return MemoryModel(
-            activations=elements * value_bytes,
-            kv=(k + v) * value_bytes,
-            kv_grads=(k + v) * max(value_bytes, 4),
+        return MemoryModel.from_model_dims(
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.attention.num_heads,
+            num_query_groups=self.attention.num_groups,
+            kv_channels=self.attention.qk_size,
+            value_channels=self.attention.v_size,
+            latent_channels=self.attention.latent_size,
+            gated_linear_unit=self.gated,
+            value_bytes=value_bytes,
+            tp_size=tp_size,
+            sequence_parallel=True,
         )
 
 
