@@ -44,8 +44,22 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: naming the file, if it cannot be read or holds no object.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The object in the bytes of a JSON file.
+
+    Raises:
+        ValueError: naming the file, if they are no JSON or hold no object.
+    """
+    try:
+        content = json.loads(text)
+    # Deep nesting ends in a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import megatron.core  # noqa: F401 (tells torch which types in a checkpoint's args are safe)
 import torch
@@ -39,20 +40,43 @@ def find_iteration(path: str | Path) -> Path:
         raise ValueError(f"{root}: no such folder; pass a Megatron checkpoint folder")
     tracker = root / TRACKER
     if not tracker.is_file():
-        if (root / "common.pt").is_file() or list(root.glob("mp_rank_*")):
+        parts = ("metadata.json", ".metadata", "common.pt")
+        if any((root / name).is_file() for name in parts) or list(root.glob("mp_rank_*")):
             return root
         if (root / "config.json").is_file():
             raise ValueError(f"{root}: a Hugging Face folder; pass a Megatron checkpoint folder")
         raise ValueError(
             f"{tracker}: missing; pass the folder that holds it, or one iter_XXXXXXX/ or release/"
         )
-    content = tracker.read_text().strip()
-    if content != "release" and not content.isdigit():
-        raise ValueError(f"{tracker}: holds {content[:40]!r}, must be 'release' or a number")
-    folder = root / iteration_name(None if content == "release" else int(content))
+    folder = root / iteration_name(read_tracker(root))
     if not folder.is_dir():
-        raise ValueError(f"{folder}: missing, although {tracker} names it")
+        raise ValueError(
+            f"{folder}: missing, although {tracker} names it; restore it, or write the number of "
+            "another iteration into the tracker"
+        )
     return folder
+
+
+def read_tracker(root: Path) -> int | None:
+    """The iteration that the tracker of ``root`` names; None for a release.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    tracker = root / TRACKER
+    try:
+        content = tracker.read_bytes().decode(errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"{tracker}: not readable ({error.strerror})") from error
+    if content == "release":
+        return None
+    # A path here would lead out of the folder.
+    if not re.fullmatch("[0-9]{1,15}", content):
+        raise ValueError(
+            f"{tracker}: holds {content[:40]!r}, must be 'release' or a number; write the number "
+            "of an iteration that is there"
+        )
+    return int(content)
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:
@@ -80,27 +104,34 @@ def find_hf_config(iteration_folder: Path, hf_config: str | Path | None) -> Path
     return None
 
 
-def load_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
+def load_torch_file(
+    path: Path, content: BinaryIO | None = None, *, trust_pickle: bool = False
+) -> Any:
     """Read a ``.pt`` file; without trust only tensors and plain values are built.
 
     A pickled file can run any program when it is read. What Megatron-LM writes besides tensors
     (its arguments) is on a short list that is safe.
 
+    Args:
+        path: of the file.
+        content: of the file, where it has been read already.
+        trust_pickle: allow any object.
+
     Raises:
         ValueError: naming the file: missing, damaged, or with objects that need trust.
     """
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise ValueError(f"{path}: missing; the checkpoint is incomplete")
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        return torch.load(content or path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:
         reason = str(error)
         if "weights_only" in reason.lower() or "Unsupported global" in reason:
             named = [line for line in reason.splitlines() if "GLOBAL" in line] or [reason[:200]]
             raise ValueError(
                 f"{path}: holds pickled objects ({named[0].strip()[:200]}); reading them runs "
-                "code from the file. If you trust its origin, pass --trust-pickle; what has no "
-                "such option takes the folder that tools/megatron_to_hf.py --trust-pickle writes"
+                "code from the file. If you trust its origin, pass trust_pickle=True; what has no "
+                "such argument takes the folder that megatron_to_hf writes with it"
             ) from None
         first = reason.splitlines()[0] if reason else type(error).__name__
         raise ValueError(f"{path}: not readable ({first})") from error

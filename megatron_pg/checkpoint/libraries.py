@@ -26,8 +26,9 @@ from .mapping import Mapping
 from .megatron_args import make_megatron_args
 from .megatron_folder import MegatronFolder, WeightSource, common_state
 from .one_rank import build_gpt, one_rank
-from .reshard import reshard_checkpoint
-from .torch_dist import is_torch_dist
+from .reshard import PER_RANK, reshard_checkpoint
+from .sharded_state import load_sharded_state
+from .torch_dist import TorchDistReader, is_torch_dist
 
 
 class WeightLibrary(Protocol):
@@ -173,10 +174,13 @@ def megatron_to_hf_by(
     held = source.dtypes["model.embed_tokens.weight"]
     with one_rank() as device, _scratch_folder(out) as scratch:
         gpt_model = build_gpt(source.model, held, device)
-        # Extra states are pickled and say nothing about a model that is not quantised.
-        state = gpt_model.sharded_state_dict()
-        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-        gpt_model.load_state_dict(dist_checkpointing.load(state, str(source.path)), strict=False)
+        training = ("optimizer.", *PER_RANK)
+        state = load_sharded_state(
+            {"model": gpt_model.sharded_state_dict()},
+            TorchDistReader(source.path),
+            left_out=training,
+        )
+        gpt_model.load_state_dict(state["model"])
         config = source.hf_config or scratch / "config"
         if source.hf_config is None:
             config.mkdir()

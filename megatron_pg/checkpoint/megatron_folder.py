@@ -13,7 +13,7 @@ from torch import Tensor
 from .files import read_json
 from .hf_config import HfModel
 from .hf_parse import parse_hf_config
-from .layout import find_hf_config, find_iteration, load_torch_file
+from .layout import find_hf_config, find_iteration
 from .legacy import LegacyShards
 from .mapping import Mapping, Shard
 from .megatron_args import check_args, hf_model_from_args
@@ -64,7 +64,7 @@ class MegatronFolder:
         self._legacy: LegacyShards | None = None
         if is_torch_dist(self.path):
             self._reader = TorchDistReader(self.path)
-            common = load_torch_file(self.path / "common.pt", trust_pickle=trust_pickle)
+            common = self._reader.read_common(trust_pickle=trust_pickle)
         else:
             self._legacy = LegacyShards(self.path, trust_pickle=trust_pickle)
             common = self._legacy.common

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .convert import Progress, write_megatron_weights
+from .description import StoredTensor
 from .files import atomic_folder, require_absent
-from .layout import iteration_name, load_torch_file, write_hf_metadata_folder, write_tracker
+from .layout import iteration_name, write_hf_metadata_folder, write_tracker
 from .megatron_args import check_layout, make_megatron_args
 from .megatron_folder import MegatronFolder
-from .torch_dist import StoredTensor, TorchDistReader, TorchDistWriter, is_torch_dist
+from .torch_dist import COMMON_STATE, TorchDistReader, TorchDistWriter, is_torch_dist
 
 # Random states and re-run records belong to ranks of the layout that saved them.
-_PER_RANK = ("rng_state", "rerun_state_machine")
+PER_RANK = ("rng_state", "rerun_state_machine")
 _NOT_RESHARDABLE = "optimizer.distributed.dp_group_idx"
 
 
@@ -74,7 +74,7 @@ def reshard_checkpoint(
     if reader is None and not weights_only:
         raise ValueError(
             f"{source.path}: the optimizer state of a legacy checkpoint is not resharded; pass "
-            "--weights-only, or save as torch_dist"
+            "weights_only=True, or save as torch_dist"
         )
     kept = _kept(reader, weights_only) if reader else {}
     require_absent(out)
@@ -91,8 +91,8 @@ def reshard_checkpoint(
             _copy(reader, kept, writer, args.padded_vocab_size, progress)
             _copy_objects(reader, writer, weights_only)
             if not weights_only:
-                _copy_records(source.path, folder)
-            common = load_torch_file(source.path / "common.pt", trust_pickle=trust_pickle)
+                _copy_records(reader, folder)
+            common = reader.read_common(trust_pickle=trust_pickle)
         if weights_only:
             common = {k: v for k, v in common.items() if not k.startswith(("optimizer", "opt_"))}
         writer.finish(common | {"args": args})
@@ -139,15 +139,16 @@ def _kept(reader: TorchDistReader, weights_only: bool) -> dict[str, StoredTensor
     Raises:
         ValueError: naming the folder, if the optimizer state fits only the old layout.
     """
-    tensors = {k: v for k, v in reader.tensors.items() if not k.startswith(_PER_RANK)}
+    tensors = {k: v for k, v in reader.tensors.items() if not k.startswith(PER_RANK)}
     if weights_only:
         return {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
     bound = [key for key in tensors if _NOT_RESHARDABLE in key]
     if bound:
         raise ValueError(
             f"{reader.folder}: the optimizer state ({bound[0]}) is laid out by data-parallel rank "
-            "and only loads at its own tp and pp; save it with --dist-ckpt-optim-fully-reshardable "
-            "(distrib_optim_sharding_type='fully_reshardable'), or pass --weights-only"
+            "and only loads at its own tp and pp; save it with "
+            "distrib_optim_sharding_type='fully_reshardable' (Megatron-LM's "
+            "--dist-ckpt-optim-fully-reshardable), or pass weights_only=True"
         )
     return tensors
 
@@ -172,15 +173,17 @@ def _copy(
 
 def _copy_objects(reader: TorchDistReader, writer: TorchDistWriter, weights_only: bool) -> None:
     for key in reader.objects:
-        if not key.startswith(_PER_RANK) and not (weights_only and key.startswith("optimizer.")):
+        if key == COMMON_STATE or key.startswith(PER_RANK):
+            continue
+        if not (weights_only and key.startswith("optimizer.")):
             writer.add_bytes(key, reader.read_bytes(key))
 
 
-def _copy_records(source: Path, folder: Path) -> None:
+def _copy_records(reader: TorchDistReader, folder: Path) -> None:
     """What a training loop keeps beside the tensors, its progress, goes along."""
-    for record in source.glob("*.json"):
-        # metadata.json is among them; the writer's own replaces it.
-        shutil.copyfile(record, folder / record.name)
+    for name in reader.files.names:
+        if name.endswith(".json") and name != "metadata.json":
+            (folder / name).write_bytes(reader.files.read(name))
 
 
 def is_vocabulary(key: str) -> bool:

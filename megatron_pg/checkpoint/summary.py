@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .hf_folder import HfFolder
-from .layout import find_iteration, load_torch_file
+from .layout import find_iteration
 from .torch_dist import TorchDistReader, is_torch_dist
 
 _SHOWN_ARGS = (
@@ -78,13 +78,16 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
     tensors = {key: (tensor.shape, tensor.dtype) for key, tensor in reader.tensors.items()}
     facts, notes = {}, []
     try:
-        common = load_torch_file(folder / "common.pt")
+        common = reader.read_common()
         facts["iteration"] = common.get("iteration")
         args = vars(common["args"]) if "args" in common else {}
         facts |= {key: args[key] for key in _SHOWN_ARGS if key in args}
-        facts["common.pt"] = ", ".join(sorted(common))
+        facts["common state"] = ", ".join(sorted(map(str, common)))
     except ValueError as error:
         notes.append(str(error))
+    facts["checksums"] = (
+        "none" if reader.files.checksums is None else "there; only those of descriptions compared"
+    )
     facts["optimizer state"] = any(key.startswith("optimizer.") for key in tensors)
     objects = tuple(reader.objects)
     return CheckpointSummary("torch_dist", folder, facts, tensors, objects, tuple(notes))

@@ -2,24 +2,27 @@
 
 A folder holds ``.metadata`` (which part of which tensor lies where), ``__R_N.distcp`` files,
 ``common.pt`` and ``metadata.json``. Its tensors are the whole model's, whatever tp and pp wrote
-them; layers are stacked along a first axis.
+them; layers are stacked along a first axis. From Megatron-Core 0.17 on an object takes the place
+of ``common.pt``.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from .files import read_json, write_json
+from .description import Chunk, Index, Record, read_description
+from .files import parse_json, write_json
+from .layout import load_torch_file
+from .manifest import CheckpointFiles, write_manifest
 
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -27,6 +30,7 @@ _BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+COMMON_STATE = "common_state/shard_0_1"
 MAX_FILE_BYTES = 4 * 2**30
 
 
@@ -35,171 +39,178 @@ def is_torch_dist(folder: Path) -> bool:
     return (folder / "metadata.json").is_file() or (folder / ".metadata").is_file()
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds checkpoint descriptions and nothing else, so that foreign files may be opened."""
-
-    _MODULES = {dcp.__name__: dcp, planner.__name__: planner}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The few names that descriptions are made of."""
-        if module in self._MODULES and "." not in name:
-            found = getattr(self._MODULES[module], name, None)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        if module == "torch":
-            found = getattr(torch, name, None)
-            if found is torch.Size or isinstance(found, torch.dtype | torch.layout):
-                return found
-        if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
-            return _StorageInfo
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
-        if module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath", "Path"):
-            return Path
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A stored box of a tensor and where its bytes are."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A whole tensor of the checkpoint."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-
-
 class TorchDistReader:
-    """Tensors of a torch_dist folder by key; opening it reads only the description.
+    """Tensors and objects of a torch_dist folder by key; opening it reads only the description.
+
+    Nothing is unpickled but tensors and plain values (``torch.load(weights_only=True)``). Where the
+    folder has a manifest, every file is compared with it before it is read.
 
     Attributes:
+        files: of the folder.
         tensors: key -> shape, dtype and chunks.
-        objects: key -> (file, start, length) of pickled objects, which are never loaded.
+        objects: key -> where its bytes are.
 
     Raises:
-        ValueError: naming the file: not torch_dist, a damaged description, missing files.
+        ValueError: naming the file: not torch_dist, a damaged description, a file that is missing
+            or has changed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.files = CheckpointFiles(self.folder)
         if not (self.folder / "metadata.json").is_file():
             raise ValueError(f"{self.folder / 'metadata.json'}: missing; no torch_dist checkpoint")
-        backend = read_json(self.folder / "metadata.json")
+        backend = parse_json(self.files.read("metadata.json"), self.folder / "metadata.json")
         if backend.get("sharded_backend") != "torch_dist":
             raise ValueError(
                 f"{self.folder / 'metadata.json'}: format {backend.get('sharded_backend')!r}; only "
-                "torch_dist is read (save with --ckpt-format torch_dist)"
+                "torch_dist is read; save it in that format"
             )
         path = self.folder / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            described, stored = metadata.state_dict_metadata, metadata.storage_data
-            self.tensors, self.objects = self._describe(described, stored)
-        except Exception as error:
-            raise ValueError(f"{path}: not readable ({error})") from error
-        files = {c.file: c.start + c.length for t in self.tensors.values() for c in t.chunks}
-        for tensor in self.tensors.values():
-            for chunk in tensor.chunks:
-                files[chunk.file] = max(files[chunk.file], chunk.start + chunk.length)
-        for name, size in files.items():
-            part = self.folder / name
-            if not part.is_file():
-                raise ValueError(f"{part}: missing, although {path} names it")
+        self.tensors, self.objects = read_description(self.files.read(path.name), path)
+        sizes: dict[str, int] = {}
+        for record in self._records():
+            sizes[record.file] = max(sizes.get(record.file, 0), record.start + record.length)
+        for name, size in sizes.items():
+            part = self.files.path(name)
             if part.stat().st_size < size:
                 raise ValueError(
                     f"{part}: {part.stat().st_size} bytes, {path} needs at least {size}; the file "
-                    "is cut off"
+                    "is cut off, restore it or take another checkpoint"
                 )
 
-    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+    def read(self, key: str, index: Index = ()) -> Tensor:
         """``tensor[index]`` of the whole tensor; only the chunks that overlap it are read.
 
         Raises:
             ValueError: naming the file, if its bytes are no tensor.
         """
-        tensor = self.tensors[key]
-        lows = [*index, *(0 for _ in tensor.shape[len(index) :])]
-        highs = [*(i + 1 for i in index), *tensor.shape[len(index) :]]
-        out = torch.empty([high - low for low, high in zip(lows, highs)], dtype=tensor.dtype)
-        filled = 0
-        for chunk in tensor.chunks:
-            starts = [max(low, o) for low, o in zip(lows, chunk.offsets)]
-            stops = [
-                min(high, o + size) for high, o, size in zip(highs, chunk.offsets, chunk.sizes)
-            ]
-            if any(start >= stop for start, stop in zip(starts, stops)):
-                continue
-            here = tuple(slice(a - low, b - low) for a, b, low in zip(starts, stops, lows))
-            there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets))
-            part = self.read_chunk(key, chunk)[there]
-            out[here] = part
-            filled += part.numel()
-        if filled != out.numel():
-            raise ValueError(
-                f"{self.folder}: tensor {key} is stored incompletely ({filled} of {out.numel()} "
-                "elements)"
-            )
-        return out[(0,) * len(index)]
+        shape = self.tensors[key].shape
+        rest = shape[len(index) :]
+        box = self.read_box(key, (*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
+        return box[(0,) * len(index)]
 
-    def read_bytes(self, key: str) -> bytes:
-        """The serialised bytes of an object, unopened."""
-        name, start, length = self.objects[key]
-        with (self.folder / name).open("rb") as file:
-            file.seek(start)
-            return file.read(length)
+    def read_box(self, key: str, offsets: Index, sizes: Index) -> Tensor:
+        """The box of a tensor at ``offsets``; what lies beyond its end is zero.
+
+        Raises:
+            ValueError: naming the file, if its bytes are no tensor.
+        """
+        tensor = self.tensors[key]
+        highs = tuple(o + size for o, size in zip(offsets, sizes, strict=True))
+        is_inside = all(high <= whole for high, whole in zip(highs, tensor.shape, strict=True))
+        out = (torch.empty if is_inside else torch.zeros)(sizes, dtype=tensor.dtype)
+        for chunk in tensor.overlapping(offsets, highs):
+            starts = [max(low, o) for low, o in zip(offsets, chunk.offsets)]
+            stops = [min(h, o + size) for h, o, size in zip(highs, chunk.offsets, chunk.sizes)]
+            here = tuple(slice(a - low, b - low) for a, b, low in zip(starts, stops, offsets))
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets))
+            out[here] = self.read_chunk(key, chunk)[there]
+        return out
 
     def read_chunk(self, key: str, chunk: Chunk) -> Tensor:
         """One stored part of a tensor.
 
         Raises:
-            ValueError: naming the file, if its bytes are no tensor.
+            ValueError: naming the file, if its bytes are no tensor, or another one.
         """
-        path = self.folder / chunk.file
-        try:
-            with path.open("rb") as file:
-                file.seek(chunk.start)
-                data = io.BytesIO(file.read(chunk.length))
-            tensor: Tensor = torch.load(data, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: tensor {key} is not readable ({reason})") from error
-        if tuple(tensor.shape) != chunk.sizes:
+        path, described = self.folder / chunk.file, self.tensors[key].dtype
+        tensor = self._load(key, chunk)
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{path}: tensor {key} is stored as {type(tensor).__name__}")
+        if tuple(tensor.shape) != chunk.sizes or tensor.dtype != described:
             raise ValueError(
-                f"{path}: tensor {key} has a part {list(tensor.shape)} where the description says "
-                f"{list(chunk.sizes)}"
+                f"{path}: tensor {key} has a part {list(tensor.shape)} of {tensor.dtype} where the "
+                f"description says {list(chunk.sizes)} of {described}; restore the file or take "
+                "another checkpoint"
             )
         return tensor
 
-    @staticmethod
-    def _describe(
-        described: dict[str, Any], stored: dict[Any, Any]
-    ) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, int, int]]]:
-        places = {(index.fqn, index.offset): info for index, info in stored.items()}
-        tensors, objects = {}, {}
-        for key, entry in described.items():
-            if isinstance(entry, dcp.TensorStorageMetadata):
-                chunks = []
-                for chunk in entry.chunks:
-                    info = places[key, chunk.offsets]
-                    box = tuple(chunk.offsets), tuple(chunk.sizes)
-                    chunks.append(Chunk(*box, info.relative_path, info.offset, info.length))
-                shape = tuple(entry.size)
-                tensors[key] = StoredTensor(shape, entry.properties.dtype, tuple(chunks))
-            else:
-                info = places[key, None]
-                objects[key] = (info.relative_path, info.offset, info.length)
-        return tensors, objects
+    def read_object(self, key: str) -> Any:
+        """An object that is stored beside the tensors.
+
+        The extra state of a layer must be empty, as it is of every layer that is not quantised:
+        Transformer Engine would unpickle anything else.
+
+        Raises:
+            ValueError: naming the file, if the object is damaged or would run code.
+        """
+        record = self.objects[key]
+        stored = self._load(key, record)
+        # Megatron-Core puts every object into a list of its own.
+        value = stored[0] if isinstance(stored, list) and len(stored) == 1 else stored
+        if is_extra_state(key) and not _is_empty(value):
+            raise ValueError(
+                f"{self.folder / record.file}: {key} holds a state of quantisation, which no layer "
+                "here has and which Transformer Engine would unpickle; save the model without fp8"
+            )
+        return value
+
+    def read_bytes(self, key: str) -> bytes:
+        """The serialised bytes of an object that ``read_object`` reads."""
+        self.read_object(key)
+        return self._bytes(self.objects[key])
+
+    def read_common(self, *, trust_pickle: bool = False) -> dict[str, Any]:
+        """What is neither tensor nor object: iteration, arguments, states of schedules.
+
+        Args:
+            trust_pickle: allow ``common.pt`` to hold any object; reading it then runs its code.
+
+        Raises:
+            ValueError: naming the file: missing, damaged, or with objects that need trust.
+        """
+        path = self.folder / "common.pt"
+        if COMMON_STATE in self.objects and not path.is_file():
+            path = self.folder / self.objects[COMMON_STATE].file
+            common = self.read_object(COMMON_STATE)
+        else:
+            content = io.BytesIO(self.files.read(path.name))
+            common = load_torch_file(path, content, trust_pickle=trust_pickle)
+        if not isinstance(common, dict):
+            raise ValueError(f"{path}: holds {type(common).__name__}, must be a dict by name")
+        if not isinstance(common.get("args"), Namespace | None):
+            raise ValueError(f"{path}: args are {type(common['args']).__name__}, must be Namespace")
+        return common
+
+    def _load(self, key: str, record: Record) -> Any:
+        content = io.BytesIO(self._bytes(record))
+        try:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{self.folder / record.file}: {key} is not readable ({reason[:200]}); restore the "
+                "file or take another checkpoint"
+            ) from error
+
+    def _bytes(self, record: Record) -> bytes:
+        with self.files.open(record.file) as file:
+            file.seek(record.start)
+            return file.read(record.length)
+
+    def _records(self) -> list[Record]:
+        chunks = [chunk for tensor in self.tensors.values() for chunk in tensor.chunks]
+        return [*chunks, *self.objects.values()]
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether an object is the state that a layer keeps beside its weights."""
+    return "_extra_state/" in key
+
+
+def _is_empty(state: Any) -> bool:
+    if isinstance(state, io.BytesIO):
+        # Transformer Engine before 2.0 wrapped a pickled None.
+        state = state.getvalue()
+        return not state or state == _serialised(None)
+    return state is None or (isinstance(state, Tensor) and not state.numel())
+
+
+def _serialised(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 class TorchDistWriter:
@@ -233,9 +244,7 @@ class TorchDistWriter:
 
     def add_object(self, key: str, value: Any) -> None:
         """Write a small object (the extra state of a linear layer)."""
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        self.add_bytes(key, buffer.getvalue())
+        self.add_bytes(key, _serialised(value))
 
     def add_bytes(self, key: str, serialised: bytes) -> None:
         """Write an object that is serialised already."""
@@ -243,7 +252,7 @@ class TorchDistWriter:
         self._store(dcp.MetadataIndex(key), serialised)
 
     def finish(self, common: dict[str, Any]) -> None:
-        """Write the description and ``common.pt``; without them the folder is no checkpoint."""
+        """Write description, ``common.pt`` and manifest, without which it is no checkpoint."""
         if self._file is not None:
             self._file.close()
         metadata = dcp.Metadata(self._described, storage_data=self._stored)
@@ -254,6 +263,7 @@ class TorchDistWriter:
         write_json(self.folder / "metadata.json", _BACKEND)
         with (self.folder / ".metadata").open("wb") as file:
             pickle.dump(metadata, file)
+        write_manifest(self.folder)
 
     def _store(self, index: Any, value: Tensor | bytes) -> None:
         if self._file is None or self._file.tell() > self.max_file_bytes:

@@ -1,6 +1,7 @@
 """Which groups go together: reading, costing, packing and balancing them."""
 
 from .balance import balance_groups, equalize_num_microbatches
+from .checksum import content_checksum
 from .cost import CostModel
 from .memory import MemoryModel
 from .pack import carried_fields, make_microbatch, make_microbatches, make_wave, pack_groups
@@ -35,6 +36,7 @@ __all__ = [
     "Wave",
     "balance_groups",
     "carried_fields",
+    "content_checksum",
     "equalize_num_microbatches",
     "group_shape",
     "group_tree",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from ..data import Group, response_problems
+from ..data import Group, content_checksum, response_problems
 from .base import (
     Prompt,
     PromptSource,
@@ -79,6 +80,7 @@ class RecordedRollouts:
         return {
             "num_taken": self._num_taken,
             "num_groups": len(self.groups),
+            "content": self._content,
             "shuffle": self.shuffle,
             "seed": self.seed,
         }
@@ -86,17 +88,26 @@ class RecordedRollouts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken.
 
+        A state without ``content``, as earlier versions gave it, is not compared in that.
+
         Raises:
-            ValueError: if the state is of other groups or another order.
+            ValueError: if the state is of other groups or another order, or none.
         """
         mine = self.state_dict()
-        for name in ("num_groups", "shuffle", "seed"):
-            if state[name] != mine[name]:
+        num_taken = _checked_num_taken(state, mine)
+        for name in ("num_groups", "content", "shuffle", "seed"):
+            saved = state.get(name, mine[name] if name == "content" else None)
+            if saved != mine[name] or type(saved) is not type(mine[name]):
+                what = "another recording" if name == "content" else f"{name}={saved}"
                 raise ValueError(
-                    f"the saved rollout state has {name}={state[name]}, these rollouts have "
-                    f"{mine[name]}; resume with the recording and settings it was saved with"
+                    f"the saved rollout state is of {what}, these rollouts have "
+                    f"{name}={mine[name]}; resume with the recording and settings it was saved with"
                 )
-        self._num_taken = int(state["num_taken"])
+        self._num_taken = num_taken
+
+    @cached_property
+    def _content(self) -> str:
+        return content_checksum(self.groups)
 
     def _epoch_order(self, epoch: int) -> list[int]:
         order = list(range(len(self.groups)))
@@ -162,8 +173,29 @@ class SampledRollouts:
         return {"num_taken": self._num_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the prompts that the state had taken."""
-        self._num_taken = int(state["num_taken"])
+        """Continue after the prompts that the state had taken.
+
+        Raises:
+            ValueError: if it is the state of no such stream.
+        """
+        self._num_taken = _checked_num_taken(state, self.state_dict())
+
+
+def _checked_num_taken(state: Mapping[str, Any], mine: Mapping[str, Any]) -> int:
+    """The count of a saved state, which has the names of ``mine``."""
+    unknown = sorted(state.keys() - mine.keys())
+    if unknown:
+        raise ValueError(
+            f"the saved rollout state has {', '.join(unknown)}, which these rollouts do not know; "
+            "resume with the rollout.source and the version it was saved with"
+        )
+    num_taken = state.get("num_taken")
+    if type(num_taken) is not int or num_taken < 0:
+        raise ValueError(
+            f"the saved rollout state has num_taken={num_taken}, must be a whole number from 0; "
+            "restore it"
+        )
+    return num_taken
 
 
 def _check_responses(

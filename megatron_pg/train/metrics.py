@@ -110,6 +110,10 @@ class MetricsWriter:
         """Print text or a rich table to the console."""
         self.console.print(text)
 
+    def note(self, text: str) -> None:
+        """Print a sentence as it stands."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         """Flush every sink."""
         if self._tensorboard is not None:

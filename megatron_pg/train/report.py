@@ -172,8 +172,9 @@ def write_summary(
     history: Sequence[Mapping[str, float]],
     evaluations: Mapping[str, Evaluation],
     totals: Mapping[str, float],
+    changes: Sequence[Mapping[str, Any]],
 ) -> None:
-    """``summary.json``: rewards before and after, and totals.
+    """``summary.json``: rewards before and after, totals, and settings changed on the way.
 
     Rewards are those of the held-out prompts where they were judged, with the standard error of
     their difference; else those of the first and the last step's samples, without one (null).
@@ -188,6 +189,7 @@ def write_summary(
         "reward_after": after.mean if after else (trained or [None])[-1],
         "standard_error": error,
         **totals,
+        "changed_settings": list(changes),
     }
     write_atomically(path, json.dumps(summary, indent=1) + "\n")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,34 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from ..checkpoint import HF_FOLDER, write_hf_metadata_folder
+from ..checkpoint import (
+    HF_FOLDER,
+    TRACKER,
+    FileChecksum,
+    file_checksum,
+    iteration_name,
+    on_all_ranks,
+    read_tracker,
+    write_hf_metadata_folder,
+    write_manifest,
+)
 from .metrics import write_atomically
 from .model import TrainedModel
 from .model_plan import Origin
+from .progress import Progress
 from .ranks import from_first_rank
-from .torch_adam import loading_torch_adam
+from .shared_stream import on_first_rank
 
-TRACKER = "latest_checkpointed_iteration.txt"
+PROGRESS = "progress.json"
 _PARTIAL = ".partial-"
-_DISTRIBUTED = "use_distributed_optimizer"
 
 
 class Checkpoints:
     """The checkpoints of a run, ``iter_<step>`` in Megatron's torch_dist layout.
 
     A checkpoint is written under another name and renamed when every rank is done, then the
-    tracker file is replaced: a job that is killed leaves the previous checkpoint as the newest.
-    Every rank takes part in each call.
+    tracker file is replaced: a job that is killed leaves the previous checkpoint as the newest. The
+    checksum of each of its files is kept with it. Every rank takes part in each call.
 
     Args:
         folder: holds all checkpoints of the run.
@@ -45,15 +55,15 @@ class Checkpoints:
         self.keep = keep
         self._queue = AsyncCallsQueue() if is_async else None
 
-    def save(self, model: TrainedModel, step: int, progress: Mapping[str, Any]) -> None:
-        """Write the state after ``step`` steps; waits for an earlier write first.
+    def save(self, model: TrainedModel, progress: Progress) -> None:
+        """Write the state after ``progress.step`` steps; waits for an earlier write first.
 
         Args:
             model: what is trained.
-            step: steps done.
-            progress: JSON-serializable state of the run (stream, counters).
+            progress: of the run.
         """
         self.wait()
+        step, text = progress.step, progress.to_json()
         # A name of its own: a writer that outlived its killed rank still has the old one.
         partial = self.folder / from_first_rank(f"{_PARTIAL}{step}-{uuid.uuid4().hex[:8]}")
         if dist.get_rank() == 0:
@@ -61,9 +71,7 @@ class Checkpoints:
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        kind = {_DISTRIBUTED: _is_distributed(model)}
-        text = json.dumps(dict(progress) | kind | {"step": step})
-        state = _sharded_state(model, is_loading=False) | {
+        state = sharded_state(model, is_loading=False) | {
             "iteration": step,
             "checkpoint_version": 3.0,
             "opt_param_scheduler": model.scheduler.state_dict(),
@@ -96,24 +104,45 @@ class Checkpoints:
         """The newest complete checkpoint as the first rank sees it, or None.
 
         Raises:
-            ValueError: if the tracker names a checkpoint that is not there, on some rank.
+            ValueError: naming the file, on every rank: a tracker that names no checkpoint, or
+                checkpoints without a tracker that says which of them is the newest.
         """
-        newest: str | None = None
-        tracker = self.folder / TRACKER
-        if dist.get_rank() == 0 and tracker.is_file():
-            newest = tracker.read_text().strip()
-        newest = from_first_rank(newest)
-        if newest is None:
+        name: str | None = on_first_rank(self._newest, dist.get_rank() == 0)
+        if name is None:
             return None
-        path = self._path(int(newest)) if newest.isdigit() else self.folder / newest
-        if not (path / "progress.json").is_file():
-            complete = sorted(p.parent.name for p in self.folder.glob("iter_*/progress.json"))
-            raise ValueError(
-                f"{tracker} names {path.name}, which is missing or incomplete on this machine "
-                f"(complete are {', '.join(complete) or 'none'}); restore it, write the step of a "
-                "complete one into the tracker, or start in another run.out"
-            )
+        path = self.folder / name
+        on_all_ranks(lambda: self._check_complete(path))
         return path
+
+    def _newest(self) -> str | None:
+        """Name of the newest checkpoint, complete or not."""
+        tracker, complete = self.folder / TRACKER, self._complete()
+        if os.path.lexists(tracker):
+            step = read_tracker(self.folder)
+            if step is not None:
+                return iteration_name(step)
+            raise ValueError(
+                f"{tracker} names a release, which has no state of a run; give its folder as "
+                "model.pretrained_checkpoint, and start in another run.out"
+            )
+        if len(complete) > 1:
+            raise ValueError(
+                f"{tracker} is missing, and {', '.join(complete)} are there; write the step of one "
+                "of them into it, or start in another run.out"
+            )
+        # One without a tracker: the run was killed before it had published its first checkpoint.
+        return complete[0] if complete else None
+
+    def _complete(self) -> list[str]:
+        return sorted(path.parent.name for path in self.folder.glob(f"iter_*/{PROGRESS}"))
+
+    def _check_complete(self, path: Path) -> None:
+        if not (path / PROGRESS).is_file():
+            raise ValueError(
+                f"{self.folder / TRACKER} names {path.name}, which is missing or incomplete on "
+                f"this machine (complete are {', '.join(self._complete()) or 'none'}); restore it, "
+                "write the step of a complete one into the tracker, or start in another run.out"
+            )
 
     def _keep_origin(self, origin: Origin) -> None:
         """Keep configuration and tokenizer beside the checkpoints, for conversion back."""
@@ -124,14 +153,17 @@ class Checkpoints:
             os.replace(partial / HF_FOLDER, final)
             partial.rmdir()
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"iter_{step:07d}"
-
     def _publish(self, partial: Path, step: int, progress: str) -> None:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            write_atomically(partial / "progress.json", progress)
-            final = self._path(step)
+        rank = dist.get_rank()
+        parts: list[Any] = [None] * dist.get_world_size()
+        own = on_all_ranks(lambda: _checksums(partial, _files_of(partial, rank)))
+        dist.all_gather_object(parts, own)
+        if rank == 0:
+            write_atomically(partial / PROGRESS, progress)
+            known = {name: checksum for part in parts for name, checksum in part.items()}
+            shared = {path.name for path in partial.iterdir()} - known.keys()
+            write_manifest(partial, known | _checksums(partial, shared))
+            final = self.folder / iteration_name(step)
             if final.exists():
                 # Left by a run that went on from an earlier checkpoint; the tracker is not on it.
                 os.replace(final, self.folder / f"{_PARTIAL}replaced-{uuid.uuid4().hex[:8]}")
@@ -143,52 +175,32 @@ class Checkpoints:
         dist.barrier()
 
 
-def load_checkpoint(path: Path, model: TrainedModel) -> dict[str, Any]:
-    """Load weights, optimizer and schedule in place; the saved ``progress`` comes back.
-
-    The parallel layout may differ from the one that saved. Learning rates, betas and their like
-    are those of the running configuration, not the checkpoint's.
-
-    Raises:
-        ValueError: if the optimizer is of the other kind, whose state has other names.
-    """
-    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
-    if progress[_DISTRIBUTED] != _is_distributed(model):
-        raise ValueError(
-            f"{path} was saved with parallel.{_DISTRIBUTED}={str(progress[_DISTRIBUTED]).lower()}, "
-            "and Megatron does not convert the optimizer's state; set it so, or start in another "
-            "run.out"
-        )
-    own = [_settings(group) for group in model.optimizer.param_groups]
-    with loading_torch_adam(model.optimizer):
-        loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(path))
-        for name, chunk in _named_chunks(model).items():
-            chunk.load_state_dict(loaded[name])
-        model.optimizer.load_state_dict(loaded["optimizer"])
-    for group, settings in zip(model.optimizer.param_groups, own, strict=True):
-        group.update(settings)
-    model.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return progress
+def _files_of(folder: Path, rank: int) -> list[str]:
+    """Names of the tensor files that a rank wrote."""
+    names = [path.name for path in folder.iterdir()]
+    return [name for name in names if re.fullmatch(rf"__{rank}_\d+\.distcp", name)]
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration says about a parameter group; the step count is state."""
-    return {name: value for name, value in group.items() if name not in ("params", "step")}
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, FileChecksum]:
+    return {name: file_checksum(folder / name) for name in names}
 
 
-def _is_distributed(model: TrainedModel) -> bool:
+def is_distributed(model: TrainedModel) -> bool:
+    """Whether the optimizer's state is spread over the data-parallel ranks."""
     return any(isinstance(x, DistributedOptimizer) for x in model.optimizer.chained_optimizers)
 
 
-def _named_chunks(model: TrainedModel) -> dict[str, Any]:
+def named_chunks(model: TrainedModel) -> dict[str, Any]:
+    """This rank's chunks by the names that Megatron-LM gives them in a checkpoint."""
     if len(model.chunks) == 1:
         return {"model": model.chunks[0].module}
     return {f"model{i}": chunk.module for i, chunk in enumerate(model.chunks)}
 
 
-def _sharded_state(model: TrainedModel, is_loading: bool) -> dict[str, Any]:
+def sharded_state(model: TrainedModel, is_loading: bool) -> dict[str, Any]:
+    """Weights and optimizer as Megatron-Core's sharded state dict, to save or to be filled."""
     state: dict[str, Any] = {
-        name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model).items()
+        name: chunk.sharded_state_dict() for name, chunk in named_chunks(model).items()
     }
     state["optimizer"] = model.optimizer.sharded_state_dict(
         dict(state), is_loading=is_loading, metadata=_METADATA
@@ -196,5 +208,10 @@ def _sharded_state(model: TrainedModel, is_loading: bool) -> dict[str, Any]:
     return state
 
 
-# One file layout for every parallel layout, so that a run can continue on another.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_METADATA = {
+    # One file layout for every parallel layout, so that a run can continue on another.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Gathered on the first data-parallel rank, in host memory: else every rank would hold the
+    # whole shard's state, on its accelerator too.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}

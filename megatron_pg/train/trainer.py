@@ -25,6 +25,7 @@ from .model import build_reference, build_trained_model, validate_weights
 from .model_plan import plan_model, select_attention, validate_trainable
 from .passes import HeadConfig, train_pass
 from .prepare import Preparation
+from .progress import Progress, course_settings
 from .ranks import Ranks
 from .report import (
     closing_table,
@@ -35,8 +36,9 @@ from .report import (
     update_metrics,
     write_summary,
 )
+from .resume import resume_run
 from .sources import Recording, make_stream, open_sampling, share_recording
-from .state import Checkpoints, load_checkpoint
+from .state import Checkpoints, is_distributed
 
 
 class Trainer:
@@ -59,6 +61,8 @@ class Trainer:
         self.folder = Path(config.run.out)
         self.step = 0
         self.evaluations: dict[str, Evaluation] = {}
+        self.changes: list[dict[str, Any]] = []
+        self.note: str | None = None
         self.totals = {
             "unique_tokens": 0,
             "logical_tokens": 0,
@@ -81,6 +85,8 @@ class Trainer:
         writer = None
         if self.ranks.rank == 0:
             writer = MetricsWriter(run, config_dict(self.config), self.step)
+            if self.note is not None:
+                writer.note(self.note)
         if self.step:
             # A server still has the weights that it was started with.
             self.stream.update_weights(self._export_policy, self.step)
@@ -250,12 +256,16 @@ class Trainer:
 
     def _save(self) -> None:
         started = time.perf_counter()
-        progress = {
-            "stream": self.stream.state_dict(),
-            "totals": self.totals,
-            "evaluations": {name: e.__dict__ for name, e in self.evaluations.items()},
-        }
-        self.checkpoints.save(self.model, self.step, progress)
+        progress = Progress(
+            step=self.step,
+            use_distributed_optimizer=is_distributed(self.model),
+            stream=self.stream.state_dict(),
+            totals=self.totals,
+            evaluations=self.evaluations,
+            settings=course_settings(self.config),
+            changes=self.changes,
+        )
+        self.checkpoints.save(self.model, progress)
         self.totals["checkpoint_seconds"] += time.perf_counter() - started
 
     def _find_checkpoint(self) -> Path | None:
@@ -268,15 +278,14 @@ class Trainer:
         return newest
 
     def _resume(self, path: Path) -> None:
-        progress = load_checkpoint(path, self.model)
-        self.step = progress["step"]
-        self.stream.load_state_dict(progress["stream"])
-        self.totals = progress["totals"]
-        self.evaluations = {n: Evaluation(**e) for n, e in progress["evaluations"].items()}
+        progress, self.note = resume_run(path, self.config, self.model, self.stream)
+        self.step, self.changes = progress.step, progress.changes
+        self.totals, self.evaluations = progress.totals, progress.evaluations
 
     def _finish(self, writer: MetricsWriter) -> None:
         """Plot, summary and the closing table."""
-        write_summary(self.folder / "summary.json", writer.history, self.evaluations, self.totals)
+        path, history = self.folder / "summary.json", writer.history
+        write_summary(path, history, self.evaluations, self.totals, self.changes)
         if writer.history:
             plot_reward(writer.history, self.evaluations, self.folder / "reward.png")
         calls = count_attention_calls(torch.nn.ModuleList(self._bare_chunks()))

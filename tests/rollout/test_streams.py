@@ -78,7 +78,7 @@ def test_recorded_rollouts_refuse():
     with pytest.raises(ValueError, match="num_groups=0"):
         RecordedRollouts(make_recording(1)).next_groups(0)
     state = RecordedRollouts(make_recording(2), seed=1).state_dict()
-    with pytest.raises(ValueError, match="seed=1, these rollouts have 2"):
+    with pytest.raises(ValueError, match="seed=1, these rollouts have seed=2"):
         RecordedRollouts(make_recording(2), seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match="num_groups=2, these rollouts have 3"):
         RecordedRollouts(make_recording(3), seed=1).load_state_dict(state)

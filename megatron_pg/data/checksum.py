@@ -1,0 +1,26 @@
+"""Whether two recordings are the same to training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from .types import OPTIONAL_TOKEN_VALUES, Group
+
+
+def content_checksum(groups: Sequence[Group]) -> str:
+    """SHA-256 of all that training reads of the groups, in their order; names and metadata are not.
+
+    Equal for groups that were read from other files or in another format.
+    """
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(f"group of {len(group.samples)};".encode())
+        for sample in group.samples:
+            digest.update(f"{sample.status} {float(sample.reward).hex()};".encode())
+            for name in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
+                values = getattr(sample, name)
+                if values is not None:
+                    digest.update(f"{name} {values.dtype} {len(values)};".encode())
+                    digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
