@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from error
     return parse_json(text, path)
 
 
@@ -60,9 +60,11 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
         content = json.loads(text)
     # Deep nesting ends in a RecursionError.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(
+            f"{path}: expected a JSON object, got {type(content).__name__}; restore the file"
+        )
     return content
 
 

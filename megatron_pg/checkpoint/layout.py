@@ -127,11 +127,12 @@ def load_torch_file(
     except Exception as error:
         reason = str(error)
         if "weights_only" in reason.lower() or "Unsupported global" in reason:
-            named = [line for line in reason.splitlines() if "GLOBAL" in line] or [reason[:200]]
+            named = re.search(r"GLOBAL (\S+)", reason)
             raise ValueError(
-                f"{path}: holds pickled objects ({named[0].strip()[:200]}); reading them runs "
-                "code from the file. If you trust its origin, pass trust_pickle=True; what has no "
-                "such argument takes the folder that megatron_to_hf writes with it"
+                f"{path}: holds pickled objects ({named[1][:200] if named else reason[:200]}); "
+                "reading them runs code from the file. Restore the file; or, where you trust its "
+                "origin, read it with trust_pickle=True (what has no such argument: take the "
+                "folder that megatron_to_hf writes with it)"
             ) from None
         first = reason.splitlines()[0] if reason else type(error).__name__
-        raise ValueError(f"{path}: not readable ({first})") from error
+        raise ValueError(f"{path}: not readable ({first}); restore the file") from error

@@ -142,7 +142,8 @@ class TorchDistReader:
         if is_extra_state(key) and not _is_empty(value):
             raise ValueError(
                 f"{self.folder / record.file}: {key} holds a state of quantisation, which no layer "
-                "here has and which Transformer Engine would unpickle; save the model without fp8"
+                "here has and which Transformer Engine would unpickle; restore the file, or save "
+                "the model without fp8"
             )
         return value
 

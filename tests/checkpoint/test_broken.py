@@ -160,6 +160,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MEGATRON_CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tracker": (remove(TRACKER), "latest_checkpointed_iteration.txt: missing"),
     "odd tracker": (write(TRACKER, "latest"), "must be 'release' or a number"),
+    "tracker that leads out": (write(TRACKER, "../../x/iter_2"), "must be 'release' or a number"),
+    "tracker in other digits": (write(TRACKER, "\u00b2"), "must be 'release' or a number"),
     "tracker to nowhere": (write(TRACKER, "12"), "iter_0000012: missing"),
     "no metadata.json": (remove("metadata.json"), "metadata.json: missing"),
     "other format": (write("release/metadata.json", '{"sharded_backend": "zarr"}'), "'zarr'"),
