@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megatron_pg.data import Group, read_rollouts  # noqa: E402
 from megatron_pg.train import TrainConfig, load_config, parallel_run  # noqa: E402
 from megatron_pg.train.sources import open_sampling  # noqa: E402
 from tests.checkpoint import tiny as stock  # noqa: E402
-from tests.train import dense, forked  # noqa: E402
+from tests.train import dense, forked, gathering  # noqa: E402
 from tests.train.layouts import LAYOUTS  # noqa: E402
 from tests.train.tiny import VOCAB  # noqa: E402
 
@@ -30,10 +31,16 @@ TIMEOUT_MINUTES = 3.0
 Weights = dict[str, torch.Tensor]
 
 
-def run(config: TrainConfig, layout: str, out: Path, **changes: object) -> tuple[Weights, list]:
+def run(
+    config: TrainConfig,
+    layout: str,
+    out: Path,
+    train: Callable[[TrainConfig], None] = forked.train,
+    **changes: object,
+) -> tuple[Weights, list]:
     """Weights and metrics of a run on a layout, written to ``out``."""
     config = on_layout(config, layout, out, **changes)
-    forked.finish(lambda: forked.train(config), world_size(layout), out.with_suffix(".log"))
+    forked.finish(lambda: train(config), world_size(layout), out.with_suffix(".log"))
     return result(config)
 
 
@@ -162,14 +169,24 @@ def resume(config: TrainConfig, folder: Path) -> None:
     for layout in ("one", "dp2_distributed"):
         straight = run(config, layout, folder / f"straight_{layout}", num_steps=6)
         out = folder / f"resumed_{layout}"
-        run(config, layout, out, num_steps=2, save_interval=2)
+        run(config, layout, out, gathering.train_and_weigh, num_steps=2, save_interval=2)
+        num_parameters = sum(weight.numel() for weight in straight[0].values())
+        gathering.assert_gathered_once(
+            out.with_suffix(".log"), num_parameters, world_size(layout), "distributed" in layout
+        )
         run(config, layout, out, num_steps=3, save_interval=2)
         # As if the last steps had been made after the newest checkpoint and were lost.
         shutil.rmtree(out / "checkpoints" / "iter_0000003")
         (out / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
         assert_same(run(config, layout, out, num_steps=6, save_interval=2), straight)
-        # A finished run that is started again changes nothing.
-        assert_same(run(config, layout, out, num_steps=6, save_interval=2), straight)
+        # A finished run that is started again changes nothing, and says with what else it was.
+        other = replace(config, optimizer=replace(config.optimizer, lr=0.5))
+        assert_same(run(other, layout, out, num_steps=6, save_interval=2), straight)
+        words = f"with other settings: optimizer.lr {config.optimizer.lr} -> 0.5\n"
+        assert out.with_suffix(".log").read_text().count(words) == 1
+        summary = json.loads((out / "summary.json").read_text())
+        changed = {"optimizer.lr": [config.optimizer.lr, 0.5]}
+        assert summary["changed_settings"] == [{"step": 6, "changed": changed}]
         names = sorted(p.name for p in (out / "checkpoints").iterdir())
         tracker = "latest_checkpointed_iteration.txt"
         assert names == ["huggingface", "iter_0000004", "iter_0000006", tracker], names
@@ -194,6 +211,25 @@ def layouts(config: TrainConfig, folder: Path) -> None:
     codes = forked.start(lambda: forked.train(other), 2, log).wait(120)
     assert set(codes.values()) == {1}
     assert "was saved with parallel.use_distributed_optimizer=false" in log.read_text()
+    summary = json.loads((folder / "plain" / "summary.json").read_text())
+    assert summary["changed_settings"] == [], "a layout changes nothing"
+    damaged_on_one_rank(folder / "plain", other)
+
+
+def damaged_on_one_rank(out: Path, config: TrainConfig) -> None:
+    """A file that one of two ranks compares: the other ends with it, with the same words."""
+    folder = max((out / "checkpoints").glob("iter_*"))
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    path = next(folder / name for name in names[1::2] if name.endswith(".distcp"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    config = on_layout(config, "dp2", out, num_steps=7, save_interval=1)
+    log = out.with_name("damaged.log")
+    codes = forked.start(lambda: forked.train(config), 2, log).wait(120)
+    assert set(codes.values()) == {1}
+    words = f"ValueError: {path}: its bytes are not those that manifest.json lists"
+    assert log.read_text().count(words) == 2
 
 
 def kill(config: TrainConfig, folder: Path) -> None:
