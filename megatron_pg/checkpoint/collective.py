@@ -16,7 +16,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     ``action`` is no collective itself, or the ranks that it fails on would keep the others waiting.
 
     Raises:
-        ValueError: as the user's error of any rank (its kind where it is another).
+        ValueError: or NotImplementedError or OSError, as on the first rank that failed.
         RuntimeError: where another rank failed for a reason that is not the user's.
     """
     result, error = None, None
@@ -24,16 +24,13 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         result = action()
     except Exception as problem:  # raised below, on every rank
         error = problem
+    told: Exception | None = error
+    if error is not None and type(error) not in (ValueError, NotImplementedError, OSError):
+        # Others may hold what does not travel.
+        told = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
     errors: list[Any] = [None] * dist.get_world_size()
-    # Not the error itself: it may hold what does not travel.
-    dist.all_gather_object(errors, None if error is None else (type(error).__name__, str(error)))
+    dist.all_gather_object(errors, told)
     first = next((rank for rank, problem in enumerate(errors) if problem is not None), None)
-    if first is None:
-        return result  # type: ignore[return-value]
-    kind, message = errors[first]
-    if first == dist.get_rank() and error is not None:
-        raise error
-    kinds = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
-    if kind in kinds:
-        raise kinds[kind](message)
-    raise RuntimeError(f"rank {first}: {kind}: {message}")
+    if first is not None:
+        raise error if first == dist.get_rank() and error is not None else errors[first]
+    return result  # type: ignore[return-value]

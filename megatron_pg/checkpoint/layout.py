@@ -64,10 +64,12 @@ def read_tracker(root: Path) -> int | None:
         ValueError: naming the file, if it holds anything else.
     """
     tracker = root / TRACKER
+    if not tracker.is_file():
+        raise ValueError(f"{tracker}: no file; write the number of an iteration into one")
     try:
         content = tracker.read_bytes().decode(errors="replace").strip()
     except OSError as error:
-        raise ValueError(f"{tracker}: not readable ({error.strerror})") from error
+        raise ValueError(f"{tracker}: not readable ({error.strerror}); write it anew") from error
     if content == "release":
         return None
     # A path here would lead out of the folder.
@@ -125,14 +127,19 @@ def load_torch_file(
     try:
         return torch.load(content or path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:
-        reason = str(error)
-        if "weights_only" in reason.lower() or "Unsupported global" in reason:
-            named = re.search(r"GLOBAL (\S+)", reason)
+        reason = unpickling_reason(error)
+        if "pickled objects" in reason:
             raise ValueError(
-                f"{path}: holds pickled objects ({named[1][:200] if named else reason[:200]}); "
-                "reading them runs code from the file. Restore the file; or, where you trust its "
-                "origin, read it with trust_pickle=True (what has no such argument: take the "
-                "folder that megatron_to_hf writes with it)"
+                f"{path}: holds {reason}; reading them runs code from the file. Restore the file; "
+                "or, where you trust its origin, read it with trust_pickle=True (what has no such "
+                "argument: take the folder that megatron_to_hf writes with it)"
             ) from None
-        first = reason.splitlines()[0] if reason else type(error).__name__
-        raise ValueError(f"{path}: not readable ({first}); restore the file") from error
+        raise ValueError(f"{path}: not readable ({reason}); restore the file") from error
+
+
+def unpickling_reason(error: Exception) -> str:
+    """Why ``torch.load(weights_only=True)`` fails, in a few words: it prints a page."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named or "weights_only" in str(error).lower():
+        return f"pickled objects ({named[1][:200] if named else 'of an unknown kind'})"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -69,7 +69,9 @@ class CheckpointFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.checksums = _read_manifest(folder / MANIFEST)
+        self.checksums: dict[str, FileChecksum] | None = None
+        if os.path.lexists(folder / MANIFEST):
+            self.checksums = _read_manifest(self.path(MANIFEST))
         self._verified: set[str] = set()
         if self.checksums is not None:
             self._check_names(self.checksums)
@@ -77,7 +79,13 @@ class CheckpointFiles:
     @property
     def names(self) -> list[str]:
         """Names of all files but the manifest, sorted."""
-        return sorted(p.name for p in self.folder.iterdir() if p.name != MANIFEST)
+        try:
+            return sorted(path.name for path in self.folder.iterdir() if path.name != MANIFEST)
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}: not readable ({error.strerror}); mend its permissions, or take "
+                "another checkpoint"
+            ) from error
 
     def path(self, name: str) -> Path:
         """Where a file is.
@@ -86,12 +94,18 @@ class CheckpointFiles:
             ValueError: if the name, or a link, leads out of the folder, or if nothing is there.
         """
         path = self.folder / name
-        if not is_file_name(name) or path.resolve().parent != self.folder.resolve():
+        try:
+            is_inside = is_file_name(name) and path.resolve().parent == self.folder.resolve()
+            is_there = path.is_file()
+        # Links may lead in a circle.
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not readable ({error}); restore the file") from error
+        if not is_inside:
             raise ValueError(
                 f"{self.folder}: the file {name[:200]!r} lies outside of this folder; a checkpoint "
                 "holds its files itself, restore them there"
             )
-        if not path.is_file():
+        if not is_there:
             raise ValueError(f"{path}: missing; the checkpoint is incomplete, restore the file")
         return path
 
@@ -105,7 +119,7 @@ class CheckpointFiles:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: not readable ({error.strerror})") from error
+            raise ValueError(f"{path}: not readable ({error.strerror}); restore it") from error
         self._compare(name, FileChecksum(len(content), hashlib.sha256(content).hexdigest()))
         return content
 
@@ -119,7 +133,9 @@ class CheckpointFiles:
         try:
             return self.path(name).open("rb")
         except OSError as error:
-            raise ValueError(f"{self.folder / name}: not readable ({error.strerror})") from error
+            raise ValueError(
+                f"{self.folder / name}: not readable ({error.strerror}); restore it"
+            ) from error
 
     def verify(self, names: Iterable[str]) -> None:
         """Compare files with the manifest, each once.
@@ -134,7 +150,7 @@ class CheckpointFiles:
             try:
                 self._compare(name, file_checksum(path))
             except OSError as error:
-                raise ValueError(f"{path}: not readable ({error.strerror})") from error
+                raise ValueError(f"{path}: not readable ({error.strerror}); restore it") from error
 
     def accept(self) -> None:
         """Take all files as compared: other processes have done so."""
@@ -175,9 +191,7 @@ def is_file_name(name: Any) -> bool:
     return name not in ("", ".", "..") and not re.search(r"[/\\]", name)
 
 
-def _read_manifest(path: Path) -> dict[str, FileChecksum] | None:
-    if not os.path.lexists(path):
-        return None
+def _read_manifest(path: Path) -> dict[str, FileChecksum]:
     content = read_json(path)
     files = content.get("files")
     if content.keys() != {"format", "files"} or content["format"] != _FORMAT:

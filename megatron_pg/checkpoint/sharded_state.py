@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.validation import (
 )
 
 from .collective import on_all_ranks
-from .torch_dist import COMMON_STATE, TorchDistReader, is_extra_state
+from .extra_state import is_extra_state
+from .torch_dist import COMMON_STATE, TorchDistReader
 
 
 def load_sharded_state(

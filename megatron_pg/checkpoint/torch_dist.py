@@ -20,8 +20,9 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from .description import Chunk, Index, Record, read_description
+from .extra_state import is_empty, is_extra_state
 from .files import parse_json, write_json
-from .layout import load_torch_file
+from .layout import load_torch_file, unpickling_reason
 from .manifest import CheckpointFiles, write_manifest
 
 _BACKEND = {
@@ -139,7 +140,7 @@ class TorchDistReader:
         stored = self._load(key, record)
         # Megatron-Core puts every object into a list of its own.
         value = stored[0] if isinstance(stored, list) and len(stored) == 1 else stored
-        if is_extra_state(key) and not _is_empty(value):
+        if is_extra_state(key) and not is_empty(value):
             raise ValueError(
                 f"{self.folder / record.file}: {key} holds a state of quantisation, which no layer "
                 "here has and which Transformer Engine would unpickle; restore the file, or save "
@@ -179,10 +180,9 @@ class TorchDistReader:
         try:
             return torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{self.folder / record.file}: {key} is not readable ({reason[:200]}); restore the "
-                "file or take another checkpoint"
+                f"{self.folder / record.file}: {key} is not readable ({unpickling_reason(error)}); "
+                "restore the file or take another checkpoint"
             ) from error
 
     def _bytes(self, record: Record) -> bytes:
@@ -193,19 +193,6 @@ class TorchDistReader:
     def _records(self) -> list[Record]:
         chunks = [chunk for tensor in self.tensors.values() for chunk in tensor.chunks]
         return [*chunks, *self.objects.values()]
-
-
-def is_extra_state(key: str) -> bool:
-    """Whether an object is the state that a layer keeps beside its weights."""
-    return "_extra_state/" in key
-
-
-def _is_empty(state: Any) -> bool:
-    if isinstance(state, io.BytesIO):
-        # Transformer Engine before 2.0 wrapped a pickled None.
-        state = state.getvalue()
-        return not state or state == _serialised(None)
-    return state is None or (isinstance(state, Tensor) and not state.numel())
 
 
 def _serialised(value: Any) -> bytes:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,21 +158,24 @@ class Checkpoints:
         parts: list[Any] = [None] * dist.get_world_size()
         own = on_all_ranks(lambda: _checksums(partial, _files_of(partial, rank)))
         dist.all_gather_object(parts, own)
-        if rank == 0:
-            write_atomically(partial / PROGRESS, progress)
-            known = {name: checksum for part in parts for name, checksum in part.items()}
-            shared = {path.name for path in partial.iterdir()} - known.keys()
-            write_manifest(partial, known | _checksums(partial, shared))
-            final = self.folder / iteration_name(step)
-            if final.exists():
-                # Left by a run that went on from an earlier checkpoint; the tracker is not on it.
-                os.replace(final, self.folder / f"{_PARTIAL}replaced-{uuid.uuid4().hex[:8]}")
-            os.replace(partial, final)
-            write_atomically(self.folder / TRACKER, str(step))
-            done = [p for p in sorted(self.folder.glob("iter_*")) if p.name <= final.name]
-            for old in done[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+        known = {name: checksum for part in parts for name, checksum in part.items()}
+        on_first_rank(lambda: self._complete_and_rename(partial, step, progress, known), rank == 0)
+
+    def _complete_and_rename(
+        self, partial: Path, step: int, progress: str, checksums: Mapping[str, FileChecksum]
+    ) -> None:
+        write_atomically(partial / PROGRESS, progress)
+        shared = {path.name for path in partial.iterdir()} - checksums.keys()
+        write_manifest(partial, {**checksums, **_checksums(partial, shared)})
+        final = self.folder / iteration_name(step)
+        if final.exists():
+            # Left by a run that went on from an earlier checkpoint; the tracker is not on it.
+            os.replace(final, self.folder / f"{_PARTIAL}replaced-{uuid.uuid4().hex[:8]}")
+        os.replace(partial, final)
+        write_atomically(self.folder / TRACKER, str(step))
+        done = [p for p in sorted(self.folder.glob("iter_*")) if p.name <= final.name]
+        for old in done[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 
 from megatron_pg.checkpoint import (
     MegatronFolder,
+    TorchDistReader,
     compare_training_state,
     compare_weights,
     hf_to_megatron,
@@ -23,7 +26,14 @@ from megatron_pg.checkpoint import (
     write_manifest,
 )
 from megatron_pg.data import read_rollouts
-from tests.checkpoint.poison import POISONS, Attack, edit_metadata, poison
+from tests.checkpoint.poison import (
+    POISONS,
+    Attack,
+    edit_metadata,
+    poison,
+    replace_records,
+    serialised,
+)
 from tests.checkpoint.round_trip import same_weights
 from tests.hostile import refused
 
@@ -154,6 +164,32 @@ def test_no_way_out(command: str, kind: str, checkpoint: Path, tmp_path: Path) -
     with refused(release, "outside of th"):
         COMMANDS[command](checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+EMPTY: dict[str, Any] = {
+    "None": None,
+    "empty tensor": torch.empty(0, dtype=torch.uint8),
+    "bytes of None": torch.frombuffer(bytearray(pickle.dumps(None)), dtype=torch.uint8),
+    "None in a buffer": io.BytesIO(serialised(None)),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_extra_states_travel(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    """What layers save that are not quantised, by whichever version."""
+    state = serialised([EMPTY[kind]])
+    changed = []
+
+    def change(key: str, is_tensor: bool, record: bytes) -> bytes:
+        changed.append(key) if "_extra_state" in key else None
+        return state if "_extra_state" in key else record
+
+    replace_records(checkpoint / "release", change)
+    write_manifest(checkpoint / "release")
+    reshard_checkpoint(checkpoint, tmp_path / "out", tp_size=1, pp_size=2)
+    reader = TorchDistReader(tmp_path / "out/release")
+    assert changed and reader.read_bytes(changed[0]) == state
+    verify(tmp_path / "out", tmp_path / "nothing")
 
 
 def test_records_that_lie_elsewhere_are_not_copied(checkpoint: Path, tmp_path: Path) -> None:

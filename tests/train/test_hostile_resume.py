@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -13,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_pg.checkpoint import write_manifest
+from megatron_pg.checkpoint import TorchDistReader, load_sharded_state, write_manifest
 from megatron_pg.train import Trainer, dry_run
-from megatron_pg.train.state import TRACKER, Checkpoints
+from megatron_pg.train.model import build_trained_model
+from megatron_pg.train.model_plan import plan_model
+from megatron_pg.train.state import TRACKER, Checkpoints, sharded_state
+from megatron_pg.train.torch_adam import loading_torch_adam
 from tests.checkpoint.poison import POISONS, edit_metadata, poison, replace_records, serialised
 from tests.hostile import assert_both_occur, refused, seeds
 from tests.train.saved_run import STEP, SavedRun, assert_state, saved_run
@@ -56,6 +61,38 @@ def test_an_unchanged_copy_is_taken_up(run: SavedRun, folder: Path) -> None:
     run.copy(folder)
     assert resumes(run, folder)
     assert run.state["note"] is None and run.stream.state_dict()["num_taken"] == 5 * STEP
+
+
+@pytest.mark.parametrize("divisible_by", [1, 16])
+def test_equals_megatron_s_own_load(divisible_by: int, run: SavedRun) -> None:
+    """Which unpickles; also into a vocabulary that is padded otherwise."""
+    model_config = replace(run.config.model, make_vocab_size_divisible_by=divisible_by)
+    config = replace(run.config, model=model_config)
+    path = run.checkpoints / f"iter_{STEP:07d}"
+    loaded = []
+    for load in (
+        lambda state: dist_checkpointing.load(state, str(path)),
+        lambda state: load_sharded_state(state, TorchDistReader(path)),
+    ):
+        model = build_trained_model(config, plan_model(config.model, config.parallel), STEP)
+        with loading_torch_adam(model.optimizer):
+            loaded.append(dict(flattened(load(sharded_state(model, is_loading=True)))))
+    theirs, ours = loaded
+    rows = {
+        len(value)
+        for name, value in ours.items()
+        if str(name[-1]).endswith("word_embeddings.weight")
+    }
+    assert rows == {50 if divisible_by == 1 else 64} and len(theirs) > 100
+    assert_state(ours, theirs)
+
+
+def flattened(state: Any, name: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from flattened(value, (*name, key))
+    elif not name or name[-1] != "args":
+        yield name, state.detach() if isinstance(state, torch.Tensor) else state
 
 
 # Damage to files: bits, lengths, names and places, whatever the file.
@@ -136,9 +173,22 @@ def link_away(chance: random.Random, folder: Path) -> Path:
     return path
 
 
+def link_in_a_circle(chance: random.Random, folder: Path) -> Path:
+    path = delete(chance, folder)
+    path.symlink_to(path)
+    return path
+
+
+def make_pipe(chance: random.Random, folder: Path) -> Path:
+    """Whoever reads it waits for ever."""
+    path = delete(chance, folder)
+    os.mkfifo(path)
+    return path
+
+
 DAMAGES = (
     *(flip, flip, flip, overwrite, truncate, extend, delete, rename, swap, duplicate),
-    *(make_folder, link_away),
+    *(make_folder, link_away, link_in_a_circle, make_pipe),
 )
 
 
@@ -467,7 +517,7 @@ def test_trackers_of_both_kinds() -> None:
     assert_both_occur([re.fullmatch("0*2", text.strip()) is not None for text in TRACKERS])
 
 
-@pytest.mark.parametrize("case", ["bytes", "folder", "dangling link"])
+@pytest.mark.parametrize("case", ["bytes", "folder", "dangling link", "pipe"])
 def test_tracker_that_is_no_text(case: str, run: SavedRun, folder: Path) -> None:
     run.copy(folder)
     tracker = folder / TRACKER
@@ -476,6 +526,8 @@ def test_tracker_that_is_no_text(case: str, run: SavedRun, folder: Path) -> None
         tracker.write_bytes(b"\xff\xfe2\0")
     elif case == "folder":
         tracker.mkdir()
+    elif case == "pipe":
+        os.mkfifo(tracker)
     else:
         tracker.symlink_to(folder / "nothing")
     with refused(tracker):
