@@ -16,11 +16,17 @@ def content_checksum(groups: Sequence[Group]) -> str:
     digest = hashlib.sha256()
     for group in groups:
         digest.update(f"group of {len(group.samples)};".encode())
+        executions: dict[str, int] = {}
         for sample in group.samples:
-            digest.update(f"{sample.status} {float(sample.reward).hex()};".encode())
-            for name in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
-                values = getattr(sample, name)
+            # Which samples share an execution counts, not what it is called.
+            name = sample.execution_id
+            execution = None if name is None else executions.setdefault(name, len(executions))
+            digest.update(
+                f"{sample.status} {float(sample.reward).hex()} execution {execution};".encode()
+            )
+            for field in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
+                values = getattr(sample, field)
                 if values is not None:
-                    digest.update(f"{name} {values.dtype} {len(values)};".encode())
+                    digest.update(f"{field} {values.dtype} {len(values)};".encode())
                     digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
