@@ -1,4 +1,7 @@
-"""What the command-line tools share: progress bars, dtypes, one-line errors."""
+"""What the command-line tools share: progress bars, dtypes, one-line errors.
+
+Tools import the package once their arguments are read: ``--help`` waits for nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
+# How a tool spells what the library's errors advise.
+_FLAGS = {
+    "out_dir=DIR": "--out DIR",
+    "hf_config=DIR": "--hf-config DIR",
+    "trust_pickle=True": "--trust-pickle",
+    "weights_only=True": "--weights-only",
+    "dtype=DTYPE": "--dtype DTYPE",
+    "the direct conversion": "--backend direct",
+}
 # The tools run from a checkout, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -56,5 +70,13 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_flags(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def with_flags(message: object) -> str:
+    """A library's message with the tools' flags in place of its parameters."""
+    text = str(message)
+    for parameter, flag in _FLAGS.items():
+        text = text.replace(parameter, flag)
+    return text

@@ -7,8 +7,6 @@ from functools import partial
 
 from cli import add_backend, dtype, progress_bar, report_errors
 
-from megatron_pg.checkpoint import hf_to_megatron, hf_to_megatron_by
-
 
 def main() -> None:
     """Parse the command line and convert."""
@@ -23,6 +21,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     add_backend(parser)
     args = parser.parse_args()
+    from megatron_pg.checkpoint import hf_to_megatron, hf_to_megatron_by
+
     is_direct = args.backend == "direct"
     convert = hf_to_megatron if is_direct else partial(hf_to_megatron_by, args.backend)
     with report_errors(), progress_bar("parameters") as progress:

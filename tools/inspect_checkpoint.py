@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli import report_errors
-
-from megatron_pg.checkpoint import inspect_checkpoint
+from cli import report_errors, with_flags
 
 
 def main() -> None:
@@ -15,6 +13,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     args = parser.parse_args()
+    from megatron_pg.checkpoint import inspect_checkpoint
+
     with report_errors():
         summary = inspect_checkpoint(args.checkpoint)
     print(f"{summary.folder}: {summary.kind}")
@@ -29,7 +29,7 @@ def main() -> None:
         for name, (shape, dtype) in summary.tensors.items():
             print(f"  {name} {list(shape)} {str(dtype).removeprefix('torch.')}")
     for note in summary.notes:
-        print(f"  note: {note}")
+        print(f"  note: {with_flags(note)}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from functools import partial
 
 from cli import add_backend, dtype, progress_bar, report_errors
 
-from megatron_pg.checkpoint import megatron_to_hf, megatron_to_hf_by
-
 
 def main() -> None:
     """Parse the command line and convert."""
@@ -30,6 +28,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     add_backend(parser)
     args = parser.parse_args()
+    from megatron_pg.checkpoint import megatron_to_hf, megatron_to_hf_by
+
     is_direct = args.backend == "direct"
     convert = megatron_to_hf if is_direct else partial(megatron_to_hf_by, args.backend)
     with report_errors(), progress_bar("tensors") as progress:

