@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_pg.data import Group
     from tools.sharing.model import ModelDims
     from tools.sharing.settings import Settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ import torch
 from .files import atomic_folder, has_tokenizer, require_absent
 from .hf_folder import HfFolder
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
-from .layout import iteration_name, write_hf_metadata_folder, write_tracker
+from .layout import iteration_name, refuse_both_kinds, write_hf_metadata_folder, write_tracker
 from .mapping import Mapping
 from .megatron_args import make_megatron_args
-from .megatron_folder import MegatronFolder, WeightSource, common_state, torch_dist_places
+from .megatron_folder import MegatronFolder, WeightSource, common_state
 from .shards import make_shard
 from .torch_dist import TorchDistWriter
+from .torch_dist_shards import torch_dist_places
 
 # Called with (done, total) after every tensor.
 Progress = Callable[[int, int], None]
@@ -46,7 +48,7 @@ def hf_to_megatron(
         tp_size: tensor-parallel size to record.
         pp_size: pipeline-parallel size to record.
         vpp_size: chunks per pipeline rank to record.
-        dtype: of the written weights; None: as stored.
+        dtype: of the written weights; None: every tensor as stored.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
         dry_run: check everything, write nothing.
         progress: called after every parameter.
@@ -59,15 +61,15 @@ def hf_to_megatron(
         NotImplementedError: an unsupported architecture or setting.
     """
     source, out = HfFolder(hf_dir), Path(out_dir)
-    stored = dtype or source.dtypes["model.embed_tokens.weight"]
     args = make_megatron_args(
         source.model,
         tp_size=tp_size,
         pp_size=pp_size,
         vpp_size=vpp_size,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        dtype=stored,
+        dtype=dtype,
     )
+    check_dtypes(source, args.padded_vocab_size, dtype)
     require_absent(out)
     target = out / iteration_name(None)
     if dry_run:
@@ -78,9 +80,30 @@ def hf_to_megatron(
         writer = TorchDistWriter(folder)
         write_megatron_weights(writer, source, args.padded_vocab_size, dtype, progress)
         writer.finish(common_state(args, None))
-        write_hf_metadata_folder(partial, source.path)
+        write_hf_metadata_folder(partial, source.path, dtype)
         write_tracker(partial, None)
     return target
+
+
+def check_dtypes(source: WeightSource, padded_vocab_size: int, dtype: torch.dtype | None) -> None:
+    """Hugging Face tensors that Megatron keeps in one must have one dtype, unless it is given.
+
+    Raises:
+        ValueError: naming two that differ.
+    """
+    if dtype is not None:
+        return
+    mapping = Mapping(source.model, padded_vocab_size)
+    first: dict[str, str] = {}
+    for name in mapping.megatron_names():
+        for piece in mapping.shard(name).pieces:
+            together = first.setdefault(torch_dist_places(name)[0][0], piece.name)
+            if source.dtypes[piece.name] != source.dtypes[together]:
+                raise ValueError(
+                    f"{source.path}: {together} is {source.dtypes[together]}, {piece.name} "
+                    f"{source.dtypes[piece.name]}; Megatron stores them as one tensor: pass "
+                    "dtype=DTYPE"
+                )
 
 
 def write_megatron_weights(
@@ -90,7 +113,10 @@ def write_megatron_weights(
     dtype: torch.dtype | None,
     progress: Progress | None = None,
 ) -> None:
-    """Write every parameter (and the empty extra state of every linear layer) of a source."""
+    """Write every parameter (and the empty extra state of every linear layer) of a source.
+
+    Dtypes that differ within a tensor of the checkpoint are refused by ``check_dtypes``.
+    """
     model = source.model
     mapping = Mapping(model, padded_vocab_size)
     names = mapping.megatron_names()
@@ -135,7 +161,7 @@ def megatron_to_hf(
             generation config.
         hf_config: folder with the configuration and tokenizer; None: the checkpoint's
             ``huggingface/``, or a configuration made from its ``args`` (without tokenizer).
-        dtype: of the written weights; None: as stored.
+        dtype: of the written weights; None: every tensor as stored.
         max_shard_bytes: largest file, unless one tensor is larger.
         trust_pickle: allow unpickling (legacy checkpoints).
         dry_run: check everything, write nothing.
@@ -165,16 +191,17 @@ def write_hf(
     progress: Progress | None = None,
 ) -> None:
     """Write any source as a Hugging Face folder, atomically."""
-    stored = dtype or source.dtypes["model.embed_tokens.weight"]
-    plan = make_file_plan(source.shapes, stored, max_shard_bytes)
+    dtypes = dict.fromkeys(source.shapes, dtype) if dtype else source.dtypes
+    plan = make_file_plan(source.shapes, dtypes, max_shard_bytes)
     with atomic_folder(out) as partial:
-        writer = HfWriter(partial, plan, stored)
+        writer = HfWriter(partial, plan, dtypes)
         for done, name in enumerate(source.shapes, 1):
             writer.add(name, source.read(name))
             if progress:
                 progress(done, len(source.shapes))
         writer.finish()
-        write_hf_metadata(partial, plan, source.model, stored, hf_config)
+        model = replace(source.model, dtype=dtype) if dtype else source.model
+        write_hf_metadata(partial, plan, model, hf_config)
 
 
 def open_weights(
@@ -189,5 +216,6 @@ def open_weights(
     """
     path = Path(path)
     if (path / "config.json").is_file():
+        refuse_both_kinds(path)
         return HfFolder(path)
     return MegatronFolder(path, hf_config=hf_config, trust_pickle=trust_pickle)

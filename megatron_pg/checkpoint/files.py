@@ -22,8 +22,11 @@ NAMED_DTYPES = {
 SIDE_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json", "tekken.json", "spiece.model"),
+    *("sentencepiece.bpe.model", "sentencepiece.model"),
 )
+# Chat templates with a name of their own ("tool_use"), beside the default one.
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -41,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: naming the file, if it cannot be read or holds no object.
+        ValueError: naming the file, if it cannot be read, names a key twice or holds no object.
     """
     try:
         text = path.read_bytes()
@@ -54,10 +57,10 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """The object in the bytes of a JSON file.
 
     Raises:
-        ValueError: naming the file, if they are no JSON or hold no object.
+        ValueError: naming the file, if they are no JSON, name a key twice or hold no object.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique)
     # Deep nesting ends in a RecursionError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from error
@@ -68,21 +71,42 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     return content
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs; readers differ in which of two values they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} stands there twice; keep one")
+    return content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as indented JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A ``config.json``'s content that names another dtype."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+
+
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config, those that exist."""
-    for name in SIDE_FILES:
+    """Copy tokenizer, chat templates and generation config, those that exist."""
+    templates = (path.relative_to(source) for path in (source / CHAT_TEMPLATES).glob("*.jinja"))
+    for name in (*map(Path, SIDE_FILES), *templates):
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether one of the files is there from which ``transformers`` makes a tokenizer."""
-    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    vocabularies = (
+        *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"),
+        *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model"),
+    )
     return any((folder / name).is_file() for name in vocabularies)
 
 
@@ -93,12 +117,12 @@ def require_absent(path: Path) -> None:
         ValueError: naming the folder and the remedy.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is not empty; remove it or name another --out")
+        raise ValueError(f"{path}: exists and is not empty; remove it or pass another out_dir=DIR")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{parent}: no permission to write; choose another --out")
+        raise ValueError(f"{parent}: no permission to write; pass another out_dir=DIR")
 
 
 def partial_path(path: Path) -> Path:

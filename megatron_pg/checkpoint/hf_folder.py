@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import read_json
 from .hf_config import HfModel
+from .hf_files import INDEX, find_weight_files
 from .hf_parse import read_hf_config
 from .mapping import Mapping
+from .shards import is_same, refuse_not_finite
 
 # Derived from the configuration; old exports stored it.
-_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-_INDEX = "model.safetensors.index.json"
+_DERIVED = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,8 +35,8 @@ class HfFolder:
         hf_dir: folder with ``config.json`` and safetensors, one file or shards with an index.
 
     Raises:
-        ValueError: naming the file: missing or damaged files, tensors that the configuration
-            does not have, has otherwise, or needs and are missing.
+        ValueError: naming the file: missing, damaged or ambiguous files, tensors that the
+            configuration does not have, has otherwise, or needs and are missing.
         NotImplementedError: an unsupported architecture or setting.
     """
 
@@ -52,33 +53,23 @@ class HfFolder:
         self._check()
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Indices ``[start, stop)`` of a tensor along ``dim``, on the CPU, as stored."""
+        """Indices ``[start, stop)`` of a tensor along ``dim``, on the CPU, as stored.
+
+        Raises:
+            ValueError: naming the file: damaged, or with values that are not finite.
+        """
         path = self._files[name]
         index = (slice(None),) * dim + (slice(start, stop),)
         try:
             tensor: Tensor = self._handles[path].get_slice(name)[index]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: tensor {name} is not readable ({error})") from error
+        refuse_not_finite(tensor, f"{path}: tensor {name}")
         return tensor
 
     def _open(self) -> None:
-        index_path = self.path / _INDEX
-        if index_path.is_file():
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index_path}: no weight_map; the index is damaged")
-            files = sorted(set(weight_map.values()))
-        elif (self.path / "model.safetensors").is_file():
-            weight_map, files = None, ["model.safetensors"]
-        else:
-            raise ValueError(
-                f"{self.path}: neither model.safetensors nor {_INDEX}; other weight formats "
-                "(pytorch_model.bin) are not read: save the model as safetensors"
-            )
-        for file in files:
-            path = self.path / file
-            if not path.is_file():
-                raise ValueError(f"{path}: missing, although {_INDEX} names it; download it again")
+        files, weight_map = find_weight_files(self.path)
+        for path in files:
             try:
                 handle = safe_open(path, framework="pt")
                 for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
@@ -86,15 +77,30 @@ class HfFolder:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not readable as safetensors ({error})") from error
             self._handles[path] = handle
-        for name, file in (weight_map or {}).items():
-            if self._files.get(name) != self.path / file and not name.endswith(_DERIVED_SUFFIX):
+        if weight_map is None:
+            return
+        indexed = {k: v for k, v in weight_map.items() if not self._is_derived(k)}
+        for name in sorted(indexed.keys() | self._files.keys()):
+            held, named = self._files.get(name), indexed.get(name)
+            if held is None:
+                raise ValueError(f"{named}: tensor {name} is missing; the index names it")
+            if held != named:
                 raise ValueError(
-                    f"{self.path / file}: tensor {name} is missing; the index names it"
+                    f"{held}: tensor {name}, which {INDEX} places in "
+                    f"{named.name if named else 'no file'}; download the index that belongs to it"
                 )
 
+    def _is_derived(self, name: str) -> bool:
+        match = _DERIVED.fullmatch(name)
+        return match is not None and int(match[1] or 0) < self.model.num_layers
+
     def _add(self, handle: Any, path: Path, name: str) -> None:
-        if name.endswith(_DERIVED_SUFFIX):
+        if self._is_derived(name):
             return
+        if name in self._files:
+            raise ValueError(
+                f"{path}: tensor {name} is in {self._files[name].name} too; remove one of the two"
+            )
         header = handle.get_slice(name)
         dtype = header.get_dtype()
         if dtype not in _DTYPES:
@@ -135,7 +141,7 @@ class HfFolder:
         same = self.shapes[head] == self.shapes.get(embedding)
         for start in range(0, self.shapes[head][0] if same else 0, 8192):
             rows = (0, start, start + 8192)
-            same = same and torch.equal(self.read(head, *rows), self.read(embedding, *rows))
+            same = same and is_same(self.read(head, *rows), self.read(embedding, *rows))
         if not same:
             raise ValueError(
                 f"{self._files[head]}: lm_head.weight differs from the embedding, but config.json "

@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .files import NAMED_DTYPES, read_json
 from .hf_config import ARCHITECTURES, LLAMA3_ROPE, HfModel
+from .hf_values import ConfigValues
+
+# Beyond every model of these architectures; they keep a damaged number from filling memory.
+MAX_LAYERS, MAX_EXPERTS = 1000, 1000
 
 _KNOWN_KEYS = {
     *("architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size"),
@@ -26,6 +32,13 @@ _NEUTRAL_KEYS = {
     *("transformers.js_config", "is_llama_config", "unsloth_fixed", "unsloth_version"),
     *("id2label", "label2id", "problem_type", "task_specific_params", "tokenizer_class"),
     *("chunk_size_feed_forward", "return_dict", "max_length"),
+}
+# Keys that transformers fills with a number where the file lacks them.
+_OWN_DEFAULTS = {
+    "MistralForCausalLM": ("num_key_value_heads", "sliding_window"),
+    "Qwen2ForCausalLM": ("num_key_value_heads",),
+    "Qwen3ForCausalLM": ("num_key_value_heads", "head_dim"),
+    "Qwen3MoeForCausalLM": ("num_key_value_heads",),
 }
 
 
@@ -46,86 +59,130 @@ def parse_hf_config(config: dict[str, Any], where: str = "config.json") -> HfMod
     """The model of a ``config.json``'s content; ``where`` names it in errors.
 
     Raises:
-        ValueError: a missing key, or a setting that contradicts another.
+        ValueError: a missing key, a value of another type or beyond what a model can have, or a
+            setting that contradicts another.
         NotImplementedError: an architecture, rope type or setting that is not supported.
     """
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture not in ARCHITECTURES:
-        raise NotImplementedError(
-            f"{where}: architecture {architecture!r} is not supported; supported are "
-            + ", ".join(ARCHITECTURES)
-        )
-    _refuse(config, where)
-    rope_type, rope_factor, rotary_base = _rope(config, where)
-
-    def need(key: str) -> Any:
-        if config.get(key) is None:
-            raise ValueError(f"{where}: key {key!r} is missing; {architecture} needs it")
-        return config[key]
-
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
-    groups = config.get("num_key_value_heads") or heads
-    if heads % groups:
-        raise ValueError(
-            f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
-        )
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in NAMED_DTYPES:
-        raise NotImplementedError(
-            f"{where}: dtype {dtype!r} is not supported; use one of {', '.join(NAMED_DTYPES)}"
-        )
-    moe: dict[str, Any] = {}
-    if architecture == "Qwen3MoeForCausalLM":
-        moe = dict(
-            num_experts=config.get("num_experts") or need("num_local_experts"),
-            moe_router_topk=need("num_experts_per_tok"),
-            moe_ffn_hidden_size=need("moe_intermediate_size"),
-            norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-        )
+    architecture = _architecture(config, where)
+    values = ConfigValues(config, where)
+    sizes = _sizes(values, architecture)
+    moe = _experts(values) if architecture == "Qwen3MoeForCausalLM" else {}
+    rope_type, rope_factor, rotary_base = _rope(values)
+    tied, bias = values.flag("tie_word_embeddings"), values.flag("attention_bias")
+    for key in ("mlp_bias", "use_sliding_window"):
+        values.flag(key)
+    window = values.size("sliding_window", default=None)
+    values.finish()
+    _refuse(config, architecture, window, where)
     return HfModel(
         architecture=architecture,
-        num_layers=need("num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=need("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=config.get("head_dim") or hidden // heads,
-        layernorm_epsilon=need("rms_norm_eps"),
-        vocab_size=need("vocab_size"),
-        max_sequence_length=need("max_position_embeddings"),
+        **sizes,
         rotary_base=rotary_base,
         rope_type=rope_type,
         rope_factor=rope_factor,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        add_bias_linear=bool(config.get("attention_bias")),
-        dtype=NAMED_DTYPES[dtype],
+        tied=tied,
+        add_bias_linear=bias,
+        dtype=_dtype(config, where),
         **moe,
     )
 
 
-def _rope(config: dict[str, Any], where: str) -> tuple[str, float, float]:
+def _sizes(values: ConfigValues, architecture: str) -> dict[str, Any]:
+    heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
+    groups = values.size("num_key_value_heads", default=heads)
+    width = values.size("head_dim", default=None)
+    for key in _OWN_DEFAULTS.get(architecture, ()):
+        if key not in values.config:
+            values.problems.append(
+                f"key {key!r} is missing: name it, for transformers has a default of its own"
+            )
+    if heads % groups:
+        values.problems.append(
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
+        )
+    if width is None and hidden % heads:
+        values.problems.append(
+            f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and there is no "
+            "head_dim"
+        )
+    return dict(
+        num_layers=values.size("num_hidden_layers", MAX_LAYERS),
+        hidden_size=hidden,
+        ffn_hidden_size=values.size("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=width or hidden // heads,
+        layernorm_epsilon=values.number("rms_norm_eps", 1e-20, 1.0),
+        vocab_size=values.size("vocab_size"),
+        max_sequence_length=values.size("max_position_embeddings"),
+    )
+
+
+def _architecture(config: dict[str, Any], where: str) -> str:
+    named, kind = config.get("architectures"), config.get("model_type")
+    architecture = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise NotImplementedError(
+            f"{where}: architecture {architecture!r} is not supported; supported are "
+            + ", ".join(ARCHITECTURES)
+        )
+    if kind is not None and kind != ARCHITECTURES[architecture]:
+        raise ValueError(
+            f"{where}: model_type={kind!r} contradicts architectures=[{architecture!r}], which is "
+            f"of type {ARCHITECTURES[architecture]!r}; correct the one that is wrong"
+        )
+    return architecture
+
+
+def _experts(values: ConfigValues) -> dict[str, Any]:
+    config = values.config
+    one, other = config.get("num_experts"), config.get("num_local_experts")
+    if None not in (one, other) and one != other:
+        values.problems.append(f"num_experts={one!r} and num_local_experts={other!r} differ")
+    count = values.size("num_experts" if other is None else "num_local_experts", MAX_EXPERTS)
+    return dict(
+        num_experts=count,
+        moe_router_topk=values.size("num_experts_per_tok", count),
+        moe_ffn_hidden_size=values.size("moe_intermediate_size"),
+        norm_topk_prob=values.flag("norm_topk_prob"),
+    )
+
+
+def _dtype(config: dict[str, Any], where: str) -> torch.dtype:
+    named = [config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    for dtype in named:
+        if not isinstance(dtype, str) or dtype not in NAMED_DTYPES:
+            raise NotImplementedError(
+                f"{where}: dtype {dtype!r} is not supported; use one of {', '.join(NAMED_DTYPES)}"
+            )
+    if len(set(named)) > 1:
+        raise ValueError(f"{where}: dtype and torch_dtype are {' and '.join(named)}; keep one")
+    return NAMED_DTYPES[named[0] if named else "float32"]
+
+
+def _rope(values: ConfigValues) -> tuple[str, float, float]:
     """Rope type, factor and base, from either spelling; both present must agree."""
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    bases = {float(d["rope_theta"]) for d in (config, new, old) if d.get("rope_theta") is not None}
+    where = values.where
+    new, old = values.section("rope_parameters"), values.section("rope_scaling")
+    places = [ConfigValues(place, where) for place in (values.config, new, old)]
+    # The default of all these architectures in transformers is 10000.
+    bases = {place.number("rope_theta", 1.0, 1e12, default=None) for place in places}
+    bases = bases - {None} or {10000.0}
     if len(bases) > 1:
         raise ValueError(f"{where}: rope_theta is given as {sorted(bases)}; keep one value")
-    # The default of all these architectures in transformers.
-    bases = bases or {10000.0}
-
-    def scaling(values: dict[str, Any]) -> dict[str, Any]:
-        named = {k: v for k, v in values.items() if k not in ("rope_theta", "type")}
-        return named | dict(rope_type=values.get("rope_type") or values.get("type") or "default")
-
-    if new and old and scaling(new) != scaling(old):
+    if new and old and _scaling(new) != _scaling(old):
         raise ValueError(f"{where}: rope_parameters and rope_scaling differ; keep one of them")
-    rope = scaling(new or old)
+    rope = _scaling(new or old)
     kind = rope.pop("rope_type")
     allowed: dict[str, dict[str, Any]] = {"default": {}, "linear": {}, "llama3": LLAMA3_ROPE}
-    if kind not in allowed:
+    if not isinstance(kind, str) or kind not in allowed or (new or old).get("type", kind) != kind:
         raise NotImplementedError(
-            f"{where}: rope type {kind!r} is not supported; supported are {', '.join(allowed)}"
+            f"{where}: rope type {(new or old).get('type', kind)!r} is not supported; supported "
+            f"are {', '.join(allowed)}"
         )
-    factor = float(rope.pop("factor", 1.0))
+    scaled = ConfigValues(rope, where)
+    factor = 1.0 if kind == "default" else scaled.number("factor", 1.0, 1e6)
+    rope.pop("factor", None)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise NotImplementedError(f"{where}: partial_rotary_factor must be 1.0")
     if kind == "default":
@@ -136,10 +193,18 @@ def _rope(config: dict[str, Any], where: str) -> tuple[str, float, float]:
             f"{where}: rope type {kind!r} with {rope}; Megatron-Core computes it with "
             f"{allowed[kind]} only"
         )
+    for part in (*places, scaled):
+        values.problems += part.problems
     return kind, factor, bases.pop()
 
 
-def _refuse(config: dict[str, Any], where: str) -> None:
+def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
+    """A rope section without its base, its type under one name."""
+    named = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+    return named | dict(rope_type=rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _refuse(config: dict[str, Any], architecture: str, window: int | None, where: str) -> None:
     """All settings that would make ``GPTModel`` another model, in one error."""
     problems = []
 
@@ -151,15 +216,16 @@ def _refuse(config: dict[str, Any], where: str) -> None:
     must("partial_rotary_factor", 1.0, None)
     must("decoder_sparse_step", 1)
     must("mlp_only_layers", [], None)
-    must("layer_types", None, ["full_attention"] * config.get("num_hidden_layers", 0))
-    if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
+    must("layer_types", None, ["full_attention"] * config["num_hidden_layers"])
+    biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if architecture != "LlamaForCausalLM":
+        # Megatron-Core has biases in all linear layers, or in query, key and value alone.
+        problems += [f"{key}=True (must be false for {architecture})" for key in biases]
+    elif len(biases) == 1:
         problems.append("attention_bias and mlp_bias must both be true or both false")
-    window = config.get("sliding_window")
-    if (
-        window is not None
-        and config.get("use_sliding_window", True)
-        and window < config.get("max_position_embeddings", 0)
-    ):
+    # Mistral's configuration has no switch.
+    is_used = architecture == "MistralForCausalLM" or config.get("use_sliding_window", True)
+    if window is not None and is_used and window < config["max_position_embeddings"]:
         problems.append(f"sliding_window={window} (must be null)")
     unknown = sorted(
         key

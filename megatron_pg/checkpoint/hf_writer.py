@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import copy_side_files, read_json, write_json
+from .files import copy_side_files, read_json, with_dtype, write_json
 from .hf_config import HfModel
+from .hf_parse import parse_hf_config
+from .shards import cast
 
 MAX_SHARD_BYTES = 2 * 2**30
 
@@ -33,7 +35,7 @@ class FilePlan:
 
 def make_file_plan(
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     writers: Mapping[str, int] | None = None,
 ) -> FilePlan:
@@ -41,7 +43,7 @@ def make_file_plan(
     shards: list[list[str]] = []
     room, writer, total = 0, None, 0
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = torch.Size(shape).numel() * dtypes[name].itemsize
         owner = (writers or {}).get(name)
         if not shards or size > room or owner != writer:
             shards.append([])
@@ -58,10 +60,10 @@ def make_file_plan(
 class HfWriter:
     """Collects tensors and writes each file of a plan as soon as it is complete."""
 
-    def __init__(self, folder: Path, plan: FilePlan, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, plan: FilePlan, dtypes: Mapping[str, torch.dtype]) -> None:
         self.folder = folder
         self.plan = plan
-        self.dtype = dtype
+        self.dtypes = dtypes
         self._file_of = {name: file for file, names in plan.files.items() for name in names}
         self._pending: dict[str, dict[str, Tensor]] = {}
 
@@ -69,11 +71,12 @@ class HfWriter:
         """Take a whole tensor; a file's tensors may come in any order.
 
         Raises:
+            ValueError: values that the written dtype does not hold.
             OSError: naming the file that could not be written.
         """
         file = self._file_of[name]
         pending = self._pending.setdefault(file, {})
-        pending[name] = tensor.detach().to("cpu", self.dtype).contiguous()
+        pending[name] = cast(tensor.detach().cpu(), self.dtypes[name], name).contiguous()
         if len(pending) == len(self.plan.files[file]):
             ordered = {name: pending[name] for name in self.plan.files[file]}
             try:
@@ -87,13 +90,11 @@ class HfWriter:
         assert not self._pending, f"incomplete: {sorted(self._pending)}"
 
 
-def write_hf_metadata(
-    folder: Path, plan: FilePlan, model: HfModel, dtype: torch.dtype, source: Path | None
-) -> None:
-    """Write index and ``config.json`` and copy tokenizer, template and generation config.
+def write_hf_metadata(folder: Path, plan: FilePlan, model: HfModel, source: Path | None) -> None:
+    """Write index and ``config.json`` and copy tokenizer, templates and generation config.
 
-    The configuration is the source's with the weights' dtype; without a source it is made from
-    ``model``.
+    The configuration is the source's, with the dtype of ``model``; without a source it is made
+    from ``model``.
     """
     if len(plan.files) > 1:
         weight_map = {name: file for file, names in plan.files.items() for name in names}
@@ -102,7 +103,7 @@ def write_hf_metadata(
     config: dict[str, Any] = model.config_json()
     if source is not None:
         config = read_json(source / "config.json")
+        if parse_hf_config(config).dtype != model.dtype:
+            config = with_dtype(config, model.dtype)
         copy_side_files(source, folder)
-    named = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    config |= {key: str(dtype).removeprefix("torch.") for key in named}
     write_json(folder / "config.json", config)

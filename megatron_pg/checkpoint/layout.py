@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import megatron.core  # noqa: F401 (tells torch which types in a checkpoint's args are safe)
 import torch
 
-from .files import copy_side_files, read_json, write_json
+from .files import copy_side_files, read_json, with_dtype, write_json
 from .hf_parse import parse_hf_config
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -81,16 +81,34 @@ def read_tracker(root: Path) -> int | None:
     return int(content)
 
 
+def refuse_both_kinds(path: Path) -> None:
+    """Refuse a Hugging Face folder that holds a Megatron checkpoint besides.
+
+    Raises:
+        ValueError: naming what belongs to the checkpoint.
+    """
+    for name in (TRACKER, "common.pt", "metadata.json"):
+        if (path / name).is_file():
+            raise ValueError(
+                f"{path}: holds config.json of a Hugging Face folder and {name} of a Megatron "
+                "checkpoint; keep them in two folders, or pass that of the iteration"
+            )
+
+
 def write_tracker(root: Path, iteration: int | None) -> None:
     """Point the tracker to an iteration."""
     (root / TRACKER).write_text("release" if iteration is None else str(iteration))
 
 
-def write_hf_metadata_folder(root: Path, source: Path) -> None:
-    """Keep a model folder's configuration and tokenizer beside the weights, to leave with them."""
+def write_hf_metadata_folder(root: Path, source: Path, dtype: torch.dtype | None = None) -> None:
+    """Keep a model folder's configuration and tokenizer beside the weights, to leave with them.
+
+    The configuration names the weights' ``dtype`` where one is given.
+    """
     folder = root / HF_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", read_json(source / "config.json"))
+    config = read_json(source / "config.json")
+    write_json(folder / "config.json", with_dtype(config, dtype) if dtype else config)
     copy_side_files(source, folder)
 
 

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 
 from .convert import Progress, hf_to_megatron, megatron_to_hf, write_hf
-from .files import read_json, write_json
+from .files import read_json, with_dtype, write_json
 from .hf_folder import HfFolder
 from .hf_parse import read_hf_config
 from .hf_writer import MAX_SHARD_BYTES
@@ -25,10 +25,9 @@ from .layout import iteration_name, write_hf_metadata_folder, write_tracker
 from .mapping import Mapping
 from .megatron_args import make_megatron_args
 from .megatron_folder import MegatronFolder, WeightSource, common_state
+from .model import load_weights
 from .one_rank import build_gpt, one_rank
-from .reshard import PER_RANK, reshard_checkpoint
-from .sharded_state import load_sharded_state
-from .torch_dist import TorchDistReader, is_torch_dist
+from .reshard import reshard_checkpoint
 
 
 class WeightLibrary(Protocol):
@@ -79,7 +78,7 @@ class MegatronBridge:
         write_json(names / "model.safetensors.index.json", index)
         bridge = self._bridge.from_hf_pretrained(str(names))
         tensors = bridge.export_hf_weights([gpt_model], cpu=True, show_progress=False)
-        whole = {name: tensor.to(dtype).contiguous() for name, tensor in tensors if name in shapes}
+        whole = {name: tensor.to(dtype).contiguous() for name, tensor in tensors}
         save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -96,7 +95,9 @@ def open_library(backend: str) -> WeightLibrary:
         ValueError: a name that is no library's, or a library that does not import, and why.
     """
     if backend not in LIBRARIES:
-        raise ValueError(f"backend={backend!r}: use direct or one of {', '.join(LIBRARIES)}")
+        raise ValueError(
+            f"backend={backend!r}: use one of {', '.join(LIBRARIES)}, or the direct conversion"
+        )
     return LIBRARIES[backend]()
 
 
@@ -117,7 +118,7 @@ def hf_to_megatron_by(
 
     Raises:
         ValueError: as ``hf_to_megatron`` and ``open_library``; a model that the library cannot
-            convert.
+            convert, or weights of several dtypes.
         NotImplementedError: as ``hf_to_megatron``.
     """
     library, out = open_library(backend), Path(out_dir)
@@ -127,16 +128,23 @@ def hf_to_megatron_by(
     if dry_run:
         return target
     source = HfFolder(hf_dir)
-    stored = dtype or source.dtypes["model.embed_tokens.weight"]
+    stored = dtype or _only_dtype(source)
     with one_rank() as device, _scratch_folder(out) as scratch:
         gpt_model = build_gpt(source.model, stored, device)
+        with torch.no_grad():
+            for parameter in gpt_model.parameters():
+                parameter.fill_(torch.nan)
         with _explained(backend, source):
             library.load(gpt_model, source.path, stored)
+            parameters = gpt_model.named_parameters()
+            missing = [name for name, parameter in parameters if parameter.isnan().any()]
+            if missing:
+                raise ValueError(f"it leaves out {', '.join(missing[:5])}")
         folder = scratch / iteration_name(None)
         folder.mkdir()
-        common = common_state(make_megatron_args(source.model, **divisible, dtype=stored), None)
+        common = common_state(make_megatron_args(source.model, **divisible, dtype=dtype), None)
         dist_checkpointing.save({"model": gpt_model.sharded_state_dict()} | common, str(folder))
-        write_hf_metadata_folder(scratch, source.path)
+        write_hf_metadata_folder(scratch, source.path, dtype)
         write_tracker(scratch, None)
         return reshard_checkpoint(scratch, out, **layout, progress=progress)
 
@@ -156,40 +164,46 @@ def megatron_to_hf_by(
     """Equals ``megatron_to_hf``, with the weights taken by a library of ``LIBRARIES``.
 
     Raises:
-        ValueError: as ``megatron_to_hf`` and ``open_library``; a legacy checkpoint, or a model
-            that the library cannot convert.
+        ValueError: as ``megatron_to_hf`` and ``open_library``; a model that the library cannot
+            convert, or weights of several dtypes.
         NotImplementedError: as ``megatron_to_hf``.
     """
     library, out = open_library(backend), Path(out_dir)
     options: dict[str, Any] = dict(hf_config=hf_config, trust_pickle=trust_pickle)
     has_tokenizer = megatron_to_hf(megatron_dir, out, **options, dry_run=True)
     source = MegatronFolder(megatron_dir, **options)
-    if not is_torch_dist(source.path):
-        raise ValueError(
-            f"{source.path}: --backend {backend} reads torch_dist only; use --backend direct, or "
-            "reshard_checkpoint.py --weights-only first"
-        )
     if dry_run:
         return has_tokenizer
-    held = source.dtypes["model.embed_tokens.weight"]
+    stored = dtype or _only_dtype(source)
     with one_rank() as device, _scratch_folder(out) as scratch:
-        gpt_model = build_gpt(source.model, held, device)
-        training = ("optimizer.", *PER_RANK)
-        state = load_sharded_state(
-            {"model": gpt_model.sharded_state_dict()},
-            TorchDistReader(source.path),
-            left_out=training,
-        )
-        gpt_model.load_state_dict(state["model"])
+        gpt_model = build_gpt(source.model, stored, device)
+        load_weights([gpt_model], source)
         config = source.hf_config or scratch / "config"
         if source.hf_config is None:
             config.mkdir()
             write_json(config / "config.json", source.model.config_json())
         with _explained(backend, source):
-            library.export(gpt_model, config, scratch, dtype or held)
-        write_json(scratch / "config.json", read_json(config / "config.json"))
+            library.export(gpt_model, config, scratch, stored)
+        described = with_dtype(read_json(config / "config.json"), source.model.dtype)
+        write_json(scratch / "config.json", described)
         write_hf(HfFolder(scratch), out, source.hf_config, dtype, max_shard_bytes, progress)
     return has_tokenizer
+
+
+def _only_dtype(source: WeightSource) -> torch.dtype:
+    """The dtype of all weights: a library's model has one.
+
+    Raises:
+        ValueError: naming two tensors that differ.
+    """
+    first, *others = source.shapes
+    for name in others:
+        if source.dtypes[name] != source.dtypes[first]:
+            raise ValueError(
+                f"{source.path}: {first} is {source.dtypes[first]}, {name} {source.dtypes[name]}; "
+                "a library keeps one dtype: pass dtype=DTYPE, or use the direct conversion"
+            )
+    return source.dtypes[first]
 
 
 def _require(backend: str, module: str, package: str) -> Any:
@@ -198,8 +212,8 @@ def _require(backend: str, module: str, package: str) -> Any:
     # What is missing beneath a library shows in more ways than ImportError.
     except Exception as error:
         raise ValueError(
-            f"--backend {backend}: {module} does not import ({error}); pip install {package} with "
-            "what it needs, or use --backend direct, which gives the same files"
+            f"{backend}: {module} does not import ({error}); pip install {package} with what it "
+            "needs, or use the direct conversion, which gives the same files"
         ) from error
 
 
@@ -212,7 +226,7 @@ def _explained(backend: str, source: WeightSource) -> Iterator[None]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{source.path}: {backend} does not convert this {source.model.architecture} "
-            f"({reason}); use --backend direct"
+            f"({reason}); use the direct conversion"
         ) from error
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from .hf_config import HfModel
 
@@ -131,18 +132,25 @@ class Mapping:
                 ``tp_size`` does not divide.
         """
         m = self.model
+        if name not in self:
+            raise ValueError(f"this {m.architecture} has no parameter {name}")
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             untied_head = name == "output_layer.weight" and not m.tied
             return self._vocab("lm_head" if untied_head else "model.embed_tokens", tp_rank, tp_size)
         if name == "decoder.final_layernorm.weight":
             return self._whole("model.norm.weight", (m.hidden_size,))
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        shard = match and self._layer(f"model.layers.{match[1]}.", match[2], tp_rank, tp_size)
-        if not shard:
-            raise ValueError(f"{m.architecture} has no parameter {name}")
-        return shard
+        _, _, layer, leaf = name.split(".", 3)
+        return self._layer(f"model.layers.{layer}.", leaf, tp_rank, tp_size)
 
-    def _layer(self, hf: str, leaf: str, rank: int, size: int) -> Shard | None:
+    def __contains__(self, name: str) -> bool:
+        """Whether the model has a parameter; a tied output layer is the embedding again."""
+        return name in self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset([*self.megatron_names(), "output_layer.weight"])
+
+    def _layer(self, hf: str, leaf: str, rank: int, size: int) -> Shard:
         m = self.model
         norms = {
             "input_layernorm.weight": ("input_layernorm.weight", m.hidden_size),
@@ -168,9 +176,7 @@ class Mapping:
             mlp, linear, ffn = "mlp.", module.removeprefix("mlp."), m.ffn_hidden_size
         if linear == "linear_fc1":
             return self._gate_up(hf + mlp, kind, ffn, rank, size)
-        if linear == "linear_fc2":
-            return self._columns(hf + mlp + "down_proj.", kind, ffn, rank, size)
-        return None
+        return self._columns(hf + mlp + "down_proj.", kind, ffn, rank, size)
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Shard:
         return Shard(shape, 0, (Piece(name, 0, shape[0]),))

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .files import read_json
+from .contents import refuse_unread
+from .files import NAMED_DTYPES, read_json
 from .hf_config import HfModel
 from .hf_parse import parse_hf_config
 from .layout import find_hf_config, find_iteration
 from .legacy import LegacyShards
-from .mapping import Mapping, Shard
+from .mapping import Mapping
 from .megatron_args import check_args, hf_model_from_args
-from .shards import merge_shards
-from .torch_dist import TorchDistReader, is_torch_dist
+from .shards import is_same, merge_shards, refuse_not_finite
+from .torch_dist import is_torch_dist
+from .torch_dist_shards import TorchDistShards
 
-_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class WeightSource(Protocol):
@@ -38,7 +40,8 @@ class WeightSource(Protocol):
 class MegatronFolder:
     """The model weights of a Megatron checkpoint, torch_dist or legacy, by Hugging Face names.
 
-    One Megatron parameter is in memory at a time (legacy: one pipeline stage).
+    Everything of the model that the checkpoint holds is one of these tensors, or the checkpoint is
+    refused. One Megatron parameter is in memory at a time (legacy: one pipeline stage).
 
     Args:
         path: folder with the tracker file, or one iteration's folder.
@@ -47,7 +50,8 @@ class MegatronFolder:
         trust_pickle: allow unpickling; legacy checkpoints cannot be read without.
 
     Raises:
-        ValueError: naming the file: missing or damaged files, tensors that do not fit.
+        ValueError: naming the file: missing or damaged files, tensors that do not fit or that the
+            configuration does not describe.
         NotImplementedError: a model that no supported architecture describes.
     """
 
@@ -60,33 +64,37 @@ class MegatronFolder:
     ) -> None:
         self.path = find_iteration(path)
         self.hf_config = find_hf_config(self.path, hf_config)
-        self._reader: TorchDistReader | None = None
-        self._legacy: LegacyShards | None = None
-        if is_torch_dist(self.path):
-            self._reader = TorchDistReader(self.path)
-            common = self._reader.read_common(trust_pickle=trust_pickle)
-        else:
-            self._legacy = LegacyShards(self.path, trust_pickle=trust_pickle)
-            common = self._legacy.common
-        self.args: Namespace | None = common.get("args")
+        shards = TorchDistShards if is_torch_dist(self.path) else LegacyShards
+        self._shards: TorchDistShards | LegacyShards = shards(self.path, trust_pickle=trust_pickle)
+        self.args: Namespace | None = self._shards.common.get("args")
+        if not isinstance(self.args, Namespace | None):
+            raise ValueError(
+                f"{self.path}: its args are a {type(self.args).__name__}, no Namespace"
+            )
         self.model = self._describe()
         self.mapping = Mapping(self.model, self._padded_vocab_size())
         self.shapes = self.mapping.hf_shapes()
+        names = self.mapping.megatron_names()
         # Which Megatron parameter holds a Hugging Face tensor.
-        self._home = {
-            piece.name: name
-            for name in self.mapping.megatron_names()
-            for piece in self.mapping.shard(name).pieces
-        }
-        homes = {name: self._check(name) for name in self.mapping.megatron_names()}
-        self.dtypes = {name: homes[self._home[name]] for name in self.shapes}
+        self._home = {p.name: name for name in names for p in self.mapping.shard(name).pieces}
+        for name in names:
+            self._check(name)
+        self.dtypes = {name: self._shards.dtype(self._home[name]) for name in self.shapes}
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._check_complete(names)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Indices ``[start, stop)`` of a Hugging Face tensor along ``dim``."""
+        """Indices ``[start, stop)`` of a Hugging Face tensor along ``dim``.
+
+        Raises:
+            ValueError: naming the file: damaged, or with values that are not finite.
+        """
         home = self._home[name]
         if self._last[0] != home:
-            self._last = home, self._tensors(home)
+            tensors = self._tensors(home)
+            for key, tensor in tensors.items():
+                refuse_not_finite(tensor, f"{self._shards.file(home)}: tensor {home} ({key})")
+            self._last = home, tensors
         return self._last[1][name][(slice(None),) * dim + (slice(start, stop),)]
 
     def _describe(self) -> HfModel:
@@ -95,101 +103,70 @@ class MegatronFolder:
             model = parse_hf_config(read_json(path), str(path))
             if self.args is not None:
                 check_args(self.args, model, str(self.path))
-            return model
+            # A run in another dtype than its configuration's says so in its arguments.
+            dtype = getattr(self.args, "params_dtype", None) or model.dtype
+            return replace(model, dtype=dtype) if dtype in NAMED_DTYPES.values() else model
         if self.args is None:
             raise ValueError(
-                f"{self.path / 'common.pt'}: no args in it; give the model's configuration by "
-                "--hf-config DIR"
+                f"{self.path / 'common.pt'}: no args in it; pass the model's configuration by "
+                "hf_config=DIR"
             )
         return hf_model_from_args(self.args, str(self.path))
 
     def _padded_vocab_size(self) -> int:
-        name = "embedding.word_embeddings.weight"
-        if self._legacy is not None:
-            rows = self._legacy.shape(name)[0] * self._legacy.tp_size
-        else:
-            rows = self._stored(name)[2][0]
-        if rows < self.model.vocab_size:
+        rows = (*self._shards.shape(_EMBEDDING), 0)[0] * self._shards.tp_size
+        used = getattr(self.args, "vocab_size", None)
+        used = used if isinstance(used, int) else 0
+        if not used <= self.model.vocab_size <= rows:
             raise ValueError(
-                f"{self.path}: the embedding has {rows} rows, the configuration a vocabulary of "
-                f"{self.model.vocab_size}; they do not match"
+                f"{self.path}: the embedding has {rows} rows"
+                + f", {used} of them used by its args" * bool(used)
+                + f"; the configuration's vocabulary of {self.model.vocab_size} does not match"
             )
         return rows
 
-    def _check(self, name: str) -> torch.dtype:
-        """The parameter is there and fits the configuration; its dtype."""
-        if self._legacy is not None:
-            self._check_shape(
-                name, self.mapping.shard(name, 0, self._legacy.tp_size), self._legacy.shape(name)
-            )
-            return self._legacy.dtype
-        assert self._reader is not None
-        key, index, shape = self._stored(name)
-        self._check_shape(name, self.mapping.shard(name), shape)
-        layers = self._reader.tensors[key].shape[0]
-        if (
-            key.startswith("decoder.layers.")
-            and index
-            and layers
-            not in (
-                self.model.num_layers,
-                self.model.num_experts,
-            )
-        ):
-            raise ValueError(
-                f"{self.path}: {key} has {layers} layers, the configuration says "
-                f"{self.model.num_layers}"
-            )
-        return self._reader.tensors[key].dtype
-
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        """Every Hugging Face tensor of one Megatron parameter."""
-        if self._legacy is not None:
-            size = self._legacy.tp_size
-            specs = [self.mapping.shard(name, rank, size) for rank in range(size)]
-            shards = self._legacy.read(name)
-        else:
-            assert self._reader is not None
-            key, index, _ = self._stored(name)
-            specs, shards = [self.mapping.shard(name)], [self._reader.read(key, index)]
-        return merge_shards(specs, shards, self.shapes)
-
-    def _stored(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """Key, index into its leading axes, and shape of a parameter in torch_dist."""
-        assert self._reader is not None
-        for key, index in torch_dist_places(name):
-            stored = self._reader.tensors.get(key)
-            if stored is not None:
-                return key, index, stored.shape[len(index) :]
-        raise ValueError(f"{self.path}: no tensor {torch_dist_places(name)[0][0]} for {name}")
-
-    def _check_shape(self, name: str, spec: Shard, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str) -> None:
+        """The parameter is there and fits the configuration."""
+        shape, dtype = self._shards.shape(name), self._shards.dtype(name)
+        spec = self.mapping.shard(name, 0, self._shards.tp_size)
         if shape != spec.shape:
             raise ValueError(
                 f"{self.path}: {name} is {list(shape)}, by the configuration it must be "
                 f"{list(spec.shape)}"
             )
+        if dtype not in NAMED_DTYPES.values():
+            raise ValueError(
+                f"{self._shards.file(name)}: {name} has dtype {dtype}; supported are "
+                f"{', '.join(NAMED_DTYPES)}"
+            )
 
+    def _check_complete(self, names: list[str]) -> None:
+        """Every tensor of the checkpoint is read; what lies there twice is equal."""
+        if self.model.tied and _HEAD in self._shards:
+            self._check(_HEAD)
+            # The last stage of a legacy checkpoint keeps the embedding as its head.
+            (head,), (embedding,) = (self._tensors(name).values() for name in (_HEAD, _EMBEDDING))
+            if not is_same(head, embedding):
+                raise ValueError(
+                    f"{self._shards.file(_HEAD)}: {_HEAD} differs from the embedding, but the "
+                    "configuration ties them (tie_word_embeddings=true)"
+                )
+            names = [*names, _HEAD]
+        refuse_unread(self.path, self._shards.unread(names))
+        if isinstance(self._shards, TorchDistShards):
+            self._shards.check_copies(names)
 
-def torch_dist_places(name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Keys under which a parameter may lie, with its index; the first is how it is written.
-
-    ``decoder.layers.3.mlp.linear_fc2.weight`` -> ``("decoder.layers.mlp.linear_fc2.weight", (3,))``
-    """
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-    if not match:
-        return [(name, ())]
-    layer, leaf = int(match[1]), match[2]
-    leaves: list[tuple[str, tuple[int, ...]]] = [(leaf, ())]
-    if leaf == "input_layernorm.weight":
-        leaves = [("self_attention.linear_qkv.layer_norm_weight", ()), *leaves]
-    elif leaf == "pre_mlp_layernorm.weight":
-        leaves = [("mlp.linear_fc1.layer_norm_weight", ()), *leaves]
-    expert = _EXPERT.fullmatch(leaf)
-    if expert:
-        leaves = [(f"mlp.experts.experts.{expert[2]}", (int(expert[1]),))]
-    stacked = [(f"decoder.layers.{leaf}", (layer, *index)) for leaf, index in leaves]
-    return stacked + [(f"decoder.layers.{layer}.{leaf}", index) for leaf, index in leaves]
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """Every Hugging Face tensor of one Megatron parameter."""
+        size = self._shards.tp_size
+        specs = [self.mapping.shard(name, rank, size) for rank in range(size)]
+        shards = self._shards.read(name)
+        is_whole = specs.count(specs[0]) == size
+        if is_whole and not all(is_same(shard, shards[0]) for shard in shards[1:]):
+            raise ValueError(
+                f"{self._shards.file(name)}: {name} is not the same on every tensor-parallel rank"
+            )
+        return merge_shards(specs, shards, self.shapes)
 
 
 def common_state(args: Namespace, iteration: int | None) -> dict[str, Any]:

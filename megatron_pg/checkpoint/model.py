@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .chunk import (
+    check_built_for,
+    gathered_names,
+    global_name,
+    is_expert,
+    shard_position,
+    unwrap,
+)
 from .files import finish_folder, partial_path, start_folder
 from .hf_config import HfModel
 from .hf_folder import HfFolder
 from .hf_parse import read_hf_config
 from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
-from .mapping import FUSED_NORMS, Mapping
+from .mapping import Mapping
 from .megatron_folder import WeightSource
 from .shards import copy_into_shard, merge_shards
 
@@ -56,15 +64,15 @@ def load_weights(models: Sequence[torch.nn.Module], source: WeightSource) -> Non
         ValueError: a model that was built for another configuration; it is left as it was.
         NotImplementedError: experts in the layout of the legacy grouped GEMM; likewise.
     """
-    chunks = [_unwrap(model) for model in models]
+    chunks = [unwrap(model) for model in models]
     for chunk in chunks:
-        _check_built_for(chunk, source.model, source.path)
+        check_built_for(chunk, source.model, source.path)
     with torch.no_grad():
         for chunk in chunks:
             mapping = Mapping(source.model, chunk.vocab_size)
             for name, parameter in chunk.named_parameters():
-                rank, size = _shard_position(chunk, name)
-                shard = mapping.shard(_global_name(chunk, name), rank, size)
+                rank, size = shard_position(chunk, name)
+                shard = mapping.shard(global_name(chunk, name), rank, size)
                 copy_into_shard(parameter.data, shard, source.read, name)
 
 
@@ -78,17 +86,22 @@ def iter_hf_tensors(
 
     Yields:
         Name and tensor, in the model's order, on the parameters' device, in their dtype.
+
+    Raises:
+        ValueError: a model that ``hf_model`` does not describe, before the first tensor.
+        NotImplementedError: experts in the layout of the legacy grouped GEMM; likewise.
     """
     for model in models:
-        chunk = _unwrap(model)
+        chunk = unwrap(model)
+        check_built_for(chunk, hf_model, hf_model.architecture)
         mapping = Mapping(hf_model, chunk.vocab_size)
         shapes = mapping.hf_shapes()
         for name, parameter in chunk.named_parameters():
             if _is_repeated(name, hf_model):
                 continue
-            _, size = _shard_position(chunk, name)
-            for global_name, shards in _gather(chunk, name, parameter.detach()):
-                specs = [mapping.shard(global_name, rank, size) for rank in range(size)]
+            _, size = shard_position(chunk, name)
+            for whole, shards in _gather(chunk, name, parameter.detach()):
+                specs = [mapping.shard(whole, rank, size) for rank in range(size)]
                 yield from merge_shards(specs, shards, shapes).items()
 
 
@@ -111,7 +124,7 @@ def export_hf(
         models: as in ``load_hf``.
         out_dir: must not exist, or be empty.
         source_hf_dir: folder whose configuration and tokenizer the model has.
-        dtype: of the written weights; None: that of the parameters.
+        dtype: of the written weights; None: each parameter's own.
         max_shard_bytes: largest file, unless one tensor is larger.
 
     Raises:
@@ -121,21 +134,22 @@ def export_hf(
             or experts in the layout of the legacy grouped GEMM. Nothing is left behind.
     """
     out, source = Path(out_dir), Path(source_hf_dir)
-    chunks = [_unwrap(model) for model in models]
+    chunks = [unwrap(model) for model in models]
 
     def prepare() -> HfModel:
         hf_model = read_hf_config(source)
         for chunk in chunks:
-            _check_built_for(chunk, hf_model, source)
+            check_built_for(chunk, hf_model, source)
         if dist.get_rank() == 0:
             start_folder(out)
         return hf_model
 
     hf_model = _together(prepare)
     stored = dtype or next(chunks[0].parameters()).dtype
-    writers = _writers(chunks, hf_model)
-    plan = make_file_plan(Mapping(hf_model).hf_shapes(), stored, max_shard_bytes, writers)
-    writer = HfWriter(partial_path(out), plan, stored)
+    writers, dtypes = _writers(chunks, hf_model)
+    dtypes = dict.fromkeys(dtypes, dtype) if dtype else dtypes
+    plan = make_file_plan(Mapping(hf_model).hf_shapes(), dtypes, max_shard_bytes, writers)
+    writer = HfWriter(partial_path(out), plan, dtypes)
     failure: Exception | None = None
 
     def complete() -> None:
@@ -145,7 +159,8 @@ def export_hf(
 
     def publish() -> None:
         if dist.get_rank() == 0:
-            write_hf_metadata(partial_path(out), plan, hf_model, stored, source)
+            model = replace(hf_model, dtype=stored)
+            write_hf_metadata(partial_path(out), plan, model, source)
             finish_folder(out)
 
     try:
@@ -163,18 +178,22 @@ def export_hf(
             shutil.rmtree(partial_path(out), ignore_errors=True)
 
 
-def _writers(chunks: Sequence[Any], hf_model: HfModel) -> dict[str, int]:
-    """Tensor name -> the rank that writes it: the lowest that holds a part of it."""
-    names: set[str] = set()
+def _writers(
+    chunks: Sequence[Any], hf_model: HfModel
+) -> tuple[dict[str, int], dict[str, torch.dtype]]:
+    """Of every tensor its writer, the lowest rank that holds a part of it, and its dtype."""
+    dtypes: dict[str, torch.dtype] = {}
     for chunk in chunks:
         mapping = Mapping(hf_model, chunk.vocab_size)
-        for name, _ in chunk.named_parameters():
+        for name, parameter in chunk.named_parameters():
             if not _is_repeated(name, hf_model):
-                for global_name in _gathered_names(chunk, name):
-                    names |= {piece.name for piece in mapping.shard(global_name).pieces}
-    everyone: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, names)
-    return {name: rank for rank in reversed(range(len(everyone))) for name in everyone[rank]}
+                for whole in gathered_names(chunk, name):
+                    pieces = mapping.shard(whole).pieces
+                    dtypes |= {piece.name: parameter.dtype for piece in pieces}
+    everyone: list[dict[str, torch.dtype]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, dtypes)
+    writers = {name: rank for rank in reversed(range(len(everyone))) for name in everyone[rank]}
+    return writers, {name: everyone[rank][name] for name, rank in writers.items()}
 
 
 def _together(action: Callable[[], Any]) -> Any:
@@ -194,74 +213,20 @@ def _together(action: Callable[[], Any]) -> Any:
     return result
 
 
-def _unwrap(model: Any) -> Any:
-    while not hasattr(model, "decoder") and hasattr(model, "module"):
-        model = model.module
-    return model
-
-
 def _is_repeated(name: str, hf_model: HfModel) -> bool:
     return hf_model.tied and name == "output_layer.weight"
-
-
-def _is_expert(name: str) -> bool:
-    return ".mlp.experts." in name
-
-
-def _shard_position(chunk: Any, name: str) -> tuple[int, int]:
-    """Rank and size of the group over which a parameter is cut."""
-    groups = chunk.pg_collection
-    group = groups.expt_tp if _is_expert(name) else groups.tp
-    return group.rank(), group.size()
-
-
-def _global_name(chunk: Any, name: str) -> str:
-    """Local-spec name with the layer and the expert numbered over the whole model."""
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-    if not match:
-        return name
-    layer = chunk.decoder.layers[int(match[1])]
-    leaf = FUSED_NORMS.get(match[2], match[2])
-    if leaf in ("mlp.experts.weight1", "mlp.experts.weight2"):
-        raise NotImplementedError(
-            f"{name}: the legacy grouped GEMM layout of experts is not supported; set "
-            "moe_grouped_gemm=False or use Transformer Engine's grouped layers"
-        )
-    leaf = re.sub(
-        r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$",
-        r"mlp.experts.local_experts.\3.\1.\2",
-        leaf,
-    )
-    expert = re.fullmatch(r"(mlp\.experts\.local_experts\.)(\d+)(\..+)", leaf)
-    if expert:
-        number = int(expert[2]) + chunk.pg_collection.ep.rank() * layer.mlp.num_local_experts
-        leaf = f"{expert[1]}{number}{expert[3]}"
-    return f"decoder.layers.{layer.layer_number - 1}.{leaf}"
-
-
-def _gathered_names(chunk: Any, name: str) -> list[str]:
-    """Global names of what the expert-parallel ranks hold under one local name."""
-    own = _global_name(chunk, name)
-    if not _is_expert(name):
-        return [own]
-    layer = int(own.split(".")[2])
-    local = next(x for x in chunk.decoder.layers if x.layer_number - 1 == layer)
-    count, groups = local.mlp.num_local_experts, chunk.pg_collection
-    head, number, tail = re.fullmatch(r"(.+local_experts\.)(\d+)(\..+)", own).groups()  # type: ignore[union-attr]
-    first = int(number) - groups.ep.rank() * count
-    return [f"{head}{first + rank * count}{tail}" for rank in range(groups.ep.size())]
 
 
 def _gather(chunk: Any, name: str, shard: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
     """Global name and all tensor-parallel shards; one pair per expert-parallel rank."""
     groups = chunk.pg_collection
-    shards = _all_gather(shard, groups.expt_tp if _is_expert(name) else groups.tp)
-    names = _gathered_names(chunk, name)
+    shards = _all_gather(shard, groups.expt_tp if is_expert(name) else groups.tp)
+    names = gathered_names(chunk, name)
     if len(names) == 1:
         yield names[0], shards
         return
-    for global_name, stacked in zip(names, _all_gather(torch.stack(shards), groups.ep)):
-        yield global_name, list(stacked)
+    for whole, stacked in zip(names, _all_gather(torch.stack(shards), groups.ep)):
+        yield whole, list(stacked)
 
 
 def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
@@ -270,31 +235,3 @@ def _all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
     gathered = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(gathered, tensor.contiguous(), group=group)
     return gathered
-
-
-def _check_built_for(chunk: Any, hf_model: HfModel, path: Path) -> None:
-    """The model must be the folder's: shapes alone would not show another rope base."""
-    want = {k: v for k, v in hf_model.transformer_config().items() if not k.endswith("dropout")}
-    # How experts are run and balanced is the caller's choice.
-    for key in ("moe_router_load_balancing_type", "moe_token_dispatcher_type", "moe_grouped_gemm"):
-        want.pop(key, None)
-    pairs = {key: (getattr(chunk.config, key, None), value) for key, value in want.items()}
-    pairs["rotary_base"] = (chunk.rotary_base, hf_model.rotary_base)
-    pairs["rope_scaling"] = (bool(chunk.rotary_scaling), hf_model.rope_type == "llama3")
-    linear = hf_model.rope_factor if hf_model.rope_type == "linear" else None
-    interpolation = chunk.rotary_pos_emb.seq_len_interpolation_factor
-    pairs["seq_len_interpolation_factor"] = (interpolation, linear)
-    shared = chunk.share_embeddings_and_output_weights
-    pairs["share_embeddings_and_output_weights"] = (shared, hf_model.tied)
-    wrong = [f"{key}={got!r} must be {need!r}" for key, (got, need) in pairs.items() if got != need]
-    if chunk.vocab_size < hf_model.vocab_size:
-        wrong.append(f"vocab_size={chunk.vocab_size} must be at least {hf_model.vocab_size}")
-    if wrong:
-        raise ValueError(
-            f"{path}: the model was built for another configuration: "
-            + "; ".join(wrong)
-            + ". Build it from read_hf_config()"
-        )
-    # A parameter without a counterpart is refused before anything is written.
-    for name, _ in chunk.named_parameters():
-        _global_name(chunk, name)

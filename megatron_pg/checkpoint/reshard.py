@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contents import is_optimizer_state, is_per_rank
 from .convert import Progress, write_megatron_weights
-from .description import StoredTensor
+from .description import Chunk, StoredTensor
 from .files import atomic_folder, require_absent
 from .layout import iteration_name, write_hf_metadata_folder, write_tracker
 from .megatron_args import check_layout, make_megatron_args
 from .megatron_folder import MegatronFolder
+from .shards import refuse_not_finite
 from .torch_dist import COMMON_STATE, TorchDistReader, TorchDistWriter, is_torch_dist
 
-# Random states and re-run records belong to ranks of the layout that saved them.
-PER_RANK = ("rng_state", "rerun_state_machine")
 _NOT_RESHARDABLE = "optimizer.distributed.dp_group_idx"
 
 
@@ -139,9 +139,9 @@ def _kept(reader: TorchDistReader, weights_only: bool) -> dict[str, StoredTensor
     Raises:
         ValueError: naming the folder, if the optimizer state fits only the old layout.
     """
-    tensors = {k: v for k, v in reader.tensors.items() if not k.startswith(PER_RANK)}
+    tensors = {k: v for k, v in reader.tensors.items() if not is_per_rank(k)}
     if weights_only:
-        return {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+        return {k: v for k, v in tensors.items() if not is_optimizer_state(k)}
     bound = [key for key in tensors if _NOT_RESHARDABLE in key]
     if bound:
         raise ValueError(
@@ -162,20 +162,30 @@ def _copy(
 ) -> None:
     for done, (key, tensor) in enumerate(tensors.items(), 1):
         if is_vocabulary(key):
-            whole = _padded(reader.read(key), padded_vocab_size)
+            whole = reader.read(key)
+            _check_finite(reader, key, tensor.chunks[0], whole)
+            whole = _padded(whole, padded_vocab_size)
             writer.add(key, whole, tuple(whole.shape), (0,) * whole.dim())
         else:
             for chunk in tensor.chunks:
-                writer.add(key, reader.read_chunk(key, chunk), tensor.shape, chunk.offsets)
+                part = reader.read_chunk(key, chunk)
+                _check_finite(reader, key, chunk, part)
+                writer.add(key, part, tensor.shape, chunk.offsets)
         if progress:
             progress(done, len(tensors))
 
 
+def _check_finite(reader: TorchDistReader, key: str, chunk: Chunk, part: Tensor) -> None:
+    """Weights are refused as everywhere; what an optimizer holds is its own business."""
+    if not is_optimizer_state(key):
+        refuse_not_finite(part, f"{reader.folder / chunk.file}: tensor {key}")
+
+
 def _copy_objects(reader: TorchDistReader, writer: TorchDistWriter, weights_only: bool) -> None:
     for key in reader.objects:
-        if key == COMMON_STATE or key.startswith(PER_RANK):
+        if key == COMMON_STATE or is_per_rank(key):
             continue
-        if not (weights_only and key.startswith("optimizer.")):
+        if not (weights_only and is_optimizer_state(key)):
             writer.add_bytes(key, reader.read_bytes(key))
 
 

@@ -24,9 +24,7 @@ from .extra_state import is_extra_state
 from .torch_dist import COMMON_STATE, TorchDistReader
 
 
-def load_sharded_state(
-    sharded_state: dict[str, Any], reader: TorchDistReader, *, left_out: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def load_sharded_state(sharded_state: dict[str, Any], reader: TorchDistReader) -> dict[str, Any]:
     """The state of a checkpoint for this rank; tensors are loaded in place.
 
     Equals ``megatron.core.dist_checkpointing.load``, which unpickles what it reads, bit for bit.
@@ -37,7 +35,6 @@ def load_sharded_state(
     Args:
         sharded_state: as ``sharded_state_dict`` of model and optimizer give it.
         reader: of the checkpoint.
-        left_out: beginnings of the names that the checkpoint may hold beyond that.
 
     Raises:
         ValueError: naming the file or the tensors: damaged, left over, missing or of another shape.
@@ -49,7 +46,7 @@ def load_sharded_state(
 
     def read() -> dict[str, Any]:
         names = {_name(part) for parts in asked_by_all for part in parts}
-        _check_names(names, reader, left_out)
+        _check_names(names, reader)
         for part in asked:
             _check_part(part, reader)
         extra = sorted(key for key in reader.objects if is_extra_state(key))
@@ -69,9 +66,8 @@ def _name(part: ShardedTensor | ShardedObject) -> str:
     return str(part.unique_key if isinstance(part, ShardedObject) else part.key)
 
 
-def _check_names(asked: set[str], reader: TorchDistReader, left_out: tuple[str, ...]) -> None:
+def _check_names(asked: set[str], reader: TorchDistReader) -> None:
     stored = {*reader.tensors, *reader.objects} - {COMMON_STATE}
-    stored = {name for name in stored if not name.startswith(left_out)}
     problems = []
     for what, names in (
         ("holds what this run has no place for", stored - asked),

@@ -22,7 +22,8 @@ def copy_into_shard(target: Tensor, shard: Shard, read: Read, name: str) -> None
     """Fill a shard in place from the Hugging Face tensors that it is made of.
 
     Raises:
-        ValueError: if the target has another shape than the table gives it.
+        ValueError: if the target has another shape than the table gives it, or a dtype that does
+            not hold the values.
     """
     if tuple(target.shape) != shard.shape:
         raise ValueError(
@@ -32,11 +33,42 @@ def copy_into_shard(target: Tensor, shard: Shard, read: Read, name: str) -> None
     position = 0
     for piece in shard.pieces:
         width = piece.stop - piece.start
-        part = target.narrow(shard.dim, position, width)
-        part.copy_(read(piece.name, shard.dim, piece.start, piece.stop))
+        source = read(piece.name, shard.dim, piece.start, piece.stop)
+        target.narrow(shard.dim, position, width).copy_(cast(source, target.dtype, piece.name))
         position += width
     if shard.padding:
         target.narrow(shard.dim, position, shard.padding).zero_()
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        ValueError: if a value becomes infinite, being beyond the dtype's range.
+    """
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        refuse_not_finite(result, f"tensor {name} as {str(dtype).removeprefix('torch.')}")
+    return result
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and values."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def refuse_not_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and infinite weights, which no model computes with.
+
+    Raises:
+        ValueError: saying how many values of ``what`` are not finite.
+    """
+    finite = tensor.isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{what}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite; take "
+            "a checkpoint from before, or a dtype that holds them"
+        )
 
 
 def make_shard(shard: Shard, read: Read, dtype: torch.dtype, name: str) -> Tensor:

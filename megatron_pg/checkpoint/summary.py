@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from .contents import is_optimizer_state
 from .hf_folder import HfFolder
-from .layout import find_iteration
+from .layout import find_iteration, refuse_both_kinds
 from .torch_dist import TorchDistReader, is_torch_dist
 
 _SHOWN_ARGS = (
@@ -49,7 +50,7 @@ class CheckpointSummary:
     @property
     def num_parameters(self) -> int:
         """Elements of the model's tensors, padding of the vocabulary included."""
-        model = {k: v for k, v in self.tensors.items() if not k.startswith("optimizer.")}
+        model = {k: v for k, v in self.tensors.items() if not is_optimizer_state(k)}
         return sum(torch.Size(shape).numel() for shape, _ in model.values())
 
 
@@ -62,6 +63,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
     """
     path = Path(path)
     if (path / "config.json").is_file():
+        refuse_both_kinds(path)
         hf = HfFolder(path)
         facts = dict(vars(hf.model))
         tensors = {name: (shape, hf.dtypes[name]) for name, shape in hf.shapes.items()}
@@ -88,6 +90,6 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
     facts["checksums"] = (
         "none" if reader.files.checksums is None else "there; only those of descriptions compared"
     )
-    facts["optimizer state"] = any(key.startswith("optimizer.") for key in tensors)
+    facts["optimizer state"] = any(map(is_optimizer_state, tensors))
     objects = tuple(reader.objects)
     return CheckpointSummary("torch_dist", folder, facts, tensors, objects, tuple(notes))

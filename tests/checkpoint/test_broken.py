@@ -204,7 +204,7 @@ def test_corrupt_bytes(models: Path, tmp_path: Path) -> None:
     copy_without_manifest(models, tmp_path / "in")
     path = tmp_path / "in/release/__0_0.distcp"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(ValueError, match="__0_0.distcp: .* is not readable"):
+    with pytest.raises(ValueError, match="__0_0.distcp: .* not readable"):
         megatron_to_hf(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -43,7 +43,9 @@ def test_modelopt_equals_direct(name: str, models: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["mistral", "llama_bias"])
 def test_models_that_modelopt_does_not_carry(name: str, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("modelopt.torch.export")
-    with pytest.raises(ValueError, match="modelopt does not convert this .*--backend direct"):
+    with pytest.raises(
+        ValueError, match="modelopt does not convert this .*use the direct conversion"
+    ):
         hf_to_megatron_by("modelopt", models / name, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -54,8 +56,10 @@ def test_models_that_modelopt_does_not_carry(name: str, models: Path, tmp_path: 
 def test_library_that_does_not_import(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not import .*pip install megatron-bridge"):
         hf_to_megatron_by("megatron-bridge", models / "llama", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"No module named .*; pip .*--backend direct"):
+    with pytest.raises(ValueError, match=r"No module named .*; pip .*the direct conversion"):
         megatron_to_hf_by("megatron-bridge", models / "llama-megatron", tmp_path / "out")
-    with pytest.raises(ValueError, match="backend='mbridge': use direct or one of modelopt, "):
+    with pytest.raises(
+        ValueError, match="backend='mbridge': use one of modelopt, .*the direct conversion"
+    ):
         hf_to_megatron_by("mbridge", models / "llama", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

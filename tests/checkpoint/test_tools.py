@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from megatron_pg.checkpoint import (
     HfFolder,
@@ -103,6 +104,45 @@ def test_commands(models: Path, tmp_path: Path, tool, capsys: pytest.CaptureFixt
     assert tool("verify_checkpoint", tmp_path / "nothing", hf) == 2
 
 
+def test_advice_in_flags(models: Path, tmp_path: Path, tool, capsys) -> None:
+    """The library speaks of its parameters, a tool of its flags; a path is left as it is."""
+    (tmp_path / "out_dir").mkdir()
+    (tmp_path / "out_dir/file").touch()
+    with pytest.raises(ValueError, match="pass another out_dir=DIR"):
+        hf_to_megatron(models / "llama", tmp_path / "out_dir")
+    assert tool("hf_to_megatron", "--hf", models / "llama", "--out", tmp_path / "out_dir") == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path / "out_dir") in told and "another --out DIR" in told
+    legacy = tmp_path / "iter_0000001/mp_rank_00"
+    legacy.mkdir(parents=True)
+    torch.save({"model": {}, "rng_state": [Family("x")]}, legacy / "model_optim_rng.pt")
+    with pytest.raises(ValueError, match="pass trust_pickle=True"):
+        megatron_to_hf(legacy.parent, tmp_path / "out")
+    assert tool("megatron_to_hf", "--megatron", legacy.parent, "--out", tmp_path / "out") == 2
+    assert "pass --trust-pickle" in capsys.readouterr().err
+    shutil.copytree(models / "llama-megatron/release", tmp_path / "release")
+    common = torch.load(tmp_path / "release/common.pt")
+    del common["args"]
+    torch.save(common, tmp_path / "release/common.pt")
+    assert tool("verify_checkpoint", tmp_path / "release", models / "llama") == 2
+    assert "--hf-config DIR" in capsys.readouterr().err
+    arguments = ("--hf", models / "llama", "--out", tmp_path / "out", "--backend", "mbridge")
+    assert tool("hf_to_megatron", *arguments) == 2
+    assert "or --backend direct" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite(models: Path, tmp_path: Path, tool, capsys) -> None:
+    """Two equal folders with NaN are not called equal."""
+    shutil.copytree(models / "llama", tmp_path / "hf")
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, tmp_path / "hf/model.safetensors")
+    for options in ((), ("--logits",), ("--weights-only",)):
+        assert tool("verify_checkpoint", tmp_path / "hf", tmp_path / "hf", *options) == 2
+        told = capsys.readouterr().err
+        assert "model.safetensors: tensor model.norm.weight: 1 of 32 values are NaN" in told
+
+
 def test_no_tokenizer(models: Path, tmp_path: Path, tool, capsys) -> None:
     """Said also where there is a huggingface/ folder, which has none."""
     checkpoint = models / "llama-megatron"
@@ -185,7 +225,7 @@ def test_optimizer_state_bound_to_a_layout(models: Path, tmp_path: Path) -> None
     writer.finish(torch.load(models / "llama-megatron/release/common.pt"))
     assert inspect_checkpoint(tmp_path / "in").facts["optimizer state"]
     layout = dict(tp_size=1, pp_size=2)
-    with pytest.raises(ValueError, match="fully-reshardable"):
+    with pytest.raises(ValueError, match="fully_reshardable.*weights_only=True"):
         reshard_checkpoint(tmp_path / "in", tmp_path / "out", **layout)
     assert not (tmp_path / "out").exists()
     reshard_checkpoint(tmp_path / "in", tmp_path / "out", **layout, weights_only=True)

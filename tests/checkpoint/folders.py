@@ -1,0 +1,91 @@
+"""Hugging Face folders a few kilobytes large, written without transformers, and their content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_pg.checkpoint import parse_hf_config
+from megatron_pg.checkpoint.mapping import Mapping
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+
+
+def make_config(architecture: str, **settings: Any) -> dict[str, Any]:
+    config = dict(
+        architectures=[architecture],
+        model_type=MODEL_TYPES[architecture],
+        num_hidden_layers=2,
+        hidden_size=8,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        rms_norm_eps=1e-6,
+        vocab_size=11,
+        max_position_embeddings=64,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+        torch_dtype="float32",
+    )
+    if architecture == "MistralForCausalLM":
+        config["sliding_window"] = None
+    if architecture == "Qwen3MoeForCausalLM":
+        config |= dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4)
+    return config | settings
+
+
+def make_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = Mapping(parse_hf_config(config)).hf_shapes()
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def write_folder(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], num_shards: int = 1
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if num_shards == 1:
+        save_file(weights, folder / SINGLE)
+        return
+    names = list(weights)
+    weight_map = {}
+    for number in range(num_shards):
+        file = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {name: weights[name] for name in names[number::num_shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(tensor.nbytes for tensor in weights.values())
+    index = dict(metadata=dict(total_size=size), weight_map=weight_map)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """What transformers takes from a folder: the single file, or the index's shards."""
+    if (folder / SINGLE).is_file():
+        return load_file(folder / SINGLE)
+    weights = {}
+    for file in set(json.loads((folder / INDEX).read_text())["weight_map"].values()):
+        weights |= load_file(folder / file)
+    return weights
+
+
+def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert got[name].shape == tensor.shape, name
+        assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
