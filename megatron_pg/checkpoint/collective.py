@@ -25,7 +25,8 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     except Exception as problem:  # raised below, on every rank
         error = problem
     told: Exception | None = error
-    if error is not None and type(error) not in (ValueError, NotImplementedError, OSError):
+    is_users = isinstance(error, (ValueError, NotImplementedError, OSError))
+    if error is not None and not (is_users and type(error).__module__ == "builtins"):
         # Others may hold what does not travel.
         told = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
     errors: list[Any] = [None] * dist.get_world_size()

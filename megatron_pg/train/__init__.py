@@ -1,5 +1,6 @@
 """The recipe: groups in, a trained model out."""
 
+from . import lifetime as lifetime
 from .config import TrainConfig
 from .config_file import load_config
 from .dry_run import DryRun, dry_run

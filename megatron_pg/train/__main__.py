@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
+from pathlib import Path
 
-from ..rollout import RolloutServerError
+from ..checkpoint import TRACKER
+from .config import RunConfig
 from .config_file import load_config
 from .dry_run import dry_run
-from .ranks import launched_world_size, parallel_run
+from .launcher import launched_world_size
+from .lifetime import PROGRAM
+from .ranks import parallel_run
 from .trainer import Trainer
-
-# Ranks that make the same mistake leave the telling to the first one.
-_FIRST_RANK_SECONDS = 5
 
 
 def main() -> None:
     """Parse the command line and run.
 
-    User mistakes, and a rollout server that fails for good, end with one message and exit code 2.
+    What a person can mend (a mistake, a server that fails for good, a full disk) ends with one
+    message and exit code 2, the loss of another rank or of the launcher with 3, Ctrl-C with 130,
+    SIGTERM with 143.
     """
     parser = argparse.ArgumentParser(prog="python -m megatron_pg.train", description=__doc__)
     parser.add_argument("config", help="YAML file of the run")
@@ -32,32 +32,32 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size must be at least 1 and belongs to --dry-run")
-    try:
+    PROGRAM.watch()
+    with PROGRAM.telling():
         _run(arguments)
-    except (ValueError, NotImplementedError, ImportError, RolloutServerError) as error:
-        _exit_with(error)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         world_size = arguments.world_size or launched_world_size()
-        print("\n".join(dry_run(config, world_size).lines))
+        print("\n".join(dry_run(config, world_size).lines), flush=True)
         return
-    with parallel_run(config.parallel, config.run.seed) as ranks:
+    PROGRAM.advice = lambda: how_to_go_on(config.run)
+    # Inside, so that an error is told before the ranks take leave of each other.
+    with parallel_run(config.parallel, config.run.seed) as ranks, PROGRAM.telling():
         Trainer(config, ranks).run()
 
 
-def _exit_with(error: Exception) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        # When the first rank fails too, the launcher ends this one meanwhile.
-        time.sleep(_FIRST_RANK_SECONDS)
-    where = f"rank {rank}: " if rank else ""
-    print(f"error: {where}{error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # The launcher ends the other ranks; a normal exit would wait for them first.
-    os._exit(2)
+def how_to_go_on(run: RunConfig) -> str:
+    """What a run that ended early does when it is started again."""
+    tracker = Path(run.out) / "checkpoints" / TRACKER
+    step = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    if not step.isdigit():
+        reason = " (run.save_interval=0)" if run.save_interval == 0 else ""
+        return f"no checkpoint was written{reason}: the same command begins again at step 1"
+    again = "the same command" if run.load else "the same command with run.load=true"
+    return f"{again} goes on after step {step}, the newest checkpoint in {tracker.parent}"
 
 
 if __name__ == "__main__":

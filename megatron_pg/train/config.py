@@ -239,7 +239,7 @@ class RunConfig:
         seed: of initialisation, sampling and order.
         save_interval: steps between checkpoints; 0 saves none.
         keep_checkpoints: how many of the newest are kept.
-        async_save: write checkpoints beside the next steps, in processes of their own.
+        async_save: write checkpoints beside the next steps, from a copy in host memory.
         load: continue from the newest checkpoint in ``out`` when there is one; False refuses to
             start where there is one.
         eval_prompts: held-out prompts judged before and after; 0 turns it off.

@@ -37,10 +37,15 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
         stream: of the run; its position stays as it is.
 
     Raises:
-        ValueError: if every response was aborted.
+        ValueError: if every response was aborted, or if the stream has no prompts that could be
+            held out.
     """
     sampled = stream.stream
-    assert isinstance(sampled, SampledRollouts) and isinstance(sampled.task, ReasoningGymTask)
+    if not isinstance(sampled, SampledRollouts) or not isinstance(sampled.task, ReasoningGymTask):
+        raise ValueError(
+            f"run.eval_prompts={config.run.eval_prompts} needs rollouts that are sampled for a "
+            "reasoning-gym task, which can hold prompts out; set it to 0"
+        )
     run = config.run
     task = sampled.task.held_out()
     params = replace(sampled.params, num_generations=run.eval_generations)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .run_folder import writing
 
 # Console columns: metric name, heading, format.
 _COLUMNS = (
@@ -74,9 +75,9 @@ class MetricsWriter:
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step + 1
-            )
+            events = str(folder / "tensorboard")
+            with writing(events):
+                self._tensorboard = SummaryWriter(events, purge_step=first_step + 1)
         if run.wandb_project is not None:
             import wandb
 
@@ -93,11 +94,14 @@ class MetricsWriter:
         """Record one step; ``metrics["step"]`` is its number, from 1."""
         step = int(metrics["step"])
         self.history.append(dict(metrics))
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
         if self._tensorboard is not None:
-            for name in metrics.keys() - {"step"}:
-                self._tensorboard.add_scalar(name, metrics[name], step)
+            with writing(self._tensorboard.log_dir):
+                for name in sorted(metrics.keys() - {"step"}):
+                    self._tensorboard.add_scalar(name, metrics[name], step)
+                # A thread writes; its errors show here.
+                self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
         cells = [
@@ -117,7 +121,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush every sink."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with writing(self._tensorboard.log_dir):
+                self._tensorboard.flush()
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -143,11 +149,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is complete or unchanged, whenever the process ends."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with writing(path):
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def _run_id(path: Path) -> str:

@@ -58,7 +58,8 @@ class Preparation:
     ) -> tuple[list[Minibatch], dict[str, float]]:
         """Minibatches with everything that the loss needs, and what was left out.
 
-        A minibatch without trained tokens is left out: it has no loss. So are aborted samples.
+        A minibatch without trained tokens is left out: it has no loss. So are aborted samples, and
+        a whole step whose rewards cannot be whitened, as fewer than two tokens are trained.
 
         Returns:
             The minibatches, none when every group is left out, and metrics.
@@ -74,12 +75,15 @@ class Preparation:
                 penalty = self._kl_of_samples(groups)
             metrics["reward/kl_penalty"] = float(penalty.mean())
             rewards = rewards - penalty
-        advantages = None
-        if "advantages" not in carried_fields(groups):
-            advantages = compute_advantages(groups, rewards, algorithm)
         flat = [not has_spread(group) for group in groups]
         skip = algorithm.skip_groups_without_spread
         kept = [i for i, is_flat in enumerate(flat) if not (skip and is_flat)]
+        advantages = None
+        if "advantages" not in carried_fields(groups):
+            if has_advantages(groups, algorithm):
+                advantages = compute_advantages(groups, rewards, algorithm)
+            else:
+                kept = []
         metrics["groups/without_spread"] = float(sum(flat))
         metrics["groups/skipped"] = float(len(groups) - len(kept))
         with timer.phase("pack"):
@@ -205,6 +209,12 @@ def has_spread(group: Group) -> bool:
     return bool((group.rewards != group.rewards[0]).any())
 
 
+def has_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> bool:
+    """Whether the estimator says anything about the groups of one step."""
+    num_trained = sum(s.num_loss_tokens for group in groups for s in group.samples)
+    return num_trained >= 2 or not _whitens(algorithm)
+
+
 def compute_advantages(
     groups: Sequence[Group], rewards: Tensor, algorithm: AlgorithmConfig
 ) -> Tensor:
@@ -240,9 +250,13 @@ def compute_advantages(
             "norm_adv_by_std": algorithm.norm_adv_by_std_in_grpo,
             "std_floor": algorithm.std_floor,
         }
-    elif algorithm.adv_estimator.startswith("reinforce_plus_plus"):
+    elif _whitens(algorithm):
         settings = {"trained_counts": counts}
     found = group_advantages(
         rewards[first], numbers[first], estimator=algorithm.adv_estimator, **settings
     )
     return found.advantages[executions]
+
+
+def _whitens(algorithm: AlgorithmConfig) -> bool:
+    return algorithm.adv_estimator.startswith("reinforce_plus_plus")

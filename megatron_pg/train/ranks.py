@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from ..mcore import cpu
 from .config import ParallelConfig
 from .config_checks import launch_problems, raise_problems
+from .launcher import launched_world_size
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,6 @@ def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
     )
-
-
-def launched_rank() -> int:
-    """This process's rank by the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_world_size() -> int:
-    """The number of ranks by the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def seed_everything(seed: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..data import Group
 from ..loss import metric_means
@@ -30,7 +33,7 @@ METRICS: dict[str, str] = {
     "response_length/aborted": "share of responses that were aborted or empty",
     "prompt_length/mean": "mean tokens of a sample's prompt",
     "groups/without_spread": "groups whose rewards, as given, are all equal",
-    "groups/skipped": "groups left out for that",
+    "groups/skipped": "groups left out for that; all where too few tokens are trained to whiten",
     "check/packed_vs_written_out": "largest |logprob(packed) - logprob(written out)|; when checked",
     "actor/updates": "optimizer steps made; 0 when every group was left out",
     "actor/trained_tokens": "trained tokens over all updates",
@@ -165,6 +168,18 @@ def cost_metrics(minibatches: Sequence[Minibatch]) -> dict[str, float]:
     if any(batch.predicted_cost_repeated is not None for batch in minibatches):
         metrics["packing/predicted_cost_repeated"] = sum(repeated)
     return metrics
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """Largest memory of a rank so far, on every rank."""
+    if device.type == "cuda":
+        peak = float(torch.cuda.max_memory_allocated())
+    else:
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = float(resident if sys.platform == "darwin" else resident * 1024)
+    largest = torch.tensor(peak, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def write_summary(

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..checkpoint import (
@@ -26,6 +24,7 @@ from ..checkpoint import (
     write_hf_metadata_folder,
     write_manifest,
 )
+from .checkpoint_write import CheckpointWrite
 from .metrics import write_atomically
 from .model import TrainedModel
 from .model_plan import Origin
@@ -47,13 +46,14 @@ class Checkpoints:
     Args:
         folder: holds all checkpoints of the run.
         keep: how many of the newest are kept.
-        is_async: write beside the next steps, by Megatron's own writer processes.
+        is_async: write beside the next steps, by a thread.
     """
 
     def __init__(self, folder: Path, *, keep: int, is_async: bool = False) -> None:
         self.folder = folder
         self.keep = keep
-        self._queue = AsyncCallsQueue() if is_async else None
+        self.is_async = is_async
+        self._write: CheckpointWrite | None = None
 
     def save(self, model: TrainedModel, progress: Progress) -> None:
         """Write the state after ``progress.step`` steps; waits for an earlier write first.
@@ -64,11 +64,10 @@ class Checkpoints:
         """
         self.wait()
         step, text = progress.step, progress.to_json()
-        # A name of its own: a writer that outlived its killed rank still has the old one.
+        # A name of its own: a rank of a killed run may still be writing under the old one.
         partial = self.folder / from_first_rank(f"{_PARTIAL}{step}-{uuid.uuid4().hex[:8]}")
         if dist.get_rank() == 0:
-            for stale in self.folder.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(stale, ignore_errors=True)
+            self._remove_partial()
             partial.mkdir(parents=True)
         dist.barrier()
         state = sharded_state(model, is_loading=False) | {
@@ -79,26 +78,25 @@ class Checkpoints:
         if model.plan.origin is not None:
             state["args"] = model.plan.origin.megatron_args
             self._keep_origin(model.plan.origin)
-        request = dist_checkpointing.save(
+        self._write = CheckpointWrite(
             state,
-            str(partial),
-            async_sharded_save=self._queue is not None,
+            partial,
+            in_background=self.is_async,
+            publish=lambda: self._publish(partial, step, text),
         )
-        if self._queue is None:
-            self._publish(partial, step, text)
-            return
-        request.add_finalize_fn(lambda: self._publish(partial, step, text))
-        self._queue.schedule_async_request(request)
+        if not self.is_async:
+            self.wait()
 
     def poll(self) -> None:
         """Publish a checkpoint that has been written meanwhile."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        if self._write is not None and self._write.is_done():
+            self.wait()
 
     def wait(self) -> None:
         """Publish what is still being written."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        write, self._write = self._write, None
+        if write is not None:
+            write.finish()
 
     def find(self) -> Path | None:
         """The newest complete checkpoint as the first rank sees it, or None.
@@ -115,7 +113,8 @@ class Checkpoints:
         return path
 
     def _newest(self) -> str | None:
-        """Name of the newest checkpoint, complete or not."""
+        """Name of the newest checkpoint, complete or not; what was left half-written goes."""
+        self._remove_partial()
         tracker, complete = self.folder / TRACKER, self._complete()
         if os.path.lexists(tracker):
             step = read_tracker(self.folder)
@@ -173,9 +172,15 @@ class Checkpoints:
             os.replace(final, self.folder / f"{_PARTIAL}replaced-{uuid.uuid4().hex[:8]}")
         os.replace(partial, final)
         write_atomically(self.folder / TRACKER, str(step))
+        self._remove_partial()
         done = [p for p in sorted(self.folder.glob("iter_*")) if p.name <= final.name]
         for old in done[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _remove_partial(self) -> None:
+        """What was left incomplete, or has been replaced."""
+        for stale in self.folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _files_of(folder: Path, rank: int) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from .ranks import Ranks
 from .report import (
     closing_table,
     cost_metrics,
+    peak_memory_bytes,
     plot_reward,
     rollout_metrics,
     token_metrics,
@@ -37,6 +37,7 @@ from .report import (
     write_summary,
 )
 from .resume import resume_run
+from .run_folder import hold_folders, writing
 from .sources import Recording, make_stream, open_sampling, share_recording
 from .state import Checkpoints, is_distributed
 
@@ -49,8 +50,9 @@ class Trainer:
         ranks: this rank's place.
 
     Raises:
-        ValueError: on whatever would stop the run later, rollouts included. Nothing is built then,
-            except where weights turn out to be another model's or a checkpoint cannot be loaded.
+        ValueError: on whatever would stop the run later, rollouts and a folder in use by another
+            run included. Nothing is built then, except where weights turn out to be another model's
+            or a checkpoint cannot be loaded.
         NotImplementedError: on a model that is not supported.
     """
 
@@ -74,17 +76,32 @@ class Trainer:
             keep=config.run.keep_checkpoints,
             is_async=config.run.async_save,
         )
-        newest = self._find_checkpoint()
-        self._build()
-        if newest is not None:
-            self._resume(newest)
+        with ExitStack() as held:
+            self.warnings = held.enter_context(hold_folders(config, ranks.rank == 0))
+            newest = self._find_checkpoint()
+            self._build()
+            if newest is not None:
+                self._resume(newest)
+            self._held = held.pop_all()
 
     def run(self) -> None:
-        """Train to the last step; the first rank writes metrics, plot and summary."""
+        """Train to the last step; the first rank writes metrics, plot and summary.
+
+        Raises:
+            OSError: naming the file that could not be written, on the rank that writes it or on
+                all; the newest checkpoint is as it was.
+            FloatingPointError: on an update that is not finite.
+        """
+        with self._held:
+            self._run()
+
+    def _run(self) -> None:
         run = self.config.run
         writer = None
         if self.ranks.rank == 0:
             writer = MetricsWriter(run, config_dict(self.config), self.step)
+            for warning in self.warnings:
+                writer.print(warning)
             if self.note is not None:
                 writer.note(self.note)
         if self.step:
@@ -135,7 +152,7 @@ class Trainer:
         tokens = sum((minibatch.tokens for minibatch in minibatches), TokenCounts())
         metrics |= token_metrics(self.config, tokens, len(minibatches), self.ranks.dp_size)
         metrics |= cost_metrics(minibatches)
-        metrics["perf/peak_memory_bytes"] = self._peak_memory_bytes()
+        metrics["perf/peak_memory_bytes"] = peak_memory_bytes(self.ranks.device)
         seconds = time.perf_counter() - started
         metrics |= timer.metrics() | {"time/step": seconds}
         metrics["perf/unique_tokens_per_second"] = tokens.unique / seconds
@@ -200,7 +217,7 @@ class Trainer:
     def _optimizer_step(self) -> float:
         success, grad_norm, _ = self.model.optimizer.step()
         if not success or grad_norm is None or not math.isfinite(grad_norm):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"step {self.step + 1}: gradient norm {grad_norm}; the weights are lost since the "
                 "last checkpoint. Lower optimizer.lr, or look at this step's rewards and logprobs"
             )
@@ -219,17 +236,6 @@ class Trainer:
                 total[name] = total.get(name, 0.0) + value
         return total
 
-    def _peak_memory_bytes(self) -> float:
-        """Largest memory of a rank so far."""
-        if self.ranks.device.type == "cuda":
-            peak = float(torch.cuda.max_memory_allocated())
-        else:
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak = float(resident if sys.platform == "darwin" else resident * 1024)
-        largest = torch.tensor(peak, dtype=torch.float64)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return float(largest)
-
     def _evaluate(self, writer: MetricsWriter | None, when: str) -> Evaluation:
         result = evaluate(self.config, self.stream)
         if writer is not None:
@@ -244,7 +250,8 @@ class Trainer:
 
     def _export_policy(self, folder: Path) -> None:
         assert self.config.model.hf is not None
-        export_hf(self._bare_chunks(), folder, self.config.model.hf)
+        with writing(folder):
+            export_hf(self._bare_chunks(), folder, self.config.model.hf)
 
     def _export_result(self) -> None:
         folder = self.folder / f"hf_step_{self.step}"
@@ -287,7 +294,9 @@ class Trainer:
         path, history = self.folder / "summary.json", writer.history
         write_summary(path, history, self.evaluations, self.totals, self.changes)
         if writer.history:
-            plot_reward(writer.history, self.evaluations, self.folder / "reward.png")
+            plot = self.folder / "reward.png"
+            with writing(plot):
+                plot_reward(writer.history, self.evaluations, plot)
         calls = count_attention_calls(torch.nn.ModuleList(self._bare_chunks()))
         kinds = {
             f"prefix-grouped ({self.attention})": calls.prefix_grouped,

@@ -399,6 +399,53 @@ def a_minibatch_of_tool_tokens_is_left_out(folder: Path) -> None:
     refused("no row has a trained token", folder / "none", masked, run__groups_per_step=2)
 
 
+@check
+def a_step_that_cannot_be_whitened_is_left_out(folder: Path) -> None:
+    ordinary = [g for g in tiny.make_groups(8, seed=7) if len(g.samples) == 4][:2]
+    settings = {"run__groups_per_step": 2, "run__save_interval": 1}
+    for estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        settings["algorithm__adv_estimator"] = estimator
+        _, alone = run(folder / estimator / "alone", ordinary, **settings)
+        for count in (0, 1):
+            few = with_trained_tokens(ordinary, count)
+            steps, weights = run(
+                folder / estimator / str(count), [*few, *ordinary], run__num_steps=2, **settings
+            )
+            assert steps[0]["groups/skipped"] == 2 and steps[0]["actor/updates"] == 0
+            assert "actor/loss" not in steps[0] and steps[0]["tokens/unique"] == 0
+            assert steps[1]["groups/skipped"] == 0 and steps[1]["actor/updates"] == 1
+            assert all(torch.equal(weights[n], alone[n]) for n in alone)
+        # Two tokens can be whitened, equal rewards and a lone sample give no direction.
+        two = with_trained_tokens(ordinary, 2)
+        (step,), _ = run(folder / estimator / "two", two, **settings)
+        assert step["actor/updates"] == 1 and step["actor/trained_tokens"] == 2
+        lone = [Group("lone", ordinary[0].samples[2:3])]
+        (step,), _ = run(
+            folder / estimator / "lone",
+            lone,
+            run__groups_per_step=1,
+            **{name: value for name, value in settings.items() if "groups" not in name},
+        )
+        assert step["actor/updates"] == 1 and step["actor/loss"] == 0 == step["actor/grad_norm"]
+        flat = with_rewards(ordinary, lambda group, sample: 0.5)
+        (step,), _ = run(folder / estimator / "flat", flat, **settings)
+        assert step["actor/updates"] == 1 and step["actor/loss"] == 0 == step["actor/grad_norm"]
+
+
+def with_trained_tokens(groups: Sequence[Group], count: int) -> list[Group]:
+    """The same groups, of which only the first ``count`` tokens are trained."""
+    changed = []
+    for group in groups:
+        samples = []
+        for sample in group.samples:
+            mask = torch.zeros_like(sample.loss_mask)
+            mask[:count] = True
+            count -= int(mask.sum())
+            samples.append(replace(sample, loss_mask=mask))
+        changed.append(Group(f"{group.group_id}-few", tuple(samples)))
+    return changed
+
+
 def nothing_is_built(*arguments: Any) -> Any:
     raise AssertionError("the model was built before everything was looked at")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -56,14 +57,18 @@ class Ranks:
                     raise AssertionError(f"hangs: ranks {list(self.pids)}\n{self.log.read_text()}")
                 time.sleep(0.01)
         finally:
-            self._end_sessions()
+            left = self._end_sessions()
+        assert not left, f"sessions {left} outlive their ranks\n{self.log.read_text()}"
         return self.codes
 
-    def _end_sessions(self) -> None:
-        """Megatron's writers outlive a killed rank, each with hundreds of megabytes."""
+    def _end_sessions(self) -> list[int]:
+        """Sessions of ranks in which some process was still running."""
+        left = []
         for session in self.sessions:
             with suppress(ProcessLookupError):
                 os.killpg(session, signal.SIGKILL)
+                left.append(session)
+        return left
 
 
 def train(config: TrainConfig) -> None:
@@ -72,11 +77,18 @@ def train(config: TrainConfig) -> None:
         Trainer(config, ranks).run()
 
 
+def free_port() -> int:
+    """A port that nobody listens on, below those that connections take for themselves."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start(action: Callable[[], None], num_ranks: int, log: Path) -> Ranks:
     """Run ``action`` in ``num_ranks`` forks of this process, which must not have used threads."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     sys.stdout.flush()
     pids = {}
     for rank in range(num_ranks):
@@ -90,9 +102,11 @@ def start(action: Callable[[], None], num_ranks: int, log: Path) -> Ranks:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
             }
+            for name, value in rendezvous.items():
+                os.environ.pop(name, None)
+                if num_ranks > 1:
+                    os.environ[name] = value
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)

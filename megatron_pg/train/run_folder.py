@@ -1,0 +1,204 @@
+"""The folder of a run: one run at a time, and errors that name what could not be written."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .config import TrainConfig
+from .shared_stream import on_first_rank
+
+LOCK = "run.lock"
+_CANNOT = "cannot be written"
+# What torch's archive says of a file that takes no more.
+_TORCH_CANNOT = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+# Answers of file systems that have no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Let errors of the block name the file or folder that could not be written.
+
+    Raises:
+        OSError: with the file's name, also for what torch reports in its own way.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (error.strerror or "").startswith(_CANNOT):
+            raise
+        raise _cannot_write(error, error.filename or path) from error
+    except ValueError as error:
+        # A library of ours has said it for people who call it alone.
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise OSError(error.__cause__.errno or errno.EIO, str(error), str(path)) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _TORCH_CANNOT):
+            raise
+        # torch closes its archive before it passes on why that could not be written.
+        cause = error.__context__
+        if not isinstance(cause, OSError):
+            cause = OSError(errno.EIO, str(error).splitlines()[0])
+        raise _cannot_write(cause, path) from error
+
+
+def _cannot_write(error: OSError, path: str | Path) -> OSError:
+    return OSError(error.errno or errno.EIO, f"{_CANNOT} ({_reason(error)})", str(path))
+
+
+class FolderLock:
+    """Keeps every other run out of a folder until it is released or this process ends.
+
+    The kernel holds the lock and gives it back however the process ends: what a killed run leaves
+    behind keeps nobody out. Between hosts it holds where the network file system passes ``flock``
+    on (NFS unless mounted with ``nolock`` or ``local_lock``, Lustre with ``-o flock``), else on
+    one host.
+
+    Args:
+        folder: made if it is not there.
+        setting: that names the folder, for messages.
+
+    Attributes:
+        warning: what a person should know about the file system, or None.
+
+    Raises:
+        ValueError: if another run holds the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, setting: str) -> None:
+        self.warning: str | None = None
+        self._folder = folder.absolute()
+        self._label = f"{setting}={folder}"
+        self._made = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
+        self._file: BinaryIO | None = None
+        try:
+            self._file = self._acquire()
+            self._write_holder(self._file)
+        except OSError as error:
+            self.release()
+            raise ValueError(
+                f"{self._label} cannot be written ({_reason(error)}): a run keeps its files there; "
+                f"mend that, or choose another {setting}"
+            ) from error
+        own = weakref.ref(self)
+        # A fork would hold the lock as long as it lives.
+        os.register_at_fork(after_in_child=lambda: _close(own()))
+
+    def release(self) -> None:
+        """Let others in. What was made for the lock and holds nothing else goes."""
+        if self._file is not None:
+            with suppress(OSError):
+                (self._folder / LOCK).unlink()
+        self.close()
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def close(self) -> None:
+        """Give up this process's part in the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _acquire(self) -> BinaryIO:
+        while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            file = os.fdopen(os.open(self._folder / LOCK, flags, 0o666), "r+b", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = file.read(300).decode(errors="replace").strip()
+                raise ValueError(
+                    f"{self._label} is in use by another run ({holder or 'which has just begun'}); "
+                    "wait for it, stop it, or choose another folder"
+                ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self.warning = (
+                    f"{self._label} lies on a file system without locks ({_reason(error)}): "
+                    "nothing keeps a second run out of it"
+                )
+                return file
+            # Another run may have released, and removed, the file that was opened.
+            if _is_at(file, self._folder / LOCK):
+                return file
+            file.close()
+
+    def _write_holder(self, file: BinaryIO) -> None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}\n".encode())
+
+
+@contextmanager
+def hold_folders(config: TrainConfig, is_first: bool) -> Iterator[list[str]]:
+    """Hold what a run writes for the ``with`` block; every rank takes part, the first one holds.
+
+    Returns:
+        Warnings, on the first rank.
+
+    Raises:
+        ValueError: on every rank, if another run holds a folder or one cannot be written.
+    """
+    server = config.rollout.server
+    warnings: list[str] = []
+    with ExitStack() as held:
+
+        def hold(folder: str, setting: str) -> None:
+            lock = FolderLock(Path(folder), setting)
+            held.callback(lock.release)
+            warnings.extend(filter(None, [lock.warning]))
+
+        def hold_all() -> None:
+            hold(config.run.out, "run.out")
+            _require_writable(Path(config.run.out) / "checkpoints")
+            if config.rollout.source == "server" and server.export_dir is not None:
+                hold(server.export_dir, "rollout.server.export_dir")
+
+        on_first_rank(hold_all, is_first)
+        yield warnings
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that is there and takes no file, before work is lost."""
+    if not folder.exists():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({_reason(error)}); mend that, or choose another run.out"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileExistsError):
+        return "it is a file"
+    return error.strerror or str(error)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _close(lock: FolderLock | None) -> None:
+    if lock is not None:
+        lock.close()

@@ -1,0 +1,138 @@
+"""Checkpoints that the rank writes itself: what they hold, and what a failed one leaves."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
+    FileSystemWriterAsync,
+)
+
+from megatron_pg.train import parallel_run  # noqa: E402
+from megatron_pg.train.checkpoint_write import CheckpointWrite  # noqa: E402
+from megatron_pg.train.config import ParallelConfig  # noqa: E402
+
+NAMES = [f"weight{i}" for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    with parallel_run(ParallelConfig(), 0):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: BaseProcess) -> None:
+        raise AssertionError(f"{process} would outlive the rank")
+
+    monkeypatch.setattr(BaseProcess, "start", refuse)
+
+
+def make_tensors() -> dict[str, torch.Tensor]:
+    # One is a view of a larger storage.
+    tensors = {name: torch.randn(8, 6) for name in NAMES}
+    return tensors | {NAMES[0]: torch.randn(8, 12)[:, :6]}
+
+
+def state_of(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    sharded = {name: ShardedTensor.from_rank_offsets(name, t) for name, t in tensors.items()}
+    return sharded | {"iteration": 3, "schedule": {"lr": 1.5}}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    return dist_checkpointing.load(
+        {name: ShardedTensor.from_rank_offsets(name, torch.zeros(8, 6)) for name in NAMES},
+        str(folder),
+    )
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_changes_meanwhile_is_not_in_the_checkpoint(
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def gated(*arguments: Any) -> Any:
+        assert may_write.wait(60)
+        return original(*arguments)
+
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(gated))
+    tensors, published = make_tensors(), []
+    saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    write = CheckpointWrite(
+        state_of(tensors),
+        tmp_path,
+        in_background=in_background,
+        publish=lambda: published.append((tmp_path / "metadata.json").is_file()),
+    )
+    assert not write.is_done() and not published
+    if in_background:
+        for tensor in tensors.values():
+            tensor.add_(1)
+    may_write.set()
+    write.finish()
+    assert write.is_done() and published == [True]
+    loaded = load(tmp_path)
+    assert all(torch.equal(loaded[name], saved[name]) for name in NAMES)
+    assert loaded["iteration"] == 3 and loaded["schedule"] == {"lr": 1.5}
+
+
+def test_the_files_are_those_that_megatron_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = make_tensors()
+    ours, theirs = tmp_path / "ours__", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    CheckpointWrite(state_of(tensors), ours, in_background=False, publish=lambda: None).finish()
+    monkeypatch.undo()
+    dist_checkpointing.save(state_of(tensors), str(theirs))
+    names = sorted(path.name for path in theirs.iterdir())
+    assert sorted(path.name for path in ours.iterdir()) == names and len(names) >= 3
+    for name in names:
+        written = (theirs / name).read_bytes().replace(b"theirs", b"ours__")
+        # What describes the whole also says when it was written.
+        assert (ours / name).read_bytes() == written or name == ".metadata"
+
+
+@pytest.mark.parametrize("file", [".distcp", ".metadata", "metadata.json"])
+def test_a_failed_write_names_its_file_and_gives_the_space_back(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, folder = builtins.open, tmp_path / ".partial-3"
+    folder.mkdir()
+
+    def full(path: Any, *arguments: Any, **settings: Any) -> Any:
+        if str(path).startswith(str(folder)) and file in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(path, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "open", full)
+    monkeypatch.setattr("io.open", full)
+    write = CheckpointWrite(
+        state_of(make_tensors()),
+        folder,
+        in_background=True,
+        publish=lambda: pytest.fail("published"),
+    )
+    with pytest.raises(OSError, match="No space left") as error:
+        write.finish()
+    assert str(error.value.filename).startswith(str(folder))
+    assert file != ".distcp" or file in error.value.filename
+    assert not folder.exists()
