@@ -80,7 +80,7 @@ def test_recorded_rollouts_refuse():
     state = RecordedRollouts(make_recording(2), seed=1).state_dict()
     with pytest.raises(ValueError, match="seed=1, these rollouts have seed=2"):
         RecordedRollouts(make_recording(2), seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="num_groups=2, these rollouts have 3"):
+    with pytest.raises(ValueError, match="num_groups=2, these rollouts have num_groups=3"):
         RecordedRollouts(make_recording(3), seed=1).load_state_dict(state)
 
 
