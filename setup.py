@@ -29,7 +29,7 @@ EXTRAS = {
         "transformers>=4.56",
     ],
     "wandb": ["wandb"],
-    "rollout": ["reasoning-gym>=0.1.20", "requests", "transformers>=4.56"],
+    "rollout": ["reasoning-gym>=0.1.20", "requests", "urllib3>=2", "transformers>=4.56"],
     "math": ["math-verify>=0.8"],
     "convert": [
         "megatron_pg[megatron]",
