@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import IntArray, as_integers
 from .resident import ResidentSpans
-from .tree import IntArray, PrefixTree
+from .tree import PrefixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,13 +252,13 @@ class PackedLayout:
         """
         if len(sequences) != self.num_samples:
             raise ValueError(f"{len(sequences)} sequences for {self.num_samples} samples")
-        tokens = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+        tokens = [as_integers(f"sequences[{i}]", x) for i, x in enumerate(sequences)]
         for i, (sequence, length) in enumerate(zip(tokens, self.sample_lens.tolist())):
             if sequence.shape != (length,):
                 raise ValueError(
                     f"sequences[{i}] has shape {tuple(sequence.shape)}, the layout says {(length,)}"
                 )
-        logical, index = torch.cat(tokens), self.logical_to_packed
+        logical, index = torch.from_numpy(np.concatenate(tokens)), self.logical_to_packed
         row = torch.full((self.total_tokens,), pad_id, dtype=torch.int64)
         row[index] = logical
         wrong = torch.nonzero(row[index] != logical)

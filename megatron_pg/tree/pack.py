@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .checks import as_length, as_list
 from .layout import PackedLayout
 from .resident import ResidentSpans, joined_resident_lens
-from .tree import PrefixTree, as_length
+from .tree import PrefixTree
 
 
 def pack_trees(
@@ -29,9 +30,14 @@ def pack_trees(
             the trees.
     """
     as_length("pad_to_multiple", pad_to_multiple)
-    trees = list(trees)
+    if isinstance(trees, PrefixTree):
+        raise ValueError("trees is one PrefixTree; pass a list of trees")
+    trees = as_list("trees", trees)
     if not trees:
         raise ValueError("trees is empty: a row needs at least one tree")
+    for i, tree in enumerate(trees):
+        if not isinstance(tree, PrefixTree):
+            raise ValueError(f"trees[{i}] is {type(tree).__name__}; make a PrefixTree of it")
     segment_offsets = np.cumsum([0] + [tree.num_segments for tree in trees])
     sample_offsets = np.cumsum([0] + [tree.num_samples for tree in trees])
     parents = np.concatenate([tree.segment_parents for tree in trees])
@@ -46,6 +52,7 @@ def pack_trees(
         resident_lens=joined_resident_lens(trees),
     )
     total_tokens = -(-forest.unique_tokens // pad_to_multiple) * pad_to_multiple
+    as_length("total_tokens", total_tokens)
     return PackedLayout(
         forest, segment_offsets, sample_offsets, total_tokens, tuple(resident_spans)
     )

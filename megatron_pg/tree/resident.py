@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .tree import IntArray, PrefixTree
+from .checks import IntArray
+from .tree import PrefixTree
 
 
 @dataclass(frozen=True, eq=False)

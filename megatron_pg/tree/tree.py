@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .checks import MAX_TOKENS, IntArray, as_integers, as_length, as_list
 from .radix import build_radix_segments
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +44,13 @@ class PrefixTree:
 
     def __post_init__(self) -> None:
         for name in ("segment_lens", "segment_parents", "sample_segments", "resident_lens"):
-            if getattr(self, name) is None:
+            if name == "resident_lens" and self.resident_lens is None:
                 continue
-            array = np.asarray(getattr(self, name), dtype=np.int64)
-            if array.ndim != 1:
-                raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
+            array = as_integers(name, getattr(self, name)).copy()
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", as_integers("token_ids", self.token_ids))
         self._check()
 
     @classmethod
@@ -67,7 +65,8 @@ class PrefixTree:
             ValueError: on an empty group or a length below 1.
         """
         lens = [as_length("prefix_len", prefix_len)]
-        lens += [as_length(f"suffix_lens[{i}]", n) for i, n in enumerate(suffix_lens)]
+        suffixes = as_list("suffix_lens", suffix_lens)
+        lens += [as_length(f"suffix_lens[{i}]", n) for i, n in enumerate(suffixes)]
         if len(lens) == 1:
             raise ValueError("suffix_lens is empty: a group needs at least one response")
         parents = np.zeros(len(lens), dtype=np.int64)
@@ -91,9 +90,10 @@ class PrefixTree:
                 ``min_shared < 1``.
         """
         as_length("min_shared", min_shared)
-        if len(sequences) == 0:
+        samples = as_list("sequences", sequences)
+        if not samples:
             raise ValueError("sequences is empty: a tree needs at least one sample")
-        runs = [_as_tokens(i, tokens) for i, tokens in enumerate(sequences)]
+        runs = [_as_tokens(i, tokens) for i, tokens in enumerate(samples)]
         return cls(*build_radix_segments(runs, min_shared))
 
     def without_prefix(self, lens: Sequence[int] | IntArray) -> PrefixTree:
@@ -106,7 +106,7 @@ class PrefixTree:
         Raises:
             ValueError: if a length does not fit.
         """
-        resident = np.asarray(lens, dtype=np.int64)
+        resident = as_integers("lens", lens)
         if resident.shape != self.segment_lens.shape or (resident >= self.segment_lens).any():
             raise ValueError(
                 f"lens={resident.tolist()} must leave at least one token of each of the segments "
@@ -190,8 +190,8 @@ class PrefixTree:
     @property
     def logical_attention_pairs(self) -> int:
         """Visible (q, kv) pairs of the written-out samples."""
-        lens = self.sample_lens
-        return int((lens * (lens + 1) // 2).sum())
+        # In Python's integers: samples that share most of their tokens may have many.
+        return sum(n * (n + 1) // 2 for n in self.sample_lens.tolist())
 
     def segment_path(self, segment: int) -> IntArray:
         """Segments from the root to ``segment``, both included."""
@@ -213,6 +213,13 @@ class PrefixTree:
         if lens.min() < 1:
             bad = int(np.argmin(lens))
             raise ValueError(f"segment_lens[{bad}]={lens[bad]} must be at least 1")
+        resident = self.resident_lens
+        before = 0.0 if resident is None else resident.max(initial=0).astype(float)
+        if lens.astype(float).sum() + before > MAX_TOKENS:
+            raise ValueError(
+                f"segment_lens and resident_lens reach beyond {MAX_TOKENS} tokens, which no row "
+                "holds; split the group"
+            )
         if parents.min() < -1 or (parents >= index).any():
             raise ValueError("segment_parents must be -1 or the index of an earlier segment")
         if ends.min() < 0 or ends.max() >= len(lens):
@@ -227,7 +234,6 @@ class PrefixTree:
             raise ValueError(f"segment {bad} lies on the path of no sample; leave it out")
         if self.token_ids is not None and len(self.token_ids) != self.unique_tokens:
             raise ValueError(f"{len(self.token_ids)} token_ids for {self.unique_tokens} tokens")
-        resident = self.resident_lens
         if resident is not None and (len(resident) != len(lens) or resident.min() < 0):
             raise ValueError(f"resident_lens={resident} must be one length per segment, 0 or more")
         if resident is not None and (resident[child] > 0).any():
@@ -259,23 +265,8 @@ def subtree_sums(parents: IntArray, depths: IntArray, values: npt.NDArray[Any]) 
     return sums
 
 
-def as_length(name: str, value: Any) -> int:
-    """``value`` as a positive int. Raises: ValueError naming ``name`` otherwise."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral | np.integer):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    return int(value)
-
-
 def _as_tokens(sample: int, tokens: Any) -> IntArray:
-    array = np.asarray(tokens)
-    if array.size == 0:
+    integers = as_integers(f"sequences[{sample}]", tokens)
+    if integers.size == 0:
         raise ValueError(f"sequences[{sample}] is empty: drop the sample")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"sequences[{sample}] must be a one-dimensional run of integers, "
-            f"got shape {array.shape} and dtype {array.dtype}"
-        )
-    tokens_int64: IntArray = array.astype(np.int64, copy=False)
-    return tokens_int64
+    return integers

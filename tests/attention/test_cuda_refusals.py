@@ -93,13 +93,13 @@ PACKAGES = {
         dict(__init__='__version__ = "2.6.3"', flash_attn_interface=INTERFACE),
         r"finds flash-attn 2\.6\.3; install a flash-attn >= 2\.7, < 3",
     ),
-    "1.0": (
-        dict(__init__='__version__ = "1.0.9"', flash_attn_interface=INTERFACE),
-        r"finds flash-attn 1\.0\.9; install",
+    "1.9": (
+        dict(__init__='__version__ = "1.9.1"', flash_attn_interface=INTERFACE),
+        r"finds flash-attn 1\.9\.1; install",
     ),
-    "3.0": (
-        dict(__init__='__version__ = "3.0.0"', flash_attn_interface=INTERFACE),
-        r"finds flash-attn 3\.0\.0; install",
+    "3.7": (
+        dict(__init__='__version__ = "3.7.0"', flash_attn_interface=INTERFACE),
+        r"finds flash-attn 3\.7\.0; install",
     ),
     "no version": (dict(__init__="", flash_attn_interface=INTERFACE), "finds flash-attn unknown"),
     "other functions": (
