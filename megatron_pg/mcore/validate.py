@@ -108,7 +108,7 @@ def _parallel_problems(config: TransformerConfig) -> Iterator[str]:
             "spread experts by expert_model_parallel_size"
         )
     chunk = config.microbatch_group_size_per_vp_stage
-    if chunk not in (None, pp_size):
+    if config.virtual_pipeline_model_parallel_size and chunk not in (None, pp_size):
         yield (
             f"microbatch_group_size_per_vp_stage={chunk}: rows are made in multiples of "
             f"pipeline_model_parallel_size={pp_size}; set microbatch_group_size_per_vp_stage=None"

@@ -78,7 +78,10 @@ def test_unsupported_setting(name: str) -> None:
             dict(num_moe_experts=4, tensor_model_parallel_size=2, expert_tensor_parallel_size=1),
             "expert_tensor_parallel_size=1 with expert_model_parallel_size=1",
         ),
-        (dict(microbatch_group_size_per_vp_stage=3), "microbatch_group_size_per_vp_stage=3"),
+        (
+            dict(virtual_pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=3),
+            "microbatch_group_size_per_vp_stage=3",
+        ),
         (
             dict(pipeline_model_parallel_size=2, variable_seq_lengths=False),
             "variable_seq_lengths=False with pipeline_model_parallel_size=2",
