@@ -45,8 +45,7 @@ def load_sharded_state(sharded_state: dict[str, Any], reader: TorchDistReader) -
     validate_sharding_integrity(asked_by_all)
 
     def read() -> dict[str, Any]:
-        names = {_name(part) for parts in asked_by_all for part in parts}
-        _check_names(names, reader)
+        _check_names({_name(part) for parts in asked_by_all for part in parts}, reader)
         for part in asked:
             _check_part(part, reader)
         extra = sorted(key for key in reader.objects if is_extra_state(key))

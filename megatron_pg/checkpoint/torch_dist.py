@@ -67,6 +67,12 @@ class TorchDistReader:
                 f"{self.folder / 'metadata.json'}: format {backend.get('sharded_backend')!r}; only "
                 "torch_dist is read; save it in that format"
             )
+        version = backend.get("sharded_backend_version", 1)
+        if version != _BACKEND["sharded_backend_version"]:
+            raise ValueError(
+                f"{self.folder / 'metadata.json'}: sharded_backend_version={version!r}, only 1 is "
+                "known; restore the file, or save with a Megatron-Core that this version supports"
+            )
         path = self.folder / ".metadata"
         self.tensors, self.objects = read_description(self.files.read(path.name), path)
         sizes: dict[str, int] = {}

@@ -102,8 +102,9 @@ def load_checkpoint(saved: SavedRun, model: TrainedModel) -> None:
     if progress.use_distributed_optimizer != is_distributed(model):
         kind = str(progress.use_distributed_optimizer).lower()
         raise ValueError(
-            f"{saved.path} was saved with parallel.use_distributed_optimizer={kind}, and Megatron "
-            "does not convert the optimizer's state; set it so, or start in another run.out"
+            f"{saved.path / PROGRESS}: it was saved with "
+            f"parallel.use_distributed_optimizer={kind}, and Megatron does not convert the "
+            "optimizer's state; set it so, or start in another run.out"
         )
     on_all_ranks(lambda: files.verify(files.names[dist.get_rank() :: dist.get_world_size()]))
     files.accept()

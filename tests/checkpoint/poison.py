@@ -62,6 +62,13 @@ def poison_metadata(folder: Path, attack: Attack) -> None:
 
 
 def poison_common(folder: Path, attack: Attack) -> None:
+    """What is no tensor; an object from Megatron-Core 0.17 on."""
+    if not (folder / "common.pt").is_file():
+
+        def change(key: str, is_tensor: bool, record: bytes) -> bytes:
+            return serialised([{"more": attack}]) if key.startswith("common_state/") else record
+
+        return replace_records(folder, change)
     common = torch.load(folder / "common.pt", weights_only=False)
     torch.save(common | {"more": attack}, folder / "common.pt")
 

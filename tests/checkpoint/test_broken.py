@@ -165,6 +165,13 @@ MEGATRON_CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tracker to nowhere": (write(TRACKER, "12"), "iter_0000012: missing"),
     "no metadata.json": (remove("metadata.json"), "metadata.json: missing"),
     "other format": (write("release/metadata.json", '{"sharded_backend": "zarr"}'), "'zarr'"),
+    "later format": (
+        write(
+            "release/metadata.json",
+            '{"sharded_backend": "torch_dist", "sharded_backend_version": 2}',
+        ),
+        "metadata.json: sharded_backend_version=2, only 1 is known",
+    ),
     "no description": (remove(".metadata"), ".metadata: missing"),
     "damaged description": (shorten(".metadata"), ".metadata: not readable"),
     "missing part": (remove("*.distcp"), "__0_0.distcp: missing"),

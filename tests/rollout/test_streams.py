@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,12 @@ def test_recorded_rollouts_refuse():
         RecordedRollouts(make_recording(2), seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match="num_groups=2, these rollouts have num_groups=3"):
         RecordedRollouts(make_recording(3), seed=1).load_state_dict(state)
+    first, second = make_recording(2)
+    other = replace(second, samples=(replace(second.samples[0], reward=0.5), second.samples[1]))
+    with pytest.raises(ValueError, match="of another recording"):
+        RecordedRollouts([first, other], seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="num_taken=1.0, must be a whole number"):
+        RecordedRollouts(make_recording(2), seed=1).load_state_dict(state | {"num_taken": 1.0})
 
 
 class _Task:

@@ -17,7 +17,12 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_pg.checkpoint import TorchDistReader, load_sharded_state, write_manifest
+from megatron_pg.checkpoint import (
+    TorchDistReader,
+    load_sharded_state,
+    reshard_checkpoint,
+    write_manifest,
+)
 from megatron_pg.train import Trainer, dry_run
 from megatron_pg.train.model import build_trained_model
 from megatron_pg.train.model_plan import plan_model
@@ -95,6 +100,12 @@ def flattened(state: Any, name: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any
         yield name, state.detach() if isinstance(state, torch.Tensor) else state
 
 
+def test_a_resharded_copy_is_taken_up(run: SavedRun, folder: Path) -> None:
+    reshard_checkpoint(run.checkpoints, folder, tp_size=2, pp_size=2)
+    assert (folder / f"iter_{STEP:07d}" / "manifest.json").is_file()
+    assert resumes(run, folder)
+
+
 # Damage to files: bits, lengths, names and places, whatever the file.
 
 
@@ -145,7 +156,10 @@ def rename(chance: random.Random, folder: Path) -> Path:
 
 
 def swap(chance: random.Random, folder: Path) -> Path:
-    first, second = chance.sample(sorted(folder.iterdir()), 2)
+    files = sorted(folder.iterdir())
+    if len(files) == 1:
+        return overwrite(chance, folder)
+    first, second = chance.sample(files, 2)
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
