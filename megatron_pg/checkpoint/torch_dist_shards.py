@@ -97,8 +97,9 @@ class TorchDistShards:
                         refuse_not_finite(copy, f"{self.file(name)}: tensor {name}")
                 if not is_same(*copies):
                     raise ValueError(
-                        f"{self.folder}: {name} is stored as {first[0]} and as {other[0]}, and "
-                        "they differ; save the model with one spec"
+                        f"{self.folder}: {name} is stored as {first[0]} (dtype {copies[0].dtype}) "
+                        f"and as {other[0]} (dtype {copies[1].dtype}), and they differ; save the "
+                        "model with one spec"
                     )
 
     def unread(self, names: Sequence[str]) -> list[str]:
