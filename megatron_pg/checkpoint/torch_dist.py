@@ -131,11 +131,6 @@ class TorchDistReader:
                 f"description says {list(chunk.sizes)} of {described}; restore the file or take "
                 "another checkpoint"
             )
-        if tensor.dtype != self.tensors[key].dtype:
-            raise ValueError(
-                f"{path}: tensor {key} has a part in {tensor.dtype} where the description says "
-                f"{self.tensors[key].dtype}; the checkpoint is damaged, save it anew"
-            )
         return tensor
 
     def read_object(self, key: str) -> Any:
