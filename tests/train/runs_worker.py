@@ -27,6 +27,8 @@ from tests.train.layouts import LAYOUTS  # noqa: E402
 from tests.train.tiny import VOCAB  # noqa: E402
 
 NUM_KILLS = 10
+# More than a run gets through between its kills.
+NUM_STEPS = 40
 TIMEOUT_MINUTES = 3.0
 Weights = dict[str, torch.Tensor]
 
@@ -235,11 +237,11 @@ def damaged_on_one_rank(out: Path, config: TrainConfig) -> None:
 def kill(config: TrainConfig, folder: Path) -> None:
     """Killed at ten random moments, three of them while a checkpoint is written."""
     layout, chance = "pp2", random.Random(5)
-    straight = run(config, layout, folder / "straight", num_steps=12, save_interval=1)
+    straight = run(config, layout, folder / "straight", num_steps=NUM_STEPS, save_interval=1)
     assert all(m["packing/resident_groups"] > 0 for m in straight[1])
-    pace = sum(m["time/step"] for m in straight[1][2:]) / 10
+    pace = sum(m["time/step"] for m in straight[1][2:]) / (NUM_STEPS - 2)
     out = folder / "killed"
-    config = on_layout(config, layout, out, num_steps=12, save_interval=1)
+    config = on_layout(config, layout, out, num_steps=NUM_STEPS, save_interval=1)
     checkpoints, log = out / "checkpoints", folder / "killed.log"
     num_writes, alone, together = 0, 0, 0
     for number in range(NUM_KILLS):
