@@ -106,6 +106,13 @@ def test_a_manifest_knows(command: str, kind: str, checkpoint: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_is_not_listed(command: str, checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "release/__1_0.distcp").write_bytes(b"left by another save")
+    with refused(checkpoint / "release/__1_0.distcp", "not listed", "move it"):
+        COMMANDS[command](checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("trust", [False, True])
 def test_legacy_files_run_with_trust_only(command: str, trust: bool, tmp_path: Path) -> None:
     """Also in a part that holds no weights."""
