@@ -4,6 +4,7 @@ from .backends import ATTENTION_BACKENDS, AttentionInputs
 from .interface import (
     available_backends,
     check_backend_name,
+    check_softmax_scale,
     prefix_grouped_attention,
     select_backend,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "ResidentKV",
     "available_backends",
     "check_backend_name",
+    "check_softmax_scale",
     "make_attention_plan",
     "merge_implementation",
     "prefix_grouped_attention",

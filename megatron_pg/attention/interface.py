@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -45,8 +46,8 @@ def prefix_grouped_attention(
         ``[total_tokens, num_heads, head_dim]``, differentiable once in q, k and v.
 
     Raises:
-        ValueError: on shapes, dtypes or devices that do not fit, a scale that is not finite, or
-            a backend that cannot take the inputs.
+        ValueError: on shapes, dtypes or devices that do not fit, a scale that is not finite or not
+            above 0, or a backend that cannot take the inputs.
 
     Source: shared-prefix forward of Prefix Grouper (arXiv 2506.05433), generalised to trees.
     """
@@ -58,8 +59,7 @@ def prefix_grouped_attention(
     _check_tensors(q, k, v, total_tokens)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale={softmax_scale!r} must be a finite number")
+    check_softmax_scale(softmax_scale)
     chosen = select_backend(AttentionInputs.of(q, k), backend)
     plan = layout if isinstance(layout, AttentionPlan) else make_attention_plan(layout, q.device)
     if plan.device != q.device:
@@ -68,7 +68,7 @@ def prefix_grouped_attention(
             "pass device=q.device when it is made"
         )
     _check_resident(k, plan, resident)
-    return chosen(q, k, v, plan, softmax_scale, resident)
+    return chosen(q, k, v, plan, float(softmax_scale), resident)
 
 
 def _check_resident(k: Tensor, plan: AttentionPlan, resident: Sequence[ResidentKV]) -> None:
@@ -127,6 +127,16 @@ def check_backend_name(backend: str) -> None:
             f"attention backend {backend!r} is unknown; use 'auto' or one of "
             f"{', '.join(ATTENTION_BACKENDS)}"
         )
+
+
+def check_softmax_scale(softmax_scale: float) -> None:
+    """Raise ValueError unless the scale is a number that kernels take.
+
+    They mask before they scale, so that hidden keys are seen with a factor of 0 or below.
+    """
+    is_number = isinstance(softmax_scale, numbers.Real)
+    if not is_number or not math.isfinite(softmax_scale) or softmax_scale <= 0:
+        raise ValueError(f"softmax_scale={softmax_scale!r} must be finite and above 0")
 
 
 def available_backends(inputs: AttentionInputs | None = None) -> list[str]:

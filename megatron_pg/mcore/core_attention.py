@@ -9,7 +9,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..attention import AttentionInputs, prefix_grouped_attention, select_backend
+from ..attention import (
+    AttentionInputs,
+    check_softmax_scale,
+    prefix_grouped_attention,
+    select_backend,
+)
 from .generation_cache import DecodeSeqParams, PrefillSeqParams
 from .params import PositionedSeqParams, WrappedRow
 
@@ -37,6 +42,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
         select_backend(_inputs_of(self.config), self.attention_backend)
+        if softmax_scale is not None:
+            check_softmax_scale(softmax_scale)
         self.prefix_grouped_softmax_scale = softmax_scale
         self.num_prefix_grouped_calls = 0
         self.num_ordinary_calls = 0

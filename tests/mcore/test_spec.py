@@ -280,6 +280,7 @@ def test_gpt_builder_builds_what_the_arguments_say(one_rank) -> None:
         ("flash", {}, "flash needs tensors on cuda, got cpu"),
         ("cpu_fused", dict(kv_channels=12), "takes head_dim in multiples of 8, got 12"),
         ("cpu", dict(params_dtype=torch.float8_e5m2), "got torch.float8_e5m2"),
+        ("cpu", dict(softmax_scale=-0.5), "softmax_scale=-0.5 must be finite and above 0"),
     ],
 )
 def test_backends_that_cannot_run_the_model_are_refused_when_it_is_built(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -105,6 +106,17 @@ def _first_rows(
     return [torch.empty(like.shape, dtype=dtype) for like in rows], False
 
 
+def _restore_nan(out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor) -> None:
+    """Undo what the kernel does to a query without finite scores: ``out = 0``, ``lse`` 0 or inf."""
+    # Neither 0 nor inf among them, asked in the fewest operations.
+    if math.isfinite(lse.reciprocal().add_(lse).sum().item()):
+        return
+    unsound = ~queries.isfinite().all(-1) | ~keys.isfinite().all(-1).all(-1, keepdim=True)
+    lost = unsound & ((lse == 0) | lse.isinf())
+    out.masked_fill_(lost.unsqueeze(-1), torch.nan)
+    lse.masked_fill_(lost, torch.nan)
+
+
 def split_causal_pass(causal_pass: AttentionPass, min_block: int) -> tuple[AttentionPass, ...]:
     """A causal pass as causal blocks on its diagonals and full rectangles below them.
 
@@ -157,14 +169,11 @@ class CpuFlashKernel:
         """See ``VarlenKernel``."""
         out: Tensor | None = None
         for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
+            queries, keys = call.queries(q), call.keys(k)
             call_out, call_lse = _flash_forward(
-                call.queries(q),
-                call.keys(k),
-                call.keys(v),
-                0.0,
-                part.causal,
-                scale=softmax_scale,
+                queries, keys, call.keys(v), 0.0, part.causal, scale=softmax_scale
             )
+            _restore_nan(call_out, call_lse, queries, keys)
             if out is None:
                 (out, lse), are_filled = _first_rows(call, (call_out, call_lse), (q, q[..., 0]))
                 if are_filled:
