@@ -73,7 +73,7 @@ def check_arguments(
     if problems:
         raise NotImplementedError(
             f"{where}: its args describe another model than is supported: {listed}. Where an "
-            "argument does not change the model, give the model's config.json as hf_config"
+            "argument does not change the model, give the model's configuration by hf_config=DIR"
         )
 
 

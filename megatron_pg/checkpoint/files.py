@@ -60,7 +60,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
         ValueError: naming the file, if they are no JSON, name a key twice or hold no object.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     # Deep nesting ends in a RecursionError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from error

@@ -195,7 +195,7 @@ def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | Non
         )
 
 
-_NEED = "give the model's config.json as hf_config"
+_NEED = "give the model's configuration by hf_config=DIR"
 _UNSET: Any = object()
 
 

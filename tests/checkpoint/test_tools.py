@@ -116,14 +116,15 @@ def test_advice_in_flags(models: Path, tmp_path: Path, tool, capsys) -> None:
     legacy = tmp_path / "iter_0000001/mp_rank_00"
     legacy.mkdir(parents=True)
     torch.save({"model": {}, "rng_state": [Family("x")]}, legacy / "model_optim_rng.pt")
-    with pytest.raises(ValueError, match="pass trust_pickle=True"):
+    with pytest.raises(ValueError, match="read it with trust_pickle=True"):
         megatron_to_hf(legacy.parent, tmp_path / "out")
     assert tool("megatron_to_hf", "--megatron", legacy.parent, "--out", tmp_path / "out") == 2
-    assert "pass --trust-pickle" in capsys.readouterr().err
+    assert "read it with --trust-pickle" in capsys.readouterr().err
     shutil.copytree(models / "llama-megatron/release", tmp_path / "release")
     common = torch.load(tmp_path / "release/common.pt")
     del common["args"]
     torch.save(common, tmp_path / "release/common.pt")
+    (tmp_path / "release/manifest.json").unlink()
     assert tool("verify_checkpoint", tmp_path / "release", models / "llama") == 2
     assert "--hf-config DIR" in capsys.readouterr().err
     arguments = ("--hf", models / "llama", "--out", tmp_path / "out", "--backend", "mbridge")
