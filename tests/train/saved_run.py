@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,18 +97,45 @@ def assert_state(got: dict[str, Any], want: dict[str, Any]) -> None:
             assert got[name] == value, name
 
 
-@contextmanager
-def saved_run(folder: Path) -> Iterator[SavedRun]:
-    """Train two steps in a process of its own; the model to resume with is built in this one."""
+def forget_manifest(iteration: Path) -> None:
+    """As an earlier version saved it: no checksums, no settings of the run."""
+    (iteration / "manifest.json").unlink()
+    progress = json.loads((iteration / "progress.json").read_text())
+    del progress["settings"], progress["changes"], progress["stream"]["content"]
+    (iteration / "progress.json").write_text(json.dumps(progress))
+
+
+def resumes(run: SavedRun, folder: Path, *names: object) -> bool:
+    """Whether a copy is taken up, and then right; else the refusal holds each of ``names``."""
+    try:
+        loaded = run.resume(folder)
+    except (ValueError, NotImplementedError) as error:
+        message = str(error)
+        missing = [str(name) for name in names if str(name) not in message]
+        assert not missing, f"the refusal does not name {missing}: {message}"
+        assert re.search("restore|write the|put the|move it|start in another|go on with", message)
+        return False
+    assert_state(loaded, run.state)
+    return True
+
+
+def train_and_save(folder: Path) -> TrainConfig:
+    """Two steps and a checkpoint, in a process of its own."""
     sections = tiny.run_sections(folder, tiny.make_groups(7, has_rollout_logprobs=True))
     sections["run"] |= {"num_steps": STEP, "save_interval": STEP, "self_check_interval": None}
     path = tiny.write_config(folder / "config.yaml", sections)
     done = tiny.launch([str(path)])
     assert done.returncode == 0, done.stderr
-    config = load_config(path)
+    return load_config(path)
+
+
+@contextmanager
+def saved_run(config: TrainConfig) -> Iterator[SavedRun]:
+    """The model to resume with, built in this process."""
     with parallel_run(config.parallel, config.run.seed) as ranks:
         model = build_trained_model(config, plan_model(config.model, config.parallel), STEP)
-        saved = SavedRun(folder / "out" / "checkpoints", config, ranks, model, {})
+        checkpoints = Path(config.run.out) / "checkpoints"
+        saved = SavedRun(checkpoints, config, ranks, model, {})
         # The first load makes the optimizer's state, which later ones fill with NaN before.
         saved.resume(saved.checkpoints)
         saved.state = saved.resume(saved.checkpoints)
