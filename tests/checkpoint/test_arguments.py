@@ -280,7 +280,7 @@ def test_values_of_another_kind_are_refused(name: str, value: Any) -> None:
 def test_missing_arguments_are_named(name: str) -> None:
     args = stock()
     delattr(args, name)
-    with pytest.raises(ValueError, match=r"^here: args have no \w+; give the model's configuration"):
+    with pytest.raises(ValueError, match=r"^here: args have no \w+; give the model's config"):
         hf_model_from_args(args, "here")
 
 
