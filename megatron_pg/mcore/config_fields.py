@@ -52,6 +52,8 @@ HARMLESS_RUN = {
     *("deallocate_pipeline_outputs", "moe_per_layer_logging"),
     *("high_priority_a2a_comm_stream", "hetereogenous_dist_checkpoint", "moe_enable_deepep"),
     *("moe_deepep_num_sms", "moe_flex_dispatcher_num_sms"),
+    # Megatron-LM says them always; what they come to is refused: gtp_weight_remat_size.
+    *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
     # Kernels that compute the same for every token.
     *("gradient_accumulation_fusion", "bias_activation_fusion", "masked_softmax_fusion"),
     *("persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion"),
@@ -240,9 +242,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
         "logprobs are computed from predictor rows, not by the output layer",
         False,
     ),
-    "tensor_parallel_num_weight_shards": (_NONE, _WEIGHTS, False),
     "gtp_weight_remat_size": ((1,), _WEIGHTS, False),
-    "expert_tensor_parallel_num_weight_shards": (_NONE, _WEIGHTS, False),
     "expert_gtp_weight_remat_size": ((1,), _WEIGHTS, False),
     "moe_aux_loss_coeff": ((0, 0.0), _STATISTICS, False),
     "moe_z_loss_coeff": (_ZERO, _STATISTICS, False),
