@@ -37,6 +37,15 @@ class VarlenArguments:
     max_seqlen_q: int
     max_seqlen_kv: int
 
+    @property
+    def bound_q(self) -> int:
+        """A bound on the queries of a sequence, for FlashAttention-2.
+
+        It takes 1 for decoding, where every sequence has one query, and swaps sequences and grouped
+        heads; gaps have none.
+        """
+        return max(self.max_seqlen_q, 2)
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPass:
@@ -127,9 +136,6 @@ class AttentionPass:
         keep = np.append(True, (np.diff(table, axis=0) != 0).any(axis=1))
         table = table[keep]
         max_seqlen_q, max_seqlen_kv = np.diff(table, axis=0).max(axis=0).tolist()
-        # FlashAttention-2 takes 1 for decoding, where every sequence has one query, and reorders
-        # grouped heads; gaps have none.
-        max_seqlen_q = max(max_seqlen_q, 2)
         on_device = torch.from_numpy(table.T.copy()).to(self.device, non_blocking=True)
         return VarlenArguments(on_device[0], on_device[1], max_seqlen_q, max_seqlen_kv)
 

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from megatron_pg import PrefixTree, pack_trees
-from megatron_pg.attention import AttentionInputs, make_attention_plan, select_backend
+from megatron_pg.attention import (
+    ATTENTION_BACKENDS,
+    AttentionInputs,
+    make_attention_plan,
+    select_backend,
+)
 from megatron_pg.attention.backends.flash_attn import package_refusal
 from megatron_pg.tree import ResidentSpans
 
@@ -177,7 +182,8 @@ def test_heads_that_no_attention_has(changes) -> None:
         inputs(**changes)
 
 
-def test_passes_of_one_query_are_not_taken_for_decoding() -> None:
+@pytest.mark.parametrize("backend", ["flash", "flash_attn"])
+def test_passes_of_one_query_are_not_taken_for_decoding(monkeypatch, install, backend) -> None:
     """FlashAttention-2 swaps heads and sequences then, and counts on a query in each of them."""
     lone = [
         PrefixTree(
@@ -191,6 +197,18 @@ def test_passes_of_one_query_are_not_taken_for_decoding() -> None:
     spans = ResidentSpans(0, np.array([[0, 1], [1, 2]]), np.array([[0, 3], [5, 8]]))
     passes = make_attention_plan(pack_trees(lone, 1, [spans])).passes
     assert passes[-1].varlen.cu_seqlens_q.diff().tolist() == [1, 0, 1]
-    assert [p.varlen.max_seqlen_q for p in passes] == [2, 2]
+    bounds: list[int] = []
+
+    def forward(q, k, v, cu_q, cu_kv, max_q, max_kv, *args, **kwargs):
+        bounds.append(max_q)
+        return q, q[..., 0].t()
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward, raising=False)
+    install(__init__="", flash_attn_interface=INTERFACE)
+    monkeypatch.setattr("flash_attn.flash_attn_interface._flash_attn_varlen_forward", forward)
+    x = torch.zeros(8, 2, 8)
+    for p in passes:
+        ATTENTION_BACKENDS[backend].kernel.forward(x[: p.q_end - p.q_begin], x, x, p, 1.0)
+    assert bounds == [2, 2]
     longer = make_attention_plan(pack_trees([PrefixTree.from_group(3, [4, 5])])).passes
-    assert [p.varlen.max_seqlen_q for p in longer] == [5, 9]
+    assert [p.varlen.bound_q for p in longer] == [5, 9]
