@@ -16,7 +16,7 @@ from megatron_pg.mcore import cpu  # noqa: E402
 from tests.mcore import harness  # noqa: E402
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
