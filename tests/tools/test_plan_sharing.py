@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from megatron_pg.data import read_rollouts
 from tools.flops import FORWARD_BACKWARD
 from tools.plan_sharing import main
-from tools.sharing.model import UNGATED, read_model
+from tools.sharing.model import GATED, UNGATED, read_model
 from tools.sharing.render import print_report
 from tools.sharing.report import predict_at
 from tools.sharing.settings import Settings
@@ -382,13 +383,53 @@ def test_both_kinds_of_config_say_the_same(tmp_path: Path) -> None:
     assert read_model(tmp_path) == read_model(tmp_path / "args.json")
 
 
-@pytest.mark.parametrize("model_type", sorted(UNGATED))
-def test_types_without_a_gate_are_read(tmp_path: Path, model_type: str) -> None:
+# Where transformers' own defaults are no model of full attention, or no model at all.
+OF_TYPE = {
+    "deepseek_v2": dict(num_experts_per_tok=6),
+    "mistral": dict(sliding_window=None),
+    "nemotron": dict(num_key_value_heads=8),
+}
+
+
+def active_weights(model: torch.nn.Module, active: float) -> float:
+    """Weights of matrices in decoder layers that a token meets; of experts it meets a share."""
+    total = 0.0
+    for name, weight in model.named_parameters():
+        is_router = "router" in name or name.endswith("gate.weight")
+        if re.search(r"(layers|\.h)\.\d+\.", name) and weight.ndim > 1 and not is_router:
+            is_routed = weight.ndim == 3 or re.search(r"experts\.\d", name) is not None
+            total += weight.numel() * (active if is_routed else 1.0)
+    return total
+
+
+@pytest.mark.parametrize("model_type", sorted(GATED | UNGATED))
+def test_known_types_are_counted_as_transformers_builds_them(
+    tmp_path: Path, model_type: str
+) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.CONFIG_MAPPING[model_type]()
-    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    config = transformers.CONFIG_MAPPING[model_type](**OF_TYPE.get(model_type, {}))
+    values = json.loads(config.to_json_string(use_diff=False))
+    (tmp_path / "config.json").write_text(json.dumps(values))
     dims = read_model(tmp_path)
-    assert not dims.gated and dims.ffn_hidden_size == 4 * dims.hidden_size
+    is_part = type(config) not in transformers.AutoModelForCausalLM._model_mapping
+    auto = transformers.AutoModel if is_part else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((values[key] for key in counts if values.get(key)), 1)
+    topk = values.get("num_experts_per_tok") or 1
+    assert dims.cost_model.per_token == 2 * active_weights(model, topk / experts)
+    assert dims.gated == (model_type in GATED)
+
+
+@pytest.mark.parametrize("change", [dict(model_type="apertus"), dict(model_type="of_tomorrow")])
+def test_types_of_which_nothing_is_known_are_refused(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF | change))
+    named = f"config.json .model_type='{change['model_type']}'.: it is not known.*args.json"
+    with pytest.raises(ValueError, match=named):
+        read_model(tmp_path)
 
 
 @pytest.mark.parametrize(
