@@ -33,8 +33,8 @@ class TextEncoder:
     Chat messages go through the tokenizer's template, which writes the special tokens itself. So it
     has for a prompt that is a string and was rendered by it: it begins with the text of the
     tokenizer's beginning-of-sequence token, or begins and ends as the template does. Before any
-    other string stands what the tokenizer puts before a text. Nothing is added behind a prompt or
-    to a response.
+    other string stands what the tokenizer puts before a text, unless it stands there already.
+    Nothing is added behind a prompt or to a response.
 
     Args:
         tokenizer: anything with the interface of transformers.
@@ -79,7 +79,8 @@ class TextEncoder:
         ids, marked = self._encode(text), self._tokenizer.encode(text, add_special_tokens=True)
         for start in range(len(marked) - len(ids) + 1):
             if marked[start : start + len(ids)] == ids:
-                return marked[:start] + ids
+                opening = marked[:start]
+                return ids if ids[:start] == opening else opening + ids
         raise ValueError("the tokenizer's special tokens change the tokens of the text itself")
 
     def _render(self, messages: Messages) -> str:

@@ -151,3 +151,15 @@ def test_nothing_is_added_to_responses(tmp_path, adds):
         got = [sample.response_ids.tolist() for sample in group.samples]
         # A response that ended at once is the end token, where that is not dropped.
         assert got == [[three, EOS], [four, EOS], [EOS]] and group.samples[2].loss_mask.all()
+
+
+def test_what_opens_a_text_stands_there_once(tmp_path):
+    """Tokens that are no bos open it, and the template's arguments decide how it ends."""
+    tokenizer = make_tokenizer("nothing", "<user><bos>{{ messages[0].content }} one")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<user> <bos> $A", special_tokens=[("<user>", WORDS.index("<user>")), ("<bos>", BOS)]
+    )
+    tokenizer.bos_token = None
+    for text in ("<user><bos>what is", "<user><bos> what is", "what is"):
+        got = TextEncoder(tokenizer).encode_prompt(text)
+        assert got == [WORDS.index(w) for w in ("<user>", "<bos>", "what", "is")]
