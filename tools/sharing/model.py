@@ -22,8 +22,8 @@ GATED = {
     *("qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3", "solar_open", "stablelm"),
     "youtu",
 }
-# models of these have two. Types whose configs have other names for their sizes (opt, bloom, falcon,
-# gpt_neo) are not read at all.
+# models of these have two. Types whose configs have other names for their sizes (opt, bloom,
+# falcon, gpt_neo) are not read at all.
 UNGATED = {
     *("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "nemotron", "persimmon"),
     *("phi", "starcoder2"),
