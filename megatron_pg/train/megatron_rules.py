@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,12 +11,16 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def megatron_problems(config: TransformerConfig, asked: Mapping[str, Any]) -> Iterator[str]:
+def megatron_problems(
+    config: TransformerConfig, asked: Mapping[str, Any], vpp_size: int | None, use_te: bool
+) -> Iterator[str]:
     """Everything that keeps a configuration from being built and trained as it was asked for.
 
     Args:
         config: as Megatron-Core made it.
         asked: the fields that a user set, by name.
+        vpp_size: ``parallel.virtual_pipeline_model_parallel_size``.
+        use_te: whether layers are Transformer Engine's.
     """
     for name, value in asked.items():
         # A pattern of layers is kept in a form of its own.
@@ -25,10 +30,29 @@ def megatron_problems(config: TransformerConfig, asked: Mapping[str, Any]) -> It
                 f"model.transformer.{name}={value!r}: Megatron-Core makes {got!r} of it beside the "
                 "other settings; remove it, or change them"
             )
-    yield from _stage_problems(config)
+        elif name.startswith("moe_") and value is not None and not config.num_moe_experts:
+            yield (
+                f"model.transformer.{name}={value!r} would be ignored: the model has no experts; "
+                "remove it, or set num_moe_experts"
+            )
+    if config.virtual_pipeline_model_parallel_size != vpp_size:
+        made = config.virtual_pipeline_model_parallel_size
+        yield (
+            f"pipeline_model_parallel_layout has {made} virtual stages a rank: set "
+            f"parallel.virtual_pipeline_model_parallel_size={made}, got {vpp_size}"
+        )
+    stage_problems = list(_stage_problems(config))
+    yield from stage_problems or _recompute_problems(config)
     yield from _width_problems(config)
+    yield from _kernel_problems(config, use_te)
     if config.num_moe_experts:
         yield from _expert_problems(config)
+        if config.add_bias_linear and not use_te and config.tensor_model_parallel_size == 1:
+            yield (
+                f"add_bias_linear=True with num_moe_experts={config.num_moe_experts}: without "
+                "tensor parallelism Megatron-Core's local experts add their biases where autograd "
+                "forbids it; set model.transformer.add_bias_linear=false"
+            )
 
 
 def layers_per_stage(config: TransformerConfig) -> list[int]:
@@ -37,18 +61,22 @@ def layers_per_stage(config: TransformerConfig) -> list[int]:
     Raises:
         AssertionError: Megatron-Core's, on layers that do not divide.
     """
+    return [sum(chunks) for chunks in _layers_per_chunk(config)]
+
+
+def _layers_per_chunk(config: TransformerConfig) -> list[list[int]]:
     layout = config.pipeline_model_parallel_layout
     if layout is not None:
         return [
-            sum(kind == LayerType.decoder for chunk in chunks for kind in chunk)
+            [sum(kind == LayerType.decoder for kind in chunk) for chunk in chunks]
             for chunks in layout.layout
         ]
     vpp = config.virtual_pipeline_model_parallel_size
     return [
-        sum(
+        [
             get_num_layers_to_build(config, vp_stage=stage if vpp else None, pp_rank=rank)
             for stage in range(vpp or 1)
-        )
+        ]
         for rank in range(config.pipeline_model_parallel_size)
     ]
 
@@ -103,6 +131,44 @@ def _width_problems(config: TransformerConfig) -> Iterator[str]:
             )
 
 
+def _recompute_problems(config: TransformerConfig) -> Iterator[str]:
+    if config.recompute_granularity != "full" or config.recompute_method != "uniform":
+        return
+    number = config.recompute_num_layers
+    if wrong := [n for chunks in _layers_per_chunk(config) for n in chunks if n % number]:
+        yield (
+            f"recompute_num_layers={number} with recompute_method='uniform' does not divide the "
+            f"{wrong[0]} layers of a stage; choose a divisor, or recompute_method='block'"
+        )
+
+
+def _kernel_problems(config: TransformerConfig, use_te: bool) -> Iterator[str]:
+    """What Megatron-Core only finds missing once the model is built or run."""
+    if use_te:
+        return
+    if config.layernorm_zero_centered_gamma:
+        yield "layernorm_zero_centered_gamma=True: PyTorch's norms have none; set it to false"
+    if config.gradient_accumulation_fusion and not _is_there("fused_weight_gradient_mlp_cuda"):
+        yield (
+            "gradient_accumulation_fusion=True needs Apex or Transformer Engine's layers, this "
+            "machine has neither; set it to false"
+        )
+    if _is_there("transformer_engine"):
+        return
+    needing = {"moe_router_fusion": config.moe_router_fusion}
+    if config.recompute_granularity == "selective":
+        needing |= {
+            f"recompute_modules={name!r}": name in config.recompute_modules
+            for name in ("layernorm", "moe_act")
+        }
+    for name in [name for name, is_on in needing.items() if is_on]:
+        yield f"{name} needs Transformer Engine, which is not installed; leave it out"
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def _expert_problems(config: TransformerConfig) -> Iterator[str]:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
@@ -118,6 +184,14 @@ def _expert_problems(config: TransformerConfig) -> Iterator[str]:
         )
     if topk > experts:
         yield f"moe_router_topk={topk} must not exceed num_moe_experts={experts}"
+    if config.moe_apply_probs_on_input and topk != 1:
+        yield f"moe_apply_probs_on_input=True needs moe_router_topk=1, got {topk}; set it to false"
+    shards = config.tensor_model_parallel_size * config.expert_model_parallel_size
+    if config.moe_token_dispatcher_type == "flex" and shards == 1:
+        yield (
+            "moe_token_dispatcher_type='flex' needs expert or tensor parallelism; set it to "
+            "'alltoall'"
+        )
     groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
     if groups is None and chosen is None:
         return

@@ -133,7 +133,8 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             f"Megatron-Core refuses the model settings: {str(error) or type(error).__name__}; "
             f"change parallel, or of model.transformer {', '.join(overrides) or 'a field'}"
         ) from error
-    problems = list(megatron_problems(config, overrides))
+    use_te = _uses_te(model.transformer_impl)
+    problems = list(megatron_problems(config, overrides, vpp, use_te))
     if gpt["position_embedding_type"] == "rope" and config.kv_channels % 2:
         problems.append(
             f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
@@ -155,7 +156,7 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             dtype=config.params_dtype,
         )
         origin = Origin(Path(model.hf), args)
-    return ModelPlan(config, gpt, spec, vocab_size, _uses_te(model.transformer_impl), origin)
+    return ModelPlan(config, gpt, spec, vocab_size, use_te, origin)
 
 
 def validate_trainable(plan: ModelPlan) -> None:

@@ -149,6 +149,7 @@ _OWNED = {name: _PARALLEL.format(name) for name in _OFFERED_PARALLEL} | {
     "transformer_impl": "is set by model.transformer_impl; set it there",
     "cross_entropy_loss_fusion": _OWN_LOGPROBS,
     "cross_entropy_fusion_impl": _OWN_LOGPROBS,
+    "use_te_activation_func": "needs a layer spec that no run makes; omit it",
     "moe_layer_freq": _EVERY_LAYER,
     "moe_grouped_gemm": _EVERY_LAYER,
     "moe_use_legacy_grouped_gemm": _EVERY_LAYER,

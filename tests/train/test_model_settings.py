@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ ELSEWHERE = {
     "calculate_per_token_loss": (True, "must stay true"),
     "variable_seq_lengths": (False, "must stay true"),
     "cross_entropy_loss_fusion": (True, "would be ignored"),
+    "use_te_activation_func": (True, "needs a layer spec that no run makes"),
     "moe_layer_freq": ([0, 1, 0, 1], "would be ignored"),
     "moe_grouped_gemm": (True, "would be ignored"),
     "perform_initialization": (False, "break the start"),
@@ -159,6 +161,14 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
         ),
         (dict(moe_enable_deepep=True), {}, "deepep"),
         (dict(num_moe_experts=None), dict(expert_model_parallel_size=2), "expert"),
+        (
+            dict(num_moe_experts=None, moe_ffn_hidden_size=None, moe_router_topk=3),
+            {},
+            "moe_router_topk=3 would be ignored: the model has no experts",
+        ),
+        (dict(moe_apply_probs_on_input=True), {}, "needs moe_router_topk=1, got 2"),
+        (dict(moe_token_dispatcher_type="flex"), {}, "flex' needs expert or tensor parallelism"),
+        (dict(add_bias_linear=True), {}, "set model.transformer.add_bias_linear=false"),
     ],
 )
 def test_experts_that_megatron_would_refuse(
@@ -200,6 +210,26 @@ def test_experts_that_megatron_would_refuse(
             "Megatron-Core refuses the model settings",
         ),
         (dict(num_attention_heads=3), dict(tensor_model_parallel_size=2), "num_attention_heads"),
+        (
+            dict(pipeline_model_parallel_layout="Et|t|t|tL"),
+            dict(pipeline_model_parallel_size=2),
+            "set parallel.virtual_pipeline_model_parallel_size=2, got None",
+        ),
+        (
+            dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=3),
+            {},
+            "does not divide the 4 layers of a stage",
+        ),
+        (
+            dict(
+                num_layers=5,
+                recompute_granularity="full",
+                recompute_method="uniform",
+                recompute_num_layers=1,
+            ),
+            dict(pipeline_model_parallel_size=2),
+            "num_layers=5 is no multiple",
+        ),
     ],
 )
 def test_stages_and_widths_that_do_not_fit(
@@ -207,6 +237,28 @@ def test_stages_and_widths_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError) as error:
         plan(SIZES | changes, **parallel)
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None or torch.cuda.is_available(),
+    reason="this machine may have the kernels",
+)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(layernorm_zero_centered_gamma=True), "layernorm_zero_centered_gamma=True: PyTorch"),
+        (dict(gradient_accumulation_fusion=True), "gradient_accumulation_fusion=True needs Apex"),
+        (dict(moe_router_fusion=True), "moe_router_fusion needs Transformer Engine"),
+        (
+            dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
+            "recompute_modules='layernorm' needs Transformer Engine",
+        ),
+    ],
+)
+def test_kernels_that_are_not_there(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        plan(EXPERTS | changes)
     assert message in str(error.value)
 
 
