@@ -53,7 +53,8 @@ def _read_completions(answer: Any, *, with_tokens: bool) -> Answer:
         if index in responses:
             raise MalformedAnswerError(f"two choices have index {index}")
         responses[index] = _read_choice(where, choice, with_tokens)
-        if with_tokens and (ids := _take_if(where, choice, "prompt_token_ids", list)) is not None:
+        ids = _take_if(where, choice, "prompt_token_ids", list) if with_tokens else None
+        if ids is not None and responses[index].status != "aborted":
             prompts.append(ids)
     if sorted(responses) != list(range(len(responses))):
         raise MalformedAnswerError(
@@ -61,10 +62,12 @@ def _read_completions(answer: Any, *, with_tokens: bool) -> Answer:
         )
     usage = _take_if("the answer", answer, "usage", dict) or {}
     prompt_tokens = _take_if("usage", usage, "prompt_tokens", int)
+    # A request that was aborted in the queue counts none.
+    is_counted = all(raw.status != "aborted" for raw in responses.values())
     return Answer(
         responses=[responses[index] for index in sorted(responses)],
         model=_take_if("the answer", answer, "model", str),
-        prompt_lens=() if prompt_tokens is None else (prompt_tokens,),
+        prompt_lens=(prompt_tokens,) if is_counted and prompt_tokens is not None else (),
         prompts=prompts,
         num_generated=_take_if("usage", usage, "completion_tokens", int),
     )

@@ -160,7 +160,7 @@ def _count_problems(answer: Answer, prompt: Prompt) -> Iterator[str]:
             )
     if any(ids != sent for ids in answer.prompts):
         yield "prompt_token_ids are not the tokens that were sent"
-    received = sum(len(raw.token_ids or ()) for raw in answer.responses)
+    received = sum(len(raw.token_ids or ()) for raw in answer.responses if raw.trains)
     if answer.num_generated is not None and received > answer.num_generated:
         yield (
             f"{received} token ids came where the server counts {answer.num_generated} generated "

@@ -6,8 +6,16 @@ import copy
 import math
 
 import pytest
+import torch
 
-from megatron_pg.rollout import OpenAIServerSource, RolloutServerError
+from megatron_pg.rollout import (
+    OpenAIServerSource,
+    Prompt,
+    RolloutServerError,
+    SamplingParams,
+)
+from megatron_pg.rollout.answer_forms import read_answer
+from megatron_pg.rollout.answers import answer_problems
 
 from .helpers import make_prompt
 from .scripted import PARAMS, generated
@@ -348,3 +356,18 @@ def test_without_a_vocabulary_tokens_are_plausible(vllm):
     choices(**completion([5, 2**31], index=1))(answer)
     with pytest.raises(RolloutServerError, match="prompt 'p0'.*token 1 is 2147483648"):
         free.generate([make_prompt()], PARAMS)
+
+
+@pytest.mark.parametrize("num_aborted", [1, 2])
+def test_aborted_choices_are_counted_as_the_server_likes(num_aborted: int) -> None:
+    """A request that is aborted in the queue has no prompt tokens, for some servers."""
+    prompt = Prompt(prompt_id="p", prompt_ids=torch.tensor([1, 2, 3]))
+    params = SamplingParams(num_generations=2, max_response_tokens=4)
+    whole = dict(text="a", token_ids=[5, 6], finish_reason="stop", prompt_token_ids=[1, 2, 3])
+    aborted = dict(text="", token_ids=[7], finish_reason="abort", prompt_token_ids=[])
+    choices = [dict(aborted, index=0), dict(aborted if num_aborted == 2 else whole, index=1)]
+    usage = dict(prompt_tokens=0, completion_tokens=2 * (2 - num_aborted))
+    answer = read_answer("token_ids", dict(choices=choices, usage=usage))
+    assert [raw.trains for raw in answer.responses] == [False, num_aborted == 1]
+    found = answer_problems("token_ids", answer, prompt, params, vocab_size=9, with_logprobs=False)
+    assert found == []
