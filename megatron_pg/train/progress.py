@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,4 +162,5 @@ def _evaluation_problems(evaluations: Any) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # NaN is not below; an integer may be too large for a float.
+    return type(value) in (int, float) and abs(value) < 1e300

@@ -1,0 +1,31 @@
+"""What ``progress.json`` may hold, beyond what a run's own checkpoints show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from megatron_pg.train.progress import parse_progress  # noqa: E402
+
+TOTALS = dict.fromkeys(("unique_tokens", "logical_tokens", "seconds", "checkpoint_seconds"), 1)
+CONTENT: dict[str, Any] = dict(
+    step=2, use_distributed_optimizer=False, stream={"num_taken": 9}, totals=TOTALS, evaluations={}
+)
+PATH = Path("iter_0000002/progress.json")
+
+
+@pytest.mark.parametrize(
+    "number", [10**400, float("inf"), float("nan"), True, None, "1"], ids=lambda x: f"{x!s:.9}"
+)
+@pytest.mark.parametrize("section", ["totals", "evaluations"])
+def test_numbers_that_no_run_writes(section: str, number: Any) -> None:
+    parse_progress(json.dumps(CONTENT).encode(), PATH)
+    values = dict(mean=number, num_prompts=1, standard_error=0.1)
+    changed = TOTALS | {"seconds": number} if section == "totals" else {"before": values}
+    with pytest.raises(ValueError, match=rf"progress\.json: {section}"):
+        parse_progress(json.dumps(CONTENT | {section: changed}).encode(), PATH)
