@@ -81,9 +81,10 @@ class FolderLock:
         self.warning: str | None = None
         self._folder = folder.absolute()
         self._label = f"{setting}={folder}"
-        self._made = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
+        self._made: list[Path] = []
         self._file: BinaryIO | None = None
         try:
+            self._made = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
             self._file = self._acquire()
             self._write_holder(self._file)
         except OSError as error:
@@ -166,11 +167,17 @@ def hold_folders(config: TrainConfig, is_first: bool) -> Iterator[list[str]]:
         def hold_all() -> None:
             hold(config.run.out, "run.out")
             _require_writable(Path(config.run.out) / "checkpoints")
-            if config.rollout.source == "server" and server.export_dir is not None:
-                hold(server.export_dir, "rollout.server.export_dir")
+            export_dir = server.export_dir if config.rollout.source == "server" else None
+            # The run holds its own folder already.
+            if export_dir is not None and not _is_same(export_dir, config.run.out):
+                hold(export_dir, "rollout.server.export_dir")
 
         on_first_rank(hold_all, is_first)
         yield warnings
+
+
+def _is_same(a: str, b: str) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _require_writable(folder: Path) -> None:

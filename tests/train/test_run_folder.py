@@ -262,3 +262,20 @@ def test_a_file_is_complete_or_unchanged(tmp_path: Path) -> None:
 
     assert in_fork(overwrite) == 3
     assert path.read_text() == "old"
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_may_be_exported_into_the_run_folder(tmp_path: Path) -> None:
+    """One run holds it once, however the two settings spell it."""
+    out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    rollout = RolloutConfig(source="server", server=ServerConfig(export_dir=str(tmp_path / "link")))
+    config = TrainConfig(rollout=rollout, run=RunConfig(out=str(out)))
+    with hold_folders(config, is_first=True):
+        assert (out / LOCK).is_file()
+    assert not out.exists()
+
+
+def test_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.out=.* cannot be written \(File name too long"):
+        FolderLock(tmp_path / ("a" * 300), "run.out")
