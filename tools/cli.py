@@ -74,9 +74,17 @@ def report_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def printable(value: object) -> str:
+    """A value on one line; what would steer a terminal, or cannot be written to it, is escaped.
+
+    Names and settings in a checkpoint may hold any character.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+
+
 def with_flags(message: object) -> str:
-    """A library's message with the tools' flags in place of its parameters."""
-    text = str(message)
+    """A library's message, printable, with the tools' flags in place of its parameters."""
+    text = printable(message)
     for parameter, flag in _FLAGS.items():
         text = text.replace(parameter, flag)
     return text

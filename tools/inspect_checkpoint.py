@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli import report_errors, with_flags
+from cli import printable, report_errors, with_flags
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         summary = inspect_checkpoint(args.checkpoint)
     print(f"{summary.folder}: {summary.kind}")
     for key, value in summary.facts.items():
-        print(f"  {key}: {value}")
+        print(f"  {key}: {printable(value)}")
     if summary.tensors:
         print(
             f"  {len(summary.tensors)} tensors, {summary.num_parameters:,} parameters, "
@@ -27,7 +27,7 @@ def main() -> None:
         )
     if args.tensors:
         for name, (shape, dtype) in summary.tensors.items():
-            print(f"  {name} {list(shape)} {str(dtype).removeprefix('torch.')}")
+            print(f"  {printable(name)} {list(shape)} {str(dtype).removeprefix('torch.')}")
     for note in summary.notes:
         print(f"  note: {with_flags(note)}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from itertools import chain, islice
 
-from cli import progress_bar, report_errors
+from cli import printable, progress_bar, report_errors
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
             found = chain(found, compare_training_state(*megatron))
         differences = list(islice(found, args.limit + 1))
     for line in differences[: args.limit]:
-        print(line)
+        print(printable(line))
     if len(differences) > args.limit:
         print(f"... more than {args.limit} differences")
     if megatron and not (both_torch_dist or args.weights_only):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 import shutil
@@ -248,3 +249,19 @@ def test_dtype_and_padding(models: Path, tmp_path: Path) -> None:
     assert embedding[83:].count_nonzero() == 0
     want = HfFolder(models / "llama").read("model.embed_tokens.weight").to(torch.bfloat16)
     assert torch.equal(embedding[:83], want)
+
+
+def test_names_in_a_checkpoint_steer_no_terminal(
+    tool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A tensor's name may hold lines of its own, an argument what no terminal takes."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    writer = TorchDistWriter(folder)
+    writer.add("x\nA and B are equal\x1b[2J", torch.ones(1), (1,), (0,))
+    writer.finish({"args": argparse.Namespace(num_layers="\ud800")})
+    assert tool("inspect_checkpoint", folder, "--tensors") == 0
+    assert tool("verify_checkpoint", folder, folder) == 2
+    out, err = capsys.readouterr()
+    assert "  x\\nA and B are equal\\x1b[2J [1] float32\n" in out
+    assert "\\ud800" in out and "\x1b" not in out + err and len(err.splitlines()) == 1
