@@ -6,12 +6,13 @@ those and nothing else, and believed only where they fit together.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -63,33 +64,60 @@ class StoredTensor:
             )
         )
 
-    @cached_property
+    @functools.cached_property
     def _by_offsets(self) -> dict[Index, Chunk]:
         return {chunk.offsets: chunk for chunk in self.chunks}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds checkpoint descriptions and nothing else, so that foreign files may be opened."""
+    """Builds checkpoint descriptions and nothing else, so that foreign files may be opened.
+
+    A pickle can set attributes of what it names. It gets subclasses that nobody else uses, not
+    the classes themselves.
+    """
 
     _MODULES = {dcp.__name__: dcp, planner.__name__: planner}
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self._private = functools.cache(_private)
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names that descriptions are made of."""
         if module in self._MODULES and "." not in name:
             found = getattr(self._MODULES[module], name, None)
             if isinstance(found, type) and found.__module__ == module:
-                return found
+                return self._private(found)
         if module == "torch":
             found = getattr(torch, name, None)
             if found is torch.Size or isinstance(found, torch.dtype | torch.layout):
                 return found
         if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
-            return _StorageInfo
+            return self._private(_StorageInfo)
         if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
+            return self._private(_Layout)
         if module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath", "Path"):
-            return Path
+            return self._private(PurePosixPath)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+class _Layout:
+    """Any layout: that of the stored tensors is seen when they are read."""
+
+    def __init__(self, name: str) -> None:
+        pass
+
+
+def _private(found: type) -> type:
+    """A class in place of ``found`` that the pickle may spoil for itself."""
+    if issubclass(found, Enum):
+        return type(found.__name__, (int,), {})
+    own = {"__setstate__": _take_dtype} if found is dcp.TensorProperties else {}
+    return type(found.__name__, (found,), own)
+
+
+def _take_dtype(properties: Any, state: Any) -> None:
+    properties.dtype = state[0]
 
 
 def read_description(
@@ -109,7 +137,7 @@ def read_description(
             contradicts itself.
     """
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        metadata = _MetadataUnpickler(content).load()
         described, stored = metadata.state_dict_metadata, metadata.storage_data
         places = {(index.fqn, _offset(index)): info for index, info in stored.items()}
         if len(places) != len(stored):
@@ -193,9 +221,13 @@ def _first_flaw(boxes: Sequence[tuple[Index, Index]], shape: Index) -> tuple[Ind
     if not shape:
         return None if len(boxes) == 1 else ((), len(boxes))
     edges = {edge for o, s in boxes for edge in (o[0], o[0] + s[0])} | {0, shape[0]}
+    later = sorted(boxes, key=lambda box: box[0][0], reverse=True)
+    slab: list[tuple[Index, Index]] = []
     for low in sorted(edges)[:-1]:
-        slab = [(o[1:], s[1:]) for o, s in boxes if o[0] <= low < o[0] + s[0]]
-        flaw = _first_flaw(slab, shape[1:])
+        while later and later[-1][0][0] <= low:
+            slab.append(later.pop())
+        slab = [(o, s) for o, s in slab if low < o[0] + s[0]]
+        flaw = _first_flaw([(o[1:], s[1:]) for o, s in slab], shape[1:])
         if flaw is not None:
             return (low, *flaw[0]), flaw[1]
     return None

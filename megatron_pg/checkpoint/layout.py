@@ -19,6 +19,7 @@ import torch
 
 from .files import copy_side_files, read_json, with_dtype, write_json
 from .hf_parse import parse_hf_config
+from .loaded import flaw_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "huggingface"
@@ -143,7 +144,7 @@ def load_torch_file(
     if content is None and not path.is_file():
         raise ValueError(f"{path}: missing; the checkpoint is incomplete")
     try:
-        return torch.load(content or path, map_location="cpu", weights_only=not trust_pickle)
+        value = torch.load(content or path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:
         reason = unpickling_reason(error)
         if "pickled objects" in reason:
@@ -153,6 +154,25 @@ def load_torch_file(
                 "argument: take the folder that megatron_to_hf writes with it)"
             ) from None
         raise ValueError(f"{path}: not readable ({reason}); restore the file") from error
+    if flaw := flaw_of(value):
+        raise ValueError(f"{path}: holds {flaw}; restore the file")
+    return value
+
+
+def named_entries(value: Any, path: Path) -> dict[str, Any]:
+    """What a file holds by name.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        kind = (
+            "a dict whose keys are not all text"
+            if isinstance(value, dict)
+            else type(value).__name__
+        )
+        raise ValueError(f"{path}: holds {kind}, must be a dict by name; restore the file")
+    return value
 
 
 def unpickling_reason(error: Exception) -> str:

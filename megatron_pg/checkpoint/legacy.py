@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .contents import loose_tensors
 from .extra_state import is_empty, is_extra_state
-from .layout import load_torch_file
+from .layout import load_torch_file, named_entries
 from .mapping import FUSED_NORMS
 
 _CHUNK = re.compile(r"model\d*")
@@ -152,9 +152,13 @@ class LegacyShards:
         if self._loaded[0] != pp:
             self._loaded = (-1, [])
             files = [self._files[tp, pp] for tp in range(self.tp_size)]
-            states = [load_torch_file(file, trust_pickle=self._trust) for file in files]
-            self._loaded = pp, states
+            self._loaded = pp, [self._load(file) for file in files]
         return self._loaded[1]
+
+    def _load(self, file: Path) -> dict[str, Any]:
+        state = named_entries(load_torch_file(file, trust_pickle=self._trust), file)
+        chunks = {k: named_entries(v, file) for k, v in state.items() if _CHUNK.fullmatch(k)}
+        return state | chunks
 
 
 def _is_parameter(name: str, value: Any) -> bool:

@@ -10,6 +10,8 @@ import torch
 from .argument_checks import check_arguments
 from .files import NAMED_DTYPES
 from .hf_config import ARCHITECTURES, HfModel
+from .hf_parse import MAX_EXPERTS, MAX_LAYERS
+from .hf_values import MAX_SIZE
 
 
 def make_megatron_args(
@@ -108,7 +110,7 @@ def hf_model_from_args(args: Namespace, where: str) -> HfModel:
             argument is set of which nothing is known.
     """
     read = _Reader(_values(args, where), where)
-    heads, experts = read.size("num_attention_heads"), read.size("num_experts", None)
+    heads, experts = read.size("num_attention_heads"), read.size("num_experts", None, MAX_EXPERTS)
     groups = read.size("num_query_groups") if read.get("group_query_attention") else heads
     if heads % groups:
         raise ValueError(
@@ -136,7 +138,7 @@ def hf_model_from_args(args: Namespace, where: str) -> HfModel:
             )
     model = HfModel(
         architecture=read.architecture(),
-        num_layers=read.size("num_layers"),
+        num_layers=read.size("num_layers", high=MAX_LAYERS),
         hidden_size=read.size("hidden_size"),
         ffn_hidden_size=read.size("ffn_hidden_size"),
         num_attention_heads=heads,
@@ -202,6 +204,10 @@ _UNSET: Any = object()
 def _values(args: Any, where: str) -> dict[str, Any]:
     if not isinstance(args, Namespace):
         raise ValueError(f"{where}: args are {type(args).__name__}, not a Namespace; {_NEED}")
+    for name, value in vars(args).items():
+        # Neither true nor false, and equal to nothing.
+        if hasattr(value, "__array__"):
+            raise ValueError(f"{where}: args hold {type(value).__name__} as {name}; {_NEED}")
     return vars(args)
 
 
@@ -214,11 +220,11 @@ class _Reader:
     def get(self, name: str) -> Any:
         return self.values.get(name)
 
-    def size(self, name: str, default: Any = _UNSET) -> Any:
-        """A positive integer."""
+    def size(self, name: str, default: Any = _UNSET, high: int = MAX_SIZE) -> Any:
+        """An integer from 1 to ``high``."""
         value = self._given(name, default)
-        if value is not default and not (type(value) is int and value >= 1):
-            self._refuse(name, value, "an integer of at least 1")
+        if value is not default and not (type(value) is int and 1 <= value <= high):
+            self._refuse(name, value, f"an integer from 1 to {high}")
         return value
 
     def number(self, name: str, default: Any = _UNSET) -> Any:

@@ -21,6 +21,8 @@ from .shards import refuse_not_finite
 from .torch_dist import COMMON_STATE, TorchDistReader, TorchDistWriter, is_torch_dist
 
 _NOT_RESHARDABLE = "optimizer.distributed.dp_group_idx"
+# A damaged number would fill memory with rows of padding.
+_MAX_DIVISOR = 1 << 16
 
 
 def reshard_checkpoint(
@@ -105,12 +107,18 @@ def reshard_checkpoint(
 def _iteration(source: MegatronFolder) -> int | None:
     """The number in the folder's name; None for a release and for any other name."""
     digits = source.path.name.removeprefix("iter_")
-    return int(digits) if digits.isdigit() else None
+    return int(digits) if digits.isdecimal() and digits.isascii() else None
 
 
 def _args(source: MegatronFolder, tp_size: int, pp_size: int, vpp_size: int | None) -> Namespace:
     """The source's arguments with the new layout; made anew where it has none."""
-    divisible_by = getattr(source.args, "make_vocab_size_divisible_by", None) or 128
+    divisible_by = getattr(source.args, "make_vocab_size_divisible_by", None)
+    divisible_by = 128 if divisible_by is None else divisible_by
+    if type(divisible_by) is not int or not 1 <= divisible_by <= _MAX_DIVISOR:
+        raise ValueError(
+            f"{source.path}: args have make_vocab_size_divisible_by={str(divisible_by)[:80]!r}, "
+            f"which must be an integer from 1 to {_MAX_DIVISOR}; restore the checkpoint"
+        )
     fresh = make_megatron_args(
         source.model,
         tp_size=tp_size,

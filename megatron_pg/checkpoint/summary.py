@@ -82,7 +82,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
     try:
         common = reader.read_common()
         facts["iteration"] = common.get("iteration")
-        args = vars(common["args"]) if "args" in common else {}
+        args = vars(common["args"]) if common.get("args") is not None else {}
         facts |= {key: args[key] for key in _SHOWN_ARGS if key in args}
         facts["common state"] = ", ".join(sorted(map(str, common)))
     except ValueError as error:

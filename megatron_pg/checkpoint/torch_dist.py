@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from .description import Chunk, Index, Record, read_description
 from .extra_state import is_empty, is_extra_state
 from .files import parse_json, write_json
-from .layout import load_torch_file, unpickling_reason
+from .layout import load_torch_file, named_entries, unpickling_reason
+from .loaded import flaw_of
 from .manifest import CheckpointFiles, write_manifest
 
 _BACKEND = {
@@ -123,7 +124,7 @@ class TorchDistReader:
         """
         path, described = self.folder / chunk.file, self.tensors[key].dtype
         tensor = self._load(key, chunk)
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: tensor {key} is stored as {type(tensor).__name__}")
         if tuple(tensor.shape) != chunk.sizes or tensor.dtype != described:
             raise ValueError(
@@ -175,8 +176,7 @@ class TorchDistReader:
         else:
             content = io.BytesIO(self.files.read(path.name))
             common = load_torch_file(path, content, trust_pickle=trust_pickle)
-        if not isinstance(common, dict):
-            raise ValueError(f"{path}: holds {type(common).__name__}, must be a dict by name")
+        common = named_entries(common, path)
         if not isinstance(common.get("args"), Namespace | None):
             raise ValueError(f"{path}: args are {type(common['args']).__name__}, must be Namespace")
         return common
@@ -184,17 +184,30 @@ class TorchDistReader:
     def _load(self, key: str, record: Record) -> Any:
         content = io.BytesIO(self._bytes(record))
         try:
-            return torch.load(content, map_location="cpu", weights_only=True)
+            value = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"{self.folder / record.file}: {key} is not readable ({unpickling_reason(error)}); "
                 "restore the file or take another checkpoint"
             ) from error
+        if flaw := flaw_of(value):
+            raise ValueError(
+                f"{self.folder / record.file}: {key} holds {flaw}; restore the file or take "
+                "another checkpoint"
+            )
+        return value
 
     def _bytes(self, record: Record) -> bytes:
         with self.files.open(record.file) as file:
             file.seek(record.start)
-            return file.read(record.length)
+            try:
+                return file.read(record.length)
+            # A file with holes is longer than what was written.
+            except MemoryError as error:
+                raise ValueError(
+                    f"{self.folder / record.file}: a record of {record.length} bytes does not fit "
+                    "into memory; restore the folder or take another checkpoint"
+                ) from error
 
     def _records(self) -> list[Record]:
         chunks = [chunk for tensor in self.tensors.values() for chunk in tensor.chunks]

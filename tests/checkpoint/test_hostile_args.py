@@ -76,7 +76,7 @@ def mutate(rng: random.Random, args: Namespace, model: HfModel) -> tuple[str, Hf
         setattr(args, name, value)
         return name, None
     if kind == "size":
-        name, value = rng.choice(list(_SIZES)), rng.choice([16, 64, 1024])
+        name, value = rng.choice(list(_SIZES)), rng.choice([16, 64, 1000])
         setattr(args, name, value)
         return name, replace(model, **{_SIZES[name]: value})
     if kind == "training":
