@@ -3,7 +3,7 @@
 from .collective import on_all_ranks
 from .compare import compare_training_state, compare_weights
 from .convert import hf_to_megatron, megatron_to_hf, open_weights
-from .files import has_tokenizer
+from .files import has_tokenizer, parse_json
 from .gguf import gguf_to_hf, prepare_smollm2
 from .hf_config import HfModel
 from .hf_folder import HfFolder
@@ -64,6 +64,7 @@ __all__ = [
     "on_all_ranks",
     "open_weights",
     "parse_hf_config",
+    "parse_json",
     "prepare_smollm2",
     "read_hf_config",
     "read_tracker",

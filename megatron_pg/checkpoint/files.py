@@ -93,12 +93,26 @@ def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation config, those that exist."""
+    """Copy tokenizer, chat templates and generation config, those that exist.
+
+    Raises:
+        ValueError: naming a file that is a link out of the folder: a model from elsewhere could
+            take any file of this machine along. Links of a hub's cache into its blobs are followed.
+    """
     templates = (path.relative_to(source) for path in (source / CHAT_TEMPLATES).glob("*.jinja"))
+    root = source.resolve()
     for name in (*map(Path, SIDE_FILES), *templates):
-        if (source / name).is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+        if not (source / name).is_file():
+            continue
+        held = (source / name).resolve()
+        is_blob = held.parent.name == "blobs" and root.is_relative_to(held.parent.parent)
+        if not (held.is_relative_to(root) or is_blob):
+            raise ValueError(
+                f"{source / name}: a link to {held}, outside of the folder; put the file itself "
+                "there if it belongs to the model"
+            )
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(held, target / name)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import iteration_name
+from ..checkpoint import iteration_name, parse_json
 from .config import TrainConfig
 from .config_file import config_dict
 from .evaluate import Evaluation
@@ -66,11 +66,7 @@ def parse_progress(text: bytes, path: Path) -> Progress:
     Raises:
         ValueError: naming the file and everything in it that is not what a run writes.
     """
-    try:
-        content = json.loads(text)
-    # Deep nesting ends in a RecursionError.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}){_REMEDY}") from error
+    content = parse_json(text, path)
     problems = list(_problems(content, path))
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}{_REMEDY}")
@@ -111,10 +107,7 @@ def _flattened(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _problems(content: Any, path: Path) -> Iterator[str]:
-    if not isinstance(content, dict):
-        yield f"must be a JSON object, got {type(content).__name__}"
-        return
+def _problems(content: dict[str, Any], path: Path) -> Iterator[str]:
     known = {"step", _DISTRIBUTED, "stream", "totals", "evaluations"}
     yield from (f"{name} is missing" for name in sorted(known - content.keys()))
     for name in sorted(content.keys() - known - set(_OPTIONAL)):
@@ -159,6 +152,8 @@ def _evaluation_problems(evaluations: Any) -> Iterator[str]:
         is_complete = isinstance(values, dict) and sorted(values) == fields
         if not is_complete or not all(_is_number(value) for value in values.values()):
             yield f"evaluations.{name}={str(values)[:80]} must be numbers: {', '.join(fields)}"
+        elif type(values["num_prompts"]) is not int or values["num_prompts"] < 1:
+            yield f"evaluations.{name}.num_prompts={values['num_prompts']} must be at least 1"
 
 
 def _is_number(value: Any) -> bool:

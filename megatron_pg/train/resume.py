@@ -135,9 +135,10 @@ def note_changes(saved: SavedRun, config: TrainConfig) -> str | None:
 
 def _take(loaded: Mapping[str, Any], model: TrainedModel, saved: SavedRun) -> None:
     """Hand a checkpoint's state to model, optimizer and schedule."""
-    if loaded.get("iteration") != saved.progress.step:
+    iteration = loaded.get("iteration")
+    if type(iteration) is not int or iteration != saved.progress.step:
         raise ValueError(
-            f"{saved.path}: the common state is of iteration {loaded.get('iteration')!r}, "
+            f"{saved.path}: the common state is of iteration {str(iteration)[:40]}, "
             f"{PROGRESS} of step {saved.progress.step}; restore the folder, or write the step of "
             "another checkpoint into the tracker"
         )

@@ -252,3 +252,26 @@ def test_templates_that_transformers_saves(tmp_path: Path) -> None:
     assert back == saved and len(saved) >= 5
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert read.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tool.jinja"])
+@pytest.mark.parametrize("place", ["secret", "cache/blobs", "hf"])
+def test_links_of_side_files(name: str, place: str, tmp_path: Path) -> None:
+    """Into a hub's blobs or within the folder they are followed, out of it they are refused."""
+    folder = tmp_path / ("hf" if place != "cache/blobs" else "cache/snapshots/main")
+    folder.mkdir(parents=True)
+    config = make_config("LlamaForCausalLM")
+    write_folder(folder, config, make_weights(config))
+    held = tmp_path / place / "held"
+    held.parent.mkdir(exist_ok=True)
+    held.write_text("content")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(held)
+    if place == "secret":
+        with pytest.raises(ValueError, match=f"{folder / name}: a link to {held}, outside"):
+            hf_to_megatron(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    hf_to_megatron(folder, tmp_path / "out")
+    copied = tmp_path / "out/huggingface" / name
+    assert copied.read_text() == "content" and not copied.is_symlink()

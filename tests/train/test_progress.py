@@ -29,3 +29,17 @@ def test_numbers_that_no_run_writes(section: str, number: Any) -> None:
     changed = TOTALS | {"seconds": number} if section == "totals" else {"before": values}
     with pytest.raises(ValueError, match=rf"progress\.json: {section}"):
         parse_progress(json.dumps(CONTENT | {section: changed}).encode(), PATH)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_evaluations_are_of_whole_prompts(count: float) -> None:
+    values = dict(mean=0.5, num_prompts=count, standard_error=0.1)
+    text = json.dumps(CONTENT | {"evaluations": {"before": values}}).encode()
+    with pytest.raises(ValueError, match=r"progress\.json: evaluations.before.num_prompts"):
+        parse_progress(text, PATH)
+
+
+def test_a_name_that_stands_there_twice() -> None:
+    text = json.dumps(CONTENT).replace('"step": 2', '"step": 1, "step": 2').encode()
+    with pytest.raises(ValueError, match=r"progress\.json: .*'step'"):
+        parse_progress(text, PATH)
