@@ -32,6 +32,8 @@ def in_fork(action: Callable[[], Any]) -> int:
     """Exit code of a fork that calls ``action``: 1 when that raises."""
     child = os.fork()
     if child == 0:
+        # Threads of a kernel do not survive a fork, and would be waited for.
+        torch.set_num_threads(1)
         try:
             action()
             os._exit(0)
