@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,7 @@ def _take(loaded: Mapping[str, Any], model: TrainedModel, saved: SavedRun) -> No
         )
     own = [_settings(group) for group in model.optimizer.param_groups]
     try:
+        _take_over_rates(loaded["optimizer"], own)
         for name, chunk in named_chunks(model).items():
             chunk.load_state_dict(loaded[name])
         model.optimizer.load_state_dict(loaded["optimizer"])
@@ -158,6 +159,23 @@ def _take(loaded: Mapping[str, Any], model: TrainedModel, saved: SavedRun) -> No
             f"{saved.path}: the state does not fit this model and optimizer ({reason}); restore "
             "the folder, or write the step of another checkpoint into the tracker"
         ) from error
+
+
+# Of the configuration, the same for all groups; Megatron-Core 0.19 finds a saved group by them.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+
+
+def _take_over_rates(state: Any, own: Sequence[Mapping[str, Any]]) -> None:
+    """Let saved parameter groups have the rates of the running optimizer's groups ``own``."""
+    if not isinstance(state, dict):
+        return
+    for group in state.get("param_groups", ()):
+        for name in _RATES:
+            values = {settings.get(name) for settings in own}
+            if name in group and len(values) == 1:
+                group[name] = values.pop()
+    for inner in state.values():
+        _take_over_rates(inner, own)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megatron_pg.checkpoint import (
 from megatron_pg.train import Trainer, dry_run
 from megatron_pg.train.model import build_trained_model
 from megatron_pg.train.model_plan import plan_model
+from megatron_pg.train.resume import _take_over_rates
 from megatron_pg.train.state import sharded_state
 from megatron_pg.train.torch_adam import loading_torch_adam
 from tests.checkpoint.poison import POISONS, poison, replace_records, serialised
@@ -174,3 +175,13 @@ def test_another_recording(run: SavedRun, folder: Path) -> None:
         run.resume(folder, config)
     other.write_text(Path(run.config.rollout.files[0]).read_text())
     assert run.resume(folder, config)["note"] is None
+
+
+def test_saved_groups_are_found_by_the_running_rates() -> None:
+    """Megatron-Core 0.19 looks for groups by rates, which a resumed run may change."""
+    saved = {"max_lr": 0.1, "min_lr": 0.0, "wd_mult": 1.0, "step": 3}
+    state = {0: {"optimizer": {"param_groups": [dict(saved), dict(saved, wd_mult=0.0)]}}, "x": 1}
+    _take_over_rates(state, [{"max_lr": 0.5, "min_lr": 0.1}, {"max_lr": 0.5, "min_lr": 0.2}])
+    first, second = state[0]["optimizer"]["param_groups"]
+    assert first == saved | {"max_lr": 0.5}
+    assert second == saved | {"max_lr": 0.5, "wd_mult": 0.0}
