@@ -251,10 +251,11 @@ def kill(config: TrainConfig, folder: Path) -> None:
         before = set(checkpoints.glob(".partial-*"))
         lines = count_lines(out / "metrics.jsonl")
         while True:
-            is_writing = bool(set(checkpoints.glob(".partial-*")) - before)
-            if during_write and is_writing:
-                time.sleep(chance.uniform(0, 0.1))
-                break
+            if during_write and set(checkpoints.glob(".partial-*")) - before:
+                time.sleep(chance.uniform(0, 0.02))
+                # A write that has ended meanwhile is not the one; the next will be.
+                if set(checkpoints.glob(".partial-*")) - before:
+                    break
             # Also before the first step, while the checkpoint is loaded.
             has_started = count_lines(out / "metrics.jsonl") > lines or number % 3 == 2
             if not during_write and has_started:
