@@ -51,13 +51,17 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def how_to_go_on(run: RunConfig) -> str:
     """What a run that ended early does when it is started again."""
-    tracker = Path(run.out) / "checkpoints" / TRACKER
+    checkpoints = Path(run.out) / "checkpoints"
+    tracker = checkpoints / TRACKER
     step = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     if not step.isdigit():
+        # A run that ends between publishing its first one and saying so.
+        if not tracker.is_file() and any(checkpoints.glob("iter_*")):
+            return f"{checkpoints} holds a checkpoint: the same command goes on after it"
         reason = " (run.save_interval=0)" if run.save_interval == 0 else ""
         return f"no checkpoint was written{reason}: the same command begins again at step 1"
     again = "the same command" if run.load else "the same command with run.load=true"
-    return f"{again} goes on after step {step}, the newest checkpoint in {tracker.parent}"
+    return f"{again} goes on after step {step}, the newest checkpoint in {checkpoints}"
 
 
 if __name__ == "__main__":

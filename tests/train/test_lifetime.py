@@ -211,6 +211,13 @@ def test_how_to_go_on(
     assert told.startswith(advice.format(checkpoints))
 
 
+def test_how_to_go_on_from_a_checkpoint_that_is_not_said(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    told = how_to_go_on(RunConfig(out=str(tmp_path)))
+    assert told == f"{checkpoint.parent} holds a checkpoint: the same command goes on after it"
+
+
 def ranks_of(launcher: int) -> list[int]:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
     return [int(pid) for pid in children.split()]
