@@ -9,15 +9,16 @@ import sys
 from tests.utils import ROOT
 
 PACKAGE = ROOT / "megatron_pg"
-BOTTOM = {"tree", "attention", "data", "loss"}
+BOTTOM = {"tree", "attention", "data", "loss", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "tree": set(),
     "attention": {"tree"},
     "data": {"tree"},
     "loss": set(),
+    "parallel": {"tree"},
     "rollout": {"data"},
     "mcore": BOTTOM,
-    "checkpoint": {"mcore"},
+    "checkpoint": {"mcore", "parallel"},
     "train": BOTTOM | {"mcore", "rollout", "checkpoint"},
 }
 MEGATRON = {"mcore", "checkpoint", "train"}
@@ -69,7 +70,8 @@ def test_imports_without_megatron() -> None:
         "import sys\n"
         "for name in ('megatron', 'transformer_engine', 'flash_attn', 'transformers'):\n"
         "    sys.modules[name] = None\n"
-        "import megatron_pg, megatron_pg.data, megatron_pg.loss, megatron_pg.rollout\n"
+        "import megatron_pg, megatron_pg.data, megatron_pg.loss, megatron_pg.parallel\n"
+        "import megatron_pg.rollout\n"
         "tree = megatron_pg.PrefixTree.from_group(2, [1])\n"
         "print(megatron_pg.pack_trees([tree]).total_tokens)\n"
     )

@@ -31,3 +31,10 @@ def test_megatron_names() -> None:
     }
     assert contract <= set(mcore.__all__)
     assert all(hasattr(mcore, name) for name in mcore.__all__)
+
+
+def test_sizes() -> None:
+    from megatron_pg import parallel
+
+    assert parallel.__all__ == ["MEGATRON_NAMES", "ModelSizes", "ParallelSizes"]
+    assert all(hasattr(parallel, name) for name in parallel.__all__)

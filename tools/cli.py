@@ -84,7 +84,14 @@ def printable(value: object) -> str:
 
 def with_flags(message: object) -> str:
     """A library's message, printable, with the tools' flags in place of its parameters."""
-    text = printable(message)
-    for parameter, flag in _FLAGS.items():
+    return in_flags(printable(message))
+
+
+def in_flags(text: str) -> str:
+    """The same text with the tools' flags in place of a library's parameters."""
+    from megatron_pg.parallel import MEGATRON_NAMES
+
+    sizes = {name: size for size, name in MEGATRON_NAMES.items()}
+    for parameter, flag in (_FLAGS | sizes).items():
         text = text.replace(parameter, flag)
     return text

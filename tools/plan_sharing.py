@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
         largest = max(report["recommended_max_tokens"], report["max_tokens"])
-        budgets = [max(largest * i // 12 // args.tp * args.tp, args.tp) for i in range(1, 25)]
+        multiple = settings.sizes.row_multiple
+        budgets = [max(largest * i // 12 // multiple, 1) * multiple for i in range(1, 25)]
         plot_report(report, budgets, predict_at(groups, dims, settings, budgets), args.plot)
     return 0
 
@@ -91,13 +92,12 @@ def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, ModelDims, Any]:
     """Settings, model and tokenizer. Raises: ValueError that lists all that is wrong with them."""
+    from megatron_pg.parallel import ParallelSizes
     from tools.sharing.model import read_model
     from tools.sharing.settings import Settings, raise_problems, setting_problems
 
     settings = Settings(
-        tp=args.tp,
-        pp=args.pp,
-        cp=args.cp,
+        sizes=ParallelSizes(tp=args.tp, sp=args.tp > 1, pp=args.pp, cp=args.cp),
         max_tokens=args.max_tokens,
         min_shared=args.min_shared,
         bytes_per_value=args.bytes_per_value,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..parallel import ModelSizes
+
 # architecture -> model_type
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -57,6 +59,18 @@ class HfModel:
     def qk_layernorm(self) -> bool:
         """Whether queries and keys are normalised per head."""
         return self.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What parallel ranks divide."""
+        return ModelSizes(
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            num_layers=self.num_layers,
+            widths={} if self.num_experts else {"ffn_hidden_size": self.ffn_hidden_size},
+            expert_widths={"moe_ffn_hidden_size": self.moe_ffn_hidden_size or 0},
+            num_moe_experts=self.num_experts,
+        )
 
     def transformer_config(self) -> dict[str, Any]:
         """Keyword arguments of ``TransformerConfig`` that the architecture fixes.

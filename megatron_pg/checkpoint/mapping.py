@@ -10,9 +10,10 @@ Reading, exporting and merging shards all follow from it, at any tensor-parallel
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..parallel import ModelSizes, ParallelSizes
 from .hf_config import HfModel
 
 # Norms that Transformer Engine fuses into the linear layer behind them, in local-spec names.
@@ -134,6 +135,8 @@ class Mapping:
         m = self.model
         if name not in self:
             raise ValueError(f"this {m.architecture} has no parameter {name}")
+        # Experts are divided under sequence parallelism only, which no parameter tells.
+        ParallelSizes(tp=tp_size, sp=tp_size > 1).check(self._sizes)
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             untied_head = name == "output_layer.weight" and not m.tied
             return self._vocab("lm_head" if untied_head else "model.embed_tokens", tp_rank, tp_size)
@@ -145,6 +148,12 @@ class Mapping:
     def __contains__(self, name: str) -> bool:
         """Whether the model has a parameter; a tied output layer is the embedding again."""
         return name in self._names
+
+    @cached_property
+    def _sizes(self) -> ModelSizes:
+        sizes = self.model.sizes
+        widths = {**sizes.widths, "padded_vocab_size": self.padded_vocab_size}
+        return replace(sizes, num_layers=None, widths=widths)
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -182,7 +191,7 @@ class Mapping:
         return Shard(shape, 0, (Piece(name, 0, shape[0]),))
 
     def _vocab(self, module: str, rank: int, size: int) -> Shard:
-        rows = _divide("padded vocabulary", self.padded_vocab_size, size)
+        rows = self.padded_vocab_size // size
         vocab = self.model.vocab_size
         start, stop = min(rank * rows, vocab), min((rank + 1) * rows, vocab)
         pieces = (Piece(f"{module}.weight", start, stop),) if stop > start else ()
@@ -192,12 +201,12 @@ class Mapping:
         hidden = self.model.hidden_size
         if kind == "bias":
             return self._whole(f"{module}bias", (hidden,))
-        columns = _divide(f"input of {module}", width, size)
+        columns = width // size
         piece = Piece(f"{module}weight", rank * columns, (rank + 1) * columns)
         return Shard((hidden, columns), 1, (piece,))
 
     def _gate_up(self, mlp: str, kind: str, ffn: int, rank: int, size: int) -> Shard:
-        rows = _divide("ffn_hidden_size", ffn, size)
+        rows = ffn // size
         pieces = tuple(
             Piece(f"{mlp}{half}.{kind}", rank * rows, (rank + 1) * rows)
             for half in ("gate_proj", "up_proj")
@@ -207,10 +216,9 @@ class Mapping:
     def _qkv(self, attention: str, kind: str, rank: int, size: int) -> Shard:
         """Megatron cuts the interleaved rows evenly, through a group where groups < size."""
         m = self.model
-        _divide("num_attention_heads", m.num_attention_heads, size)
         q_rows = m.num_attention_heads // m.num_query_groups * m.kv_channels
         block = q_rows + 2 * m.kv_channels
-        rows = _divide("rows of linear_qkv", m.num_query_groups * block, size)
+        rows = m.num_query_groups * block // size
         first, last = rank * rows, (rank + 1) * rows
         pieces = []
         for group in range(first // block, -(-last // block)):
@@ -227,9 +235,3 @@ class Mapping:
     def _rows(self, pieces: tuple[Piece, ...], kind: str) -> Shard:
         rows = sum(piece.stop - piece.start for piece in pieces)
         return Shard((rows,) if kind == "bias" else (rows, self.model.hidden_size), 0, pieces)
-
-
-def _divide(what: str, value: int, size: int) -> int:
-    if value % size:
-        raise ValueError(f"{what}={value} is no multiple of tensor-parallel size {size}")
-    return value // size

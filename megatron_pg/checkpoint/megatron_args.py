@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..parallel import ParallelSizes
 from .argument_checks import check_arguments
 from .files import NAMED_DTYPES
 from .hf_config import ARCHITECTURES, HfModel
@@ -175,26 +176,9 @@ def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | Non
     Raises:
         ValueError: listing every size that is below 1 or does not divide, and the remedy.
     """
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    chunks = pp_size * (vpp_size or 1)
-    problems = []
-    if tp_size < 1 or pp_size < 1 or (vpp_size is not None and vpp_size < 1):
-        problems.append("tp, pp and vpp must be at least 1")
-    elif groups % tp_size and tp_size % groups:
-        problems.append(f"num_query_groups={groups} neither divides nor is a multiple of tp")
-    for what, value, size, name in (
-        ("num_attention_heads", heads, tp_size, "tp"),
-        ("ffn_hidden_size", model.moe_ffn_hidden_size or model.ffn_hidden_size, tp_size, "tp"),
-        ("num_layers", model.num_layers, chunks, "pp * vpp"),
-    ):
-        if size > 0 and value % size:
-            problems.append(f"{what}={value} is no multiple of {name}={size}")
-    if problems:
-        raise ValueError(
-            f"tp={tp_size}, pp={pp_size}, vpp={vpp_size} does not fit {model.architecture}: "
-            + "; ".join(problems)
-            + "; choose sizes that divide them"
-        )
+    # Sequence parallelism leaves no trace in a checkpoint, and experts need it.
+    sizes = ParallelSizes(tp=tp_size, sp=tp_size > 1, pp=pp_size, vpp=vpp_size)
+    sizes.check(model.sizes)
 
 
 _NEED = "give the model's configuration by hf_config=DIR"

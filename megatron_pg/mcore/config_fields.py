@@ -21,7 +21,7 @@ PROVEN_MODEL = {
     *("moe_router_topk_scaling_factor", "moe_apply_probs_on_input"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
 }
-# How the same model is run.
+# How the same model is run; which sizes are, ``parallel.ParallelSizes`` says.
 PROVEN_RUN = {
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"),
     *("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"),
@@ -35,6 +35,8 @@ PROVEN_RUN = {
 # Every token on its own, but not with the norms and kernels that tests have.
 HARMLESS_MODEL = {"layernorm_zero_centered_gamma"}
 HARMLESS_RUN = {
+    # No other than 1, by the same sizes.
+    "context_parallel_size",
     # Where and in which precision tensors live; how weights begin.
     *("fp16", "bf16", "fp32_residual_connection", "autocast_dtype"),
     *("perform_initialization", "use_cpu_initialization", "init_model_with_meta_device"),
@@ -165,12 +167,6 @@ _WEIGHTS = "weights in that layout have not been proven exact with packed rows"
 REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     "attention_dropout": ((0, 0.0), _ONE_MASK, False),
     "hidden_dropout": ((0, 0.0), _ONE_MASK, False),
-    "context_parallel_size": (
-        (1,),
-        "packed rows are not split over context-parallel ranks (tensor parallelism with "
-        "sequence_parallel splits them)",
-        False,
-    ),
     "hierarchical_context_parallel_sizes": (_NONE, "it belongs to context parallelism", False),
     "max_seqlen_per_dp_cp_rank": (_NONE, "it belongs to context parallelism", False),
     "hybrid_context_parallel": (_OFF, "it belongs to context parallelism", False),

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..attention import AttentionPlan, make_attention_plan
+from ..parallel import ParallelSizes
 from ..tree import PackedLayout
 from .predictions import Predictions
 from .prefix_kv import PrefixKV
@@ -171,10 +172,11 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
 
 
 def check_row_length(total_tokens: int, config: TransformerConfig) -> None:
-    """Raise ValueError if sequence parallelism cannot split a row of this length evenly."""
-    tp_size = config.tensor_model_parallel_size
-    if config.sequence_parallel and total_tokens % tp_size:
+    """Raise ValueError if the ranks cannot split a row of this length evenly."""
+    multiple = ParallelSizes.from_config(config).row_multiple
+    if total_tokens % multiple:
         raise ValueError(
-            f"total_tokens={total_tokens} must be a multiple of tensor_model_parallel_size="
-            f"{tp_size} under sequence_parallel; call pack_trees(trees, pad_to_multiple={tp_size})"
+            f"total_tokens={total_tokens} must be a multiple of {multiple} "
+            "(tensor_model_parallel_size under sequence_parallel); call "
+            f"pack_trees(trees, pad_to_multiple={multiple})"
         )

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from ..parallel import ParallelSizes
 from .core_attention import PrefixGroupedCoreAttention
 from .params import PositionedSeqParams, WrappedRow
 from .validate import validate_config
@@ -89,8 +90,7 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
 
     def _check_row(self, hidden_states: Tensor, params: PositionedSeqParams) -> None:
         tokens, batch = hidden_states.shape[:2]
-        if self.config.sequence_parallel:
-            tokens *= self.config.tensor_model_parallel_size
+        tokens *= ParallelSizes.from_config(self.config).sp_size
         if batch != 1 or tokens != len(params.position_ids):
             raise ValueError(
                 f"the model was given {batch} row(s) of {tokens} tokens, the layout describes one "

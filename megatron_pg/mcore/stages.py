@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..parallel import ParallelSizes
 from .generation_cache import DecodeSeqParams, PrefillSeqParams
 from .model import PrefixGroupedGPTModel
 from .sampling import Sampler
@@ -25,6 +26,7 @@ class ModelStages:
     Attributes:
         chunks: the models inside the given modules, in order of virtual stage.
         config: their settings.
+        row_multiple: what the length of a row must be a multiple of.
         device: where their parameters live.
 
     Raises:
@@ -38,6 +40,7 @@ class ModelStages:
             raise ValueError("model_chunks is empty: pass the list of this rank's model chunks")
         first = self.chunks[0]
         self.config = first.config
+        self.row_multiple = ParallelSizes.from_config(self.config).row_multiple
         if self.config.expert_model_parallel_size > 1:
             raise NotImplementedError(
                 f"expert_model_parallel_size={self.config.expert_model_parallel_size}: ranks that "
@@ -47,11 +50,6 @@ class ModelStages:
         self._tp_group, self._pp_group = first.pg_collection.tp, first.pg_collection.pp
         self._pp_ranks = dist.get_process_group_ranks(self._pp_group)
         self._stage = dist.get_rank(self._pp_group)
-
-    @property
-    def row_multiple(self) -> int:
-        """What the length of a row must be a multiple of."""
-        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
     def forward(self, tokens: Tensor, params: PrefillSeqParams | DecodeSeqParams) -> Tensor | None:
         """Logits ``[output rows, padded vocabulary]`` on the last stage, None on the others.

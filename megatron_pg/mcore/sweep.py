@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_step
 from torch import Tensor
 
+from ..parallel import ParallelSizes
 from .prefix_kv import ScheduledRow
 
 
@@ -166,8 +167,7 @@ class RetainedRows:
     def _shape(self) -> tuple[int, int, int]:
         """Of the longest row's activations; stages that exchange shapes do not read it."""
         tokens = max(row.row.layout.total_tokens for row in self.rows)
-        if self.config.sequence_parallel:
-            tokens //= self.config.tensor_model_parallel_size
+        tokens //= ParallelSizes.from_config(self.config).row_multiple
         return tokens, 1, self.config.hidden_size
 
 

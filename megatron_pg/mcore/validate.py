@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ..parallel import ModelSizes, ParallelSizes
 from . import config_fields
 
 
@@ -77,41 +78,19 @@ def _is_default(field: Any, value: Any) -> bool:
 
 
 def _parallel_problems(config: TransformerConfig) -> Iterator[str]:
-    tp_size, heads = config.tensor_model_parallel_size, config.num_attention_heads
-    pp_size, groups = config.pipeline_model_parallel_size, config.num_query_groups or heads
-    if heads % tp_size:
+    sizes = ParallelSizes.from_config(config)
+    yield from sizes.problems()
+    yield from sizes.model_problems(ModelSizes.from_config(config))
+    if sizes.pp > 1 and not config.variable_seq_lengths:
         yield (
-            f"num_attention_heads={heads} is no multiple of tensor_model_parallel_size={tp_size}; "
-            "choose a tensor_model_parallel_size that divides it"
-        )
-    if heads % groups:
-        yield (
-            f"num_attention_heads={heads} is no multiple of num_query_groups={groups}; choose a "
-            "num_query_groups that divides it"
-        )
-    if groups % tp_size and tp_size % groups:
-        yield (
-            f"num_query_groups={groups} neither divides nor is a multiple of "
-            f"tensor_model_parallel_size={tp_size}; choose a tensor_model_parallel_size that fits"
-        )
-    if pp_size > 1 and not config.variable_seq_lengths:
-        yield (
-            f"variable_seq_lengths=False with pipeline_model_parallel_size={pp_size}: packed rows "
+            f"variable_seq_lengths=False with pipeline_model_parallel_size={sizes.pp}: packed rows "
             "differ in length between microbatches; set variable_seq_lengths=True"
         )
-    etp_size = config.expert_tensor_parallel_size or tp_size
-    if config.num_moe_experts and config.expert_model_parallel_size == 1 and etp_size != tp_size:
-        # Megatron-Core 0.16 takes such experts for weights that every rank holds.
-        yield (
-            f"expert_tensor_parallel_size={etp_size} with expert_model_parallel_size=1: gradients "
-            "are not summed over an expert's replicas; set expert_tensor_parallel_size=None, or "
-            "spread experts by expert_model_parallel_size"
-        )
     chunk = config.microbatch_group_size_per_vp_stage
-    if config.virtual_pipeline_model_parallel_size and chunk not in (None, pp_size):
+    if sizes.vpp is not None and chunk not in (None, sizes.pp):
         yield (
             f"microbatch_group_size_per_vp_stage={chunk}: rows are made in multiples of "
-            f"pipeline_model_parallel_size={pp_size}; set microbatch_group_size_per_vp_stage=None"
+            f"pipeline_model_parallel_size={sizes.pp}; set microbatch_group_size_per_vp_stage=None"
         )
 
 

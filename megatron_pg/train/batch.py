@@ -39,8 +39,8 @@ class PackingConfig:
 
     Attributes:
         max_tokens: budget of a row in unique tokens.
-        pad_to_multiple: tp_size under sequence parallelism, else 1.
-        num_microbatches_multiple: pipeline size under an interleaved schedule, else 1.
+        pad_to_multiple: ``ParallelSizes.row_multiple``.
+        num_microbatches_multiple: ``ParallelSizes.microbatch_multiple``.
         min_shared: see ``data.group_tree``.
         cost_model: balances ranks and rows.
         residency: what becomes of groups that are larger than a row.
@@ -56,12 +56,11 @@ class PackingConfig:
 
 def packing_config(config: TrainConfig, plan: ModelPlan) -> PackingConfig:
     """How a run packs, from its parallel layout and the model's sizes."""
-    parallel, model = config.parallel, plan.config
-    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    sizes, model = config.parallel.sizes, plan.config
     return PackingConfig(
         max_tokens=config.run.max_tokens_per_microbatch,
-        pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-        num_microbatches_multiple=parallel.pipeline_model_parallel_size if is_interleaved else 1,
+        pad_to_multiple=sizes.row_multiple,
+        num_microbatches_multiple=sizes.microbatch_multiple,
         min_shared=config.rollout.min_shared,
         cost_model=CostModel.from_model_dims(
             hidden_size=model.hidden_size,
@@ -78,7 +77,7 @@ def packing_config(config: TrainConfig, plan: ModelPlan) -> PackingConfig:
             mode=config.run.prefix_resident_mode,
             max_resident_tokens=config.run.max_resident_tokens
             or config.run.max_tokens_per_microbatch,
-            num_stages=parallel.pipeline_model_parallel_size,
+            num_stages=sizes.pp,
         ),
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..loss import PolicyLossConfig
+from ..parallel import ParallelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,9 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10
 
     @property
-    def model_size(self) -> int:
-        """Ranks that hold one replica of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+    def sizes(self) -> ParallelSizes:
+        """The sizes alone, with their rules."""
+        return ParallelSizes.from_config(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from ..rollout import (
 from .config import (
     AlgorithmConfig,
     ModelConfig,
-    ParallelConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
@@ -32,7 +31,7 @@ def config_problems(config: TrainConfig) -> list[str]:
     problems = [
         *out_of_range(config),
         *_model_problems(config.model),
-        *_parallel_problems(config.parallel),
+        *config.parallel.sizes.problems(),
         *_algorithm_problems(config.algorithm, config.rollout, config.run.groups_per_step),
         *_rollout_problems(config.rollout, config.run),
         *_reference_problems(config),
@@ -49,23 +48,6 @@ def config_problems(config: TrainConfig) -> list[str]:
         problems.append(
             f"optimizer.min_lr={config.optimizer.min_lr:g} must not exceed optimizer.lr="
             f"{config.optimizer.lr:g}"
-        )
-    return problems
-
-
-def launch_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
-    """What keeps a valid layout from running on ``world_size`` ranks."""
-    problems = []
-    if world_size % parallel.model_size:
-        problems.append(
-            f"{world_size} ranks hold no whole replica of tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size} x pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size}; launch a multiple of {parallel.model_size}"
-        )
-    elif (world_size // parallel.model_size) % parallel.expert_model_parallel_size:
-        problems.append(
-            f"{world_size // parallel.model_size} data-parallel ranks are no multiple of "
-            f"expert_model_parallel_size={parallel.expert_model_parallel_size}"
         )
     return problems
 
@@ -118,23 +100,6 @@ def needs_vocab_size_message() -> str:
         "model.vocab_size is needed for a model from scratch; or set model.hf to a Hugging Face "
         "folder"
     )
-
-
-def _parallel_problems(parallel: ParallelConfig) -> Iterator[str]:
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size < 2:
-        yield (
-            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1; "
-            "turn it off"
-        )
-    if (
-        parallel.virtual_pipeline_model_parallel_size is not None
-        and parallel.pipeline_model_parallel_size < 2
-    ):
-        yield (
-            "parallel.virtual_pipeline_model_parallel_size="
-            f"{parallel.virtual_pipeline_model_parallel_size} needs "
-            "parallel.pipeline_model_parallel_size above 1; set it to null"
-        )
 
 
 def _algorithm_problems(

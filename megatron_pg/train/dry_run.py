@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from ..data import MemoryModel, PackPlan, group_shape, without_aborted
 from ..mcore import validate_config
+from ..parallel import ParallelSizes
 from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
-from .config_checks import config_problems, launch_problems, raise_problems
+from .config_checks import config_problems, raise_problems
 from .megatron_rules import layers_per_stage
 from .model import training_configs, validate_weights
 from .model_plan import ModelPlan, plan_model, validate_trainable
@@ -46,7 +47,7 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     Raises:
         ValueError: listing everything else that would stop the run.
     """
-    problems = config_problems(config) + launch_problems(config.parallel, world_size)
+    problems = config_problems(config) + config.parallel.sizes.launch_problems(world_size)
 
     def attempt(action: Callable[[], T]) -> T | None:
         try:
@@ -72,8 +73,9 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
         attempt(lambda: open_sampling(config, None if plan is None else plan.max_positions))
     raise_problems("would stop this run", problems)
     assert plan is not None
-    dp_size = world_size // config.parallel.model_size
-    lines = [_layout_line(config, world_size, dp_size)]
+    sizes = ParallelSizes.from_config(config.parallel, world_size)
+    dp_size = sizes.dp
+    lines = [_layout_line(sizes)]
     plans: list[list[PackPlan]] | None = None
     if recording is not None:
         plans = _plan_first_step(config, plan, recording, dp_size)
@@ -98,13 +100,10 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     return DryRun(tuple(lines), parameters, total, resident)
 
 
-def _layout_line(config: TrainConfig, world_size: int, dp_size: int) -> str:
-    parallel = config.parallel
+def _layout_line(s: ParallelSizes) -> str:
     return (
-        f"{world_size} ranks: tp {parallel.tensor_model_parallel_size}"
-        f"{' with sp' if parallel.sequence_parallel else ''} x pp "
-        f"{parallel.pipeline_model_parallel_size}"
-        f" (vpp {parallel.virtual_pipeline_model_parallel_size or 1}) x dp {dp_size}"
+        f"{s.world_size} ranks: tp {s.tp}{' with sp' if s.sp else ''} x pp {s.pp} "
+        f"(vpp {s.vpp or 1}) x dp {s.dp}"
     )
 
 

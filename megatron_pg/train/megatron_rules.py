@@ -10,6 +10,8 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ..parallel import ModelSizes, ParallelSizes
+
 
 def megatron_problems(
     config: TransformerConfig, asked: Mapping[str, Any], vpp_size: int | None, use_te: bool
@@ -41,8 +43,11 @@ def megatron_problems(
             f"pipeline_model_parallel_layout has {made} virtual stages a rank: set "
             f"parallel.virtual_pipeline_model_parallel_size={made}, got {vpp_size}"
         )
-    stage_problems = list(_stage_problems(config))
-    yield from stage_problems or _recompute_problems(config)
+    model = ModelSizes.from_config(config)
+    problems = ParallelSizes.from_config(config).model_problems(model)
+    if model.num_layers is None:
+        problems += _stage_problems(config)
+    yield from problems or _recompute_problems(config)
     yield from _width_problems(config)
     yield from _kernel_problems(config, use_te)
     if config.num_moe_experts:
@@ -82,23 +87,10 @@ def _layers_per_chunk(config: TransformerConfig) -> list[list[int]]:
 
 
 def _stage_problems(config: TransformerConfig) -> Iterator[str]:
-    uneven = (
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "pipeline_model_parallel_layout",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-    )
+    """Of layers that are dealt out otherwise than evenly."""
     vpp = config.virtual_pipeline_model_parallel_size or 1
-    stages = config.pipeline_model_parallel_size * vpp
-    if not any(getattr(config, name) for name in uneven):
-        if config.num_layers % stages:
-            yield (
-                f"num_layers={config.num_layers} is no multiple of {stages} pipeline stages "
-                "(virtual ones included); choose other pipeline sizes"
-            )
-        return
-    set_to = ", ".join(f"{name}={getattr(config, name)!r}" for name in uneven[:2])
+    ends = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+    set_to = ", ".join(f"{name}={getattr(config, name)!r}" for name in ends)
     try:
         layers = layers_per_stage(config)
     except AssertionError as error:
@@ -112,23 +104,11 @@ def _stage_problems(config: TransformerConfig) -> Iterator[str]:
 
 
 def _width_problems(config: TransformerConfig) -> Iterator[str]:
-    tp_size = config.tensor_model_parallel_size
     if config.kv_channels < 1:
         yield (
             f"hidden_size={config.hidden_size} leaves num_attention_heads="
             f"{config.num_attention_heads} no channel; set kv_channels, or fewer heads"
         )
-    widths = {"ffn_hidden_size": config.ffn_hidden_size}
-    if config.num_moe_experts:
-        widths = {"moe_ffn_hidden_size": config.moe_ffn_hidden_size}
-        shared = config.moe_shared_expert_intermediate_size
-        widths |= {"moe_shared_expert_intermediate_size": shared} if shared else {}
-    for name, width in widths.items():
-        if width % tp_size:
-            yield (
-                f"{name}={width} is no multiple of tensor_model_parallel_size={tp_size}; choose a "
-                "tensor_model_parallel_size that divides it"
-            )
 
 
 def _recompute_problems(config: TransformerConfig) -> Iterator[str]:
@@ -171,17 +151,6 @@ def _is_there(module: str) -> bool:
 
 def _expert_problems(config: TransformerConfig) -> Iterator[str]:
     experts, topk = config.num_moe_experts, config.moe_router_topk
-    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-        yield (
-            f"num_moe_experts={experts} with parallel.tensor_model_parallel_size="
-            f"{config.tensor_model_parallel_size}: Megatron-Core trains experts under tensor "
-            "parallelism with sequence parallelism only; set parallel.sequence_parallel=true"
-        )
-    if experts % config.expert_model_parallel_size:
-        yield (
-            f"num_moe_experts={experts} is no multiple of parallel.expert_model_parallel_size="
-            f"{config.expert_model_parallel_size}; choose one that divides it"
-        )
     if topk > experts:
         yield f"moe_router_topk={topk} must not exceed num_moe_experts={experts}"
     if config.moe_apply_probs_on_input and topk != 1:

@@ -121,17 +121,14 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     settings |= overrides
     settings["pipeline_dtype"] = settings["params_dtype"]
     settings["bf16"] = settings["params_dtype"] is torch.bfloat16
-    if parallel.expert_model_parallel_size > 1 and not settings.get("num_moe_experts"):
-        raise ValueError(
-            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a "
-            "model with experts; set it to 1"
-        )
     try:
         config = TransformerConfig(**settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
+        sizes = [n for n, v in vars(parallel).items() if v != getattr(ParallelConfig, n)]
         raise ValueError(
             f"Megatron-Core refuses the model settings: {str(error) or type(error).__name__}; "
-            f"change parallel, or of model.transformer {', '.join(overrides) or 'a field'}"
+            f"change of parallel {', '.join(sizes) or 'a size'}, or of model.transformer "
+            f"{', '.join(overrides) or 'a field'}"
         ) from error
     use_te = _uses_te(model.transformer_impl)
     problems = list(megatron_problems(config, overrides, vpp, use_te))

@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from ..mcore import cpu
 from .config import ParallelConfig
-from .config_checks import launch_problems, raise_problems
 from .launcher import launched_world_size
 
 
@@ -84,7 +83,7 @@ def _initialize_process_group(config: ParallelConfig, has_cuda: bool) -> None:
 
 
 def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool) -> Ranks:
-    raise_problems("of this launch", launch_problems(config, dist.get_world_size()))
+    config.sizes.check(world_size=dist.get_world_size())
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size,
         config.pipeline_model_parallel_size,

@@ -144,8 +144,8 @@ def token_metrics(
     }
     if not num_minibatches:
         return metrics
-    stages = config.parallel.pipeline_model_parallel_size
-    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    sizes = config.parallel.sizes
+    stages, chunks = sizes.pp, sizes.vpp or 1
     rows_per_pass = tokens.rows / dp_size / num_minibatches
     return metrics | {
         "packing/waves": tokens.waves / num_minibatches,

@@ -325,13 +325,15 @@ def test_interrupted(models: Path, tmp_path: Path) -> None:
 
 
 def test_layouts_that_do_not_fit(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_attention_heads=4 is no multiple of tp=3"):
+    with pytest.raises(ValueError, match="num_attention_heads=4 is no multiple of tensor_model"):
         hf_to_megatron(models / "llama", tmp_path / "out", tp_size=3)
-    with pytest.raises(ValueError, match="vpp=0 does not fit .* must be at least 1"):
+    with pytest.raises(
+        ValueError, match="virtual_pipeline_model_parallel_size=0 must be at least 2"
+    ):
         hf_to_megatron(models / "llama", tmp_path / "out", vpp_size=0)
     with pytest.raises(ValueError, match="make_vocab_size_divisible_by=0 must be at least 1"):
         hf_to_megatron(models / "llama", tmp_path / "out", make_vocab_size_divisible_by=0)
-    with pytest.raises(ValueError, match="num_layers=8 is no multiple of pp . vpp=3"):
+    with pytest.raises(ValueError, match="num_layers=8 is no multiple of pipeline_model"):
         reshard_checkpoint(models / "llama-megatron", tmp_path / "out", tp_size=1, pp_size=3)
     assert list(tmp_path.iterdir()) == []
 

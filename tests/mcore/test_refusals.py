@@ -25,7 +25,6 @@ pytestmark = pytest.mark.megatron
 UNSUPPORTED = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
-    "context_parallel_size": 2,
     "experimental_attention_variant": "gated_delta_net",
     "mrope_section": [16, 24, 24],
     "window_size": (128, 0),
@@ -65,6 +64,7 @@ def test_unsupported_setting(name: str) -> None:
     ("changes", "message"),
     [
         (dict(num_moe_experts=4, moe_aux_loss_coeff=0.01), "moe_aux_loss_coeff=0.01"),
+        (dict(context_parallel_size=2), "context_parallel_size=2: packed rows are not split"),
         (dict(tensor_model_parallel_size=3), "num_attention_heads=4 is no multiple"),
         (
             dict(num_attention_heads=6, num_query_groups=3, tensor_model_parallel_size=2),

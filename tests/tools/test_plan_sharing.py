@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_pg.data import read_rollouts
+from megatron_pg.parallel import ParallelSizes
 from tools.flops import FORWARD_BACKWARD
 from tools.plan_sharing import main
 from tools.sharing.model import GATED, UNGATED, read_model
@@ -254,8 +255,8 @@ def test_context_parallelism_is_refused(rollouts: Path, capsys: pytest.CaptureFi
     assert report(rollouts)["settings"]["cp"] == 1
     capsys.readouterr()
     message = refusal(capsys, rollouts, "--cp", "2")
-    assert "cp=2: context parallelism is refused" in message
-    assert "tp with sequence parallelism" in message and "run.prefix_resident=auto" in message
+    assert "cp=2: packed rows are not split" in message and "set cp=1" in message
+    assert "tensor parallelism" in message and "resident prefixes" in message
 
 
 @pytest.mark.parametrize(
@@ -291,14 +292,14 @@ def test_all_settings_are_refused_at_once(
         "num_attention_heads=2 is no multiple of tp=3",
         "ffn_hidden_size=16 is no multiple of tp=3",
         "pp=0 must be at least 1",
-        "cp=2: context parallelism",
-        "max_tokens=2 holds no row of a multiple of 3 tokens",
+        "cp=2: packed rows are not split",
+        "max_tokens=2 holds no row of a multiple of 6 tokens",
         "--tokenizer needs transformers: pip install",
     ):
         assert part in message
     groups, dims = read_rollouts(rollouts), read_model(rollouts.parent)
     with pytest.raises(ValueError, match="tp=0 must be at least 1"):
-        predict_at(groups, dims, Settings(tp=0), [8])
+        predict_at(groups, dims, Settings(sizes=ParallelSizes(tp=0)), [8])
     # Beside a model that cannot be read, the values alone.
     (rollouts.parent / "config.json").write_text("{")
     message = refusal(capsys, rollouts, *more)

@@ -164,10 +164,10 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
             ],
             "needs its weights: set algorithm.ref_hf",
         ),
-        (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size above 1"),
+        (["parallel.sequence_parallel=true"], "needs tensor_model_parallel_size above 1"),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
-            "needs parallel.pipeline_model_parallel_size above 1",
+            "needs pipeline_model_parallel_size above 1",
         ),
         (
             ["parallel.virtual_pipeline_model_parallel_size=1"],
@@ -267,7 +267,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     ("world_size", "overrides", "message"),
     [
         (3, ["parallel.tensor_model_parallel_size=2"], "3 ranks hold no whole replica"),
-        (3, ["parallel.pipeline_model_parallel_size=3"], "num_layers=4 is no multiple of 3"),
+        (3, ["parallel.pipeline_model_parallel_size=3"], "num_layers=4 is no multiple of pipeline"),
         (8, ["parallel.tensor_model_parallel_size=8"], "num_attention_heads"),
         (2, ["parallel.expert_model_parallel_size=4"], "expert_model_parallel_size=4"),
         (1, ["model.transformer.attention_dropout=0.1"], "attention_dropout=0.1"),

@@ -139,8 +139,8 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "parallel", "message"),
     [
-        ({}, dict(tensor_model_parallel_size=2), "set parallel.sequence_parallel=true"),
-        ({}, dict(expert_model_parallel_size=3), "is no multiple of parallel.expert_model"),
+        ({}, dict(tensor_model_parallel_size=2), "set sequence_parallel=true"),
+        ({}, dict(expert_model_parallel_size=3), "is no multiple of expert_model"),
         (dict(moe_router_topk=5), {}, "moe_router_topk=5 must not exceed num_moe_experts=4"),
         (
             dict(moe_ffn_hidden_size=15),

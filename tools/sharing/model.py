@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pg.data import CostModel, MemoryModel
+from megatron_pg.parallel import ModelSizes
 from tools.sharing.layers import Attention, hf_attention, hf_mlps, megatron_attention, megatron_mlps
 from tools.sharing.support import training_refusal
 
@@ -65,6 +66,16 @@ class ModelDims:
     gated: bool
     max_positions: int | None = field(default=None, compare=False)
     training_refusal: str | None = field(default=None, compare=False)
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What parallel ranks divide."""
+        return ModelSizes(
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            num_layers=self.num_layers,
+            widths=self.mlp_widths,
+        )
 
     @property
     def num_attention_heads(self) -> int:

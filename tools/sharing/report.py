@@ -96,9 +96,10 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
     unique, written = (sum(t.unique_tokens for t in trees), sum(t.logical_tokens for t in trees))
     ratio = logical / packed if packed else 1.0
     group_ratios = {r.group_id: r.ratio(dims) for r in reports}
+    values = asdict(settings)
     return {
         "model": asdict(dims),
-        "settings": asdict(settings),
+        "settings": values.pop("sizes") | values,
         "groups": len(groups),
         "samples": sum(tree.num_samples for tree in trees),
         "group_size": _summary(tree.num_samples for tree in trees),
@@ -114,7 +115,7 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "predicted_step_time_ratio": ratio,
         "recommended_max_tokens": recommended,
         "max_tokens": max_tokens,
-        "row_budget": row_budget(max_tokens, settings.tp),
+        "row_budget": row_budget(max_tokens, settings.sizes.row_multiple),
         "rows": sum(len(wave.rows) + len(wave.prefix_rows) for wave in waves),
         "memory": _memory(waves, dims, settings),
         "does_not_fit": unfit,
@@ -174,10 +175,14 @@ def _plan_rows(
 ) -> list[PackPlan]:
     """The recipe's own plan of one step on one data-parallel rank, with its defaults."""
     residency = ResidencyConfig(
-        choice="auto", mode=_MODE, max_resident_tokens=max_tokens, num_stages=settings.pp
+        choice="auto", mode=_MODE, max_resident_tokens=max_tokens, num_stages=settings.sizes.pp
     )
     return plan_waves(
-        shapes, max_tokens, residency, cost_model=dims.cost_model, pad_to_multiple=settings.tp
+        shapes,
+        max_tokens,
+        residency,
+        cost_model=dims.cost_model,
+        pad_to_multiple=settings.sizes.row_multiple,
     )
 
 
@@ -207,23 +212,25 @@ def _recommend_max_tokens(trees: Sequence[PrefixTree], dims: ModelDims, settings
     largest = max(tree.unique_tokens for tree in trees)
     budget = -(-largest // 1024) * 1024
     if settings.activation_gib is not None:
-        memory = dims.memory_model(settings.bytes_per_value, settings.tp)
+        memory = dims.memory_model(settings.bytes_per_value, settings.sizes.tp)
         # The first pipeline stage keeps one row for every stage.
-        held = _tokens_held(memory.activations * settings.pp, dims, settings)
+        held = _tokens_held(memory.activations * settings.sizes.pp, dims, settings)
         if held < largest:
             # Groups are divided, and prompts of up to one row's tokens are resident beside them.
             resident = memory.resident(_MODE)
-            held = _tokens_held(memory.activations * settings.pp + resident, dims, settings)
+            held = _tokens_held(memory.activations * settings.sizes.pp + resident, dims, settings)
         budget = min(budget, held)
-    return -(-budget // settings.tp) * settings.tp
+    multiple = settings.sizes.row_multiple
+    return -(-budget // multiple) * multiple
 
 
 def _tokens_held(bytes_per_layer: int, dims: ModelDims, settings: Settings) -> int:
     """Tokens of a row that the memory holds, at so many bytes for each in one layer."""
     assert settings.activation_gib is not None
-    layers = dims.num_layers // settings.pp
+    layers = dims.num_layers // settings.sizes.pp
     held = int(settings.activation_gib * 2**30 / (bytes_per_layer * layers))
-    return max(held // settings.tp * settings.tp, settings.tp)
+    multiple = settings.sizes.row_multiple
+    return max(held // multiple * multiple, multiple)
 
 
 def _why_unfit(
@@ -231,7 +238,7 @@ def _why_unfit(
 ) -> dict[str, Any] | None:
     """What would be done with a group that exceeds the budget; None when it fits."""
     unique = report.tree.unique_tokens
-    if unique <= row_budget(max_tokens, settings.tp):
+    if unique <= row_budget(max_tokens, settings.sizes.row_multiple):
         return None
     fields = {"group_id": report.group_id, "unique_tokens": unique}
     try:
@@ -257,14 +264,14 @@ def _memory(waves: Sequence[PackPlan], dims: ModelDims, settings: Settings) -> l
     As many of the longest row as are in flight, and the resident prompts beside them. Written out,
     the samples of those same rows stand in full, each with its prompt, and nothing is resident.
     """
-    memory = dims.memory_model(settings.bytes_per_value, settings.tp)
-    layers = dims.num_layers // settings.pp
+    memory = dims.memory_model(settings.bytes_per_value, settings.sizes.tp)
+    layers = dims.num_layers // settings.sizes.pp
     lens = [max(_row_lens(wave)) for wave in waves]
     stages = []
-    for stage in range(settings.pp):
+    for stage in range(settings.sizes.pp):
         peak = dict.fromkeys(_MEMORY_FIELDS, 0)
         for wave, (longest, written_out) in zip(waves, lens):
-            in_flight = min(settings.pp - stage, len(wave.rows))
+            in_flight = min(settings.sizes.pp - stage, len(wave.rows))
             values = (
                 in_flight,
                 in_flight * longest * layers * memory.activations,
