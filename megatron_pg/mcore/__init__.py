@@ -3,7 +3,7 @@
 from . import cpu
 from .builder import gpt_builder, gpt_config_from_args
 from .core_attention import AttentionCalls, count_attention_calls
-from .generate import GeneratedResponse, generate
+from .generation.generate import GeneratedResponse, generate
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,

@@ -15,7 +15,7 @@ from ..attention import (
     prefix_grouped_attention,
     select_backend,
 )
-from .generation_cache import DecodeSeqParams, PrefillSeqParams
+from .generation import DecodeSeqParams, PrefillSeqParams
 from .params import PositionedSeqParams, WrappedRow
 
 

@@ -22,7 +22,7 @@ from megatron_pg.mcore import (  # noqa: E402
     count_attention_calls,
     cpu,
 )
-from megatron_pg.mcore.generation_cache import GenerationCache  # noqa: E402
+from megatron_pg.mcore.generation.cache import GenerationCache  # noqa: E402
 from tests.mcore import cases, harness  # noqa: E402
 from tests.mcore.generate_harness import (  # noqa: E402
     LAYOUTS,
@@ -86,7 +86,7 @@ def check_rows_and_cache() -> None:
             return super().advance(pad_to_multiple)
 
     hook = chunks[0].register_forward_pre_hook(lambda _, args: row_lens.append(args[0].shape[1]))
-    module = sys.modules["megatron_pg.mcore.generate"]
+    module = sys.modules["megatron_pg.mcore.generation.generate"]
     with mock.patch.object(module, "GenerationCache", SpiedCache):
         groups = sample(chunks, max_response_tokens=100, stop_token_ids=[23, 41])
     hook.remove()

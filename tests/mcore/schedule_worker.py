@@ -33,7 +33,7 @@ from megatron_pg.mcore import (  # noqa: E402
     cpu,
     prefix_resident_forward_backward,
 )
-from megatron_pg.mcore.schedule_reference import (  # noqa: E402
+from megatron_pg.mcore.schedule import (  # noqa: E402
     sequential_prefix_resident_forward_backward,
 )
 from tests.data.samples import make_large_groups  # noqa: E402

@@ -11,8 +11,8 @@ from tests.utils import run_ranks
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.mcore.generation_cache import _close_holes  # noqa: E402
-from megatron_pg.mcore.sampling import Sampler, sample_uniforms  # noqa: E402
+from megatron_pg.mcore.generation import Sampler, sample_uniforms  # noqa: E402
+from megatron_pg.mcore.generation.cache import _close_holes  # noqa: E402
 
 pytestmark = pytest.mark.megatron
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pg.data import Wave
 from megatron_pg.mcore import PrefixKV, prefix_resident_forward_backward
-from megatron_pg.mcore.sweep import sweep
+from megatron_pg.mcore.schedule import sweep
 from tests.mcore import cases
 from tests.utils import run_ranks
 

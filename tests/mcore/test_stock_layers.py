@@ -44,7 +44,7 @@ from megatron_pg.mcore import (
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
-from megatron_pg.mcore.generation_cache import GenerationCache
+from megatron_pg.mcore.generation.cache import GenerationCache
 from megatron_pg.mcore.params import WrappedRow
 from tests.mcore import harness
 

@@ -19,7 +19,8 @@ import torch  # noqa: E402
 
 from megatron_pg.data import Group, Sample, write_rollouts  # noqa: E402
 from megatron_pg.loss import PolicyLossConfig  # noqa: E402
-from megatron_pg.mcore import PrefixKV, schedule  # noqa: E402
+from megatron_pg.mcore import PrefixKV  # noqa: E402
+from megatron_pg.mcore.schedule import resident  # noqa: E402
 from megatron_pg.train import Ranks, TrainConfig, dry_run, parallel_run  # noqa: E402
 from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
 from megatron_pg.train.config import (  # noqa: E402
@@ -96,11 +97,11 @@ def kept_bytes(run: Passes, num_waves: int) -> int:
             super().__init__()
             made.append(self)
 
-    schedule.PrefixKV = Noted
+    resident.PrefixKV = Noted
     try:
         run()
     finally:
-        schedule.PrefixKV = PrefixKV
+        resident.PrefixKV = PrefixKV
     per_wave = len(made) // num_waves
     waves = [made[start : start + per_wave] for start in range(0, len(made), per_wave)]
     (kept,) = {sum(kv.num_bytes for kv in wave) for wave in waves}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..tree import PackedLayout
-from .params import PositionedSeqParams, PrefixGroupedSeqParams
+from ...tree import PackedLayout
+from ..params import PositionedSeqParams, PrefixGroupedSeqParams
 
 _FIRST_CAPACITY = 64
 

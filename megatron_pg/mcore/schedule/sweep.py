@@ -13,8 +13,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_step
 from torch import Tensor
 
-from ..parallel import ParallelSizes
-from .prefix_kv import ScheduledRow
+from ...parallel import ParallelSizes
+from ..prefix_kv import ScheduledRow
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class RetainedRows:
                     self.inputs.get(tick.job),
                     [],
                     self.config,
-                    cp_group_size=1,
+                    cp_group_size=self.config.context_parallel_size,
                     vp_stage=chunk if last_chunk else None,
                     is_last_stage=is_last_stage,
                 )

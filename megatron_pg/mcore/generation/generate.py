@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tree import PrefixTree, pack_trees
-from .generation_cache import GenerationCache, PrefillSeqParams
+from ...tree import PrefixTree, pack_trees
+from .cache import GenerationCache, PrefillSeqParams
 from .sampling import Sampler, sample_uniforms
 from .stages import ModelStages
 

@@ -10,8 +10,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from ..data import Wave
-from .prefix_kv import PrefixKV, ScheduledRow
+from ...data import Wave
+from ..prefix_kv import PrefixKV, ScheduledRow
 from .sweep import RetainedRows, no_sync
 
 

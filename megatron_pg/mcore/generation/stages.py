@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from ..parallel import ParallelSizes
-from .generation_cache import DecodeSeqParams, PrefillSeqParams
-from .model import PrefixGroupedGPTModel
+from ...parallel import ParallelSizes
+from ..model import PrefixGroupedGPTModel
+from .cache import DecodeSeqParams, PrefillSeqParams
 from .sampling import Sampler
 
 
@@ -35,9 +36,15 @@ class ModelStages:
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module]) -> None:
-        self.chunks = [_unwrap(chunk) for chunk in model_chunks]
+        self.chunks: list[Any] = unwrap_model(list(model_chunks))
         if not self.chunks:
             raise ValueError("model_chunks is empty: pass the list of this rank's model chunks")
+        for chunk in self.chunks:
+            if not isinstance(chunk, PrefixGroupedGPTModel):
+                raise ValueError(
+                    f"a model chunk is {type(chunk).__name__}; generation needs "
+                    "PrefixGroupedGPTModel built on a spec from with_prefix_grouped_attention"
+                )
         first = self.chunks[0]
         self.config = first.config
         self.row_multiple = ParallelSizes.from_config(self.config).row_multiple
@@ -116,15 +123,3 @@ class ModelStages:
 
     def _neighbour(self, distance: int) -> int:
         return self._pp_ranks[(self._stage + distance) % len(self._pp_ranks)]
-
-
-def _unwrap(chunk: Any) -> Any:
-    """The GPT model inside ``DistributedDataParallel`` and ``Float16Module``."""
-    while not isinstance(chunk, PrefixGroupedGPTModel):
-        if not hasattr(chunk, "module"):
-            raise ValueError(
-                f"a model chunk is {type(chunk).__name__}; generation needs PrefixGroupedGPTModel "
-                "built on a spec from with_prefix_grouped_attention"
-            )
-        chunk = chunk.module
-    return chunk

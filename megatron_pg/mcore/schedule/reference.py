@@ -8,8 +8,8 @@ from typing import Any
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from ..data import Wave
-from .prefix_kv import PrefixKV, ScheduledRow
+from ...data import Wave
+from ..prefix_kv import PrefixKV, ScheduledRow
 
 
 def sequential_prefix_resident_forward_backward(
