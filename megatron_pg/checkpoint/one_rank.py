@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..mcore import cpu, with_prefix_grouped_attention, with_sequence_parallel_norms
+from ..mcore import build_gpt_chunks, cpu
 from .hf_config import HfModel
 
 
@@ -39,6 +38,5 @@ def build_gpt(model: HfModel, dtype: torch.dtype, device: torch.device) -> GPTMo
     """The whole ``GPTModel`` with the prefix-grouped local spec, its vocabulary not padded."""
     settings = model.transformer_config() | cpu.transformer_config_defaults()
     config = TransformerConfig(**settings, params_dtype=dtype)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", **model.spec())
-    spec = with_prefix_grouped_attention(with_sequence_parallel_norms(layer, config))
-    return GPTModel(config, spec, **model.gpt_model()).to(device, dtype).eval()
+    (chunk,) = build_gpt_chunks(config, gpt=model.gpt_model(), layer=model.spec())
+    return chunk.to(device).eval()

@@ -2,6 +2,7 @@
 
 from . import cpu
 from .builder import gpt_builder, gpt_config_from_args
+from .chunks import build_gpt_chunks
 from .core_attention import AttentionCalls, count_attention_calls
 from .generation.generate import GeneratedResponse, generate
 from .model import PrefixGroupedGPTModel
@@ -28,6 +29,7 @@ __all__ = [
     "ScheduledRow",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "build_gpt_chunks",
     "count_attention_calls",
     "cpu",
     "field_verdict",

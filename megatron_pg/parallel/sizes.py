@@ -113,6 +113,10 @@ class ParallelSizes:
         sizes.check(world_size=world_size)
         return replace(sizes, dp=world_size // sizes.model_size)
 
+    def group_arguments(self) -> dict[str, int | None]:
+        """What ``initialize_model_parallel`` and a ``TransformerConfig`` are both told."""
+        return {name: getattr(self, f) for f, name in MEGATRON_NAMES.items() if f != "sp"}
+
     @property
     def model_size(self) -> int:
         """Ranks that hold one replica of the model."""

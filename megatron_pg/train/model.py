@@ -6,56 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
-)
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from ..checkpoint import load_weights, open_weights
-from ..mcore import (
-    PrefixGroupedGPTModel,
-    with_prefix_grouped_attention,
-    with_sequence_parallel_norms,
-)
+from ..mcore import build_gpt_chunks
 from .config import TrainConfig
 from .model_plan import ModelPlan, plan_model
 from .ranks import seed_everything
-
-
-def build_chunks(plan: ModelPlan, attention_backend: str = "auto") -> list[torch.nn.Module]:
-    """This rank's model chunks (several under an interleaved schedule), randomly initialised."""
-    vpp = plan.config.virtual_pipeline_model_parallel_size
-    chunks = []
-    for stage in range(vpp or 1):
-        vp_stage = stage if vpp else None
-        if plan.use_te:
-            spec: Any = get_gpt_layer_with_transformer_engine_spec(**plan.spec)
-        else:
-            local = get_gpt_layer_local_spec(normalization=plan.config.normalization, **plan.spec)
-            spec = with_sequence_parallel_norms(local, plan.config, vp_stage=vp_stage)
-        chunk = PrefixGroupedGPTModel(
-            plan.config,
-            with_prefix_grouped_attention(spec, attention_backend),
-            pre_process=parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            post_process=parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=vp_stage
-            ),
-            vp_stage=vp_stage,
-            **plan.gpt,
-        )
-        chunks.append(chunk.to(plan.config.params_dtype))
-    return chunks
 
 
 @dataclass
@@ -185,7 +149,13 @@ def _initial_weights(config: TrainConfig) -> str | None:
 def _initial_chunks(config: TrainConfig, plan: ModelPlan, weights: str | None) -> list[Any]:
     """Chunks with the weights of a folder of either kind, or those that the seed gives."""
     seed_everything(config.run.seed)
-    chunks: list[Any] = build_chunks(plan, config.model.attention_backend)
+    chunks: list[Any] = build_gpt_chunks(
+        plan.config,
+        gpt=plan.gpt,
+        layer=plan.spec,
+        use_te=plan.use_te,
+        attention_backend=config.model.attention_backend,
+    )
     if weights is not None:
         load_weights(chunks, open_weights(weights))
     if torch.cuda.is_available():

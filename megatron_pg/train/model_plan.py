@@ -84,35 +84,31 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             folder without a readable ``config.json``.
         NotImplementedError: on a Hugging Face model that is not supported (``read_hf_config``).
     """
-    tp_size = parallel.tensor_model_parallel_size
+    sizes = parallel.sizes
     settings: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     if model.hf is not None:
         hf: HfModel = read_hf_config(model.hf)
         settings |= hf.transformer_config()
         gpt = hf.gpt_model(
-            tp_size=tp_size, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
+            tp_size=sizes.tp, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
         )
         if model.max_position_embeddings is not None:
             gpt["max_sequence_length"] = model.max_position_embeddings
         spec, vocab_size = hf.spec(), hf.vocab_size
     else:
-        gpt, spec, vocab_size = _from_scratch(model, tp_size)
+        gpt, spec, vocab_size = _from_scratch(model, sizes.tp)
     of_hf = None if model.hf is None else dict(settings)
     has_cuda = torch.cuda.is_available()
-    vpp = parallel.virtual_pipeline_model_parallel_size
     settings |= {
-        "tensor_model_parallel_size": tp_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": vpp,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
+        **sizes.group_arguments(),
+        "sequence_parallel": sizes.sp,
         # The loss carries its own global denominators; Megatron must not divide again.
         "calculate_per_token_loss": True,
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         "params_dtype": torch.bfloat16 if has_cuda else torch.float32,
     }
-    if vpp is not None:
+    if sizes.vpp is not None:
         # Two stages exchange in both directions at once; batched calls would mix them up.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if not has_cuda:
@@ -124,14 +120,14 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     try:
         config = TransformerConfig(**settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
-        sizes = [n for n, v in vars(parallel).items() if v != getattr(ParallelConfig, n)]
+        named = [n for n, v in vars(parallel).items() if v != getattr(ParallelConfig, n)]
         raise ValueError(
             f"Megatron-Core refuses the model settings: {str(error) or type(error).__name__}; "
-            f"change of parallel {', '.join(sizes) or 'a size'}, or of model.transformer "
+            f"change of parallel {', '.join(named) or 'a size'}, or of model.transformer "
             f"{', '.join(overrides) or 'a field'}"
         ) from error
     use_te = _uses_te(model.transformer_impl)
-    problems = list(megatron_problems(config, overrides, vpp, use_te))
+    problems = list(megatron_problems(config, overrides, sizes.vpp, use_te))
     if gpt["position_embedding_type"] == "rope" and config.kv_channels % 2:
         problems.append(
             f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
@@ -146,9 +142,9 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     if model.hf is not None:
         args = make_megatron_args(
             hf,
-            tp_size=tp_size,
-            pp_size=parallel.pipeline_model_parallel_size,
-            vpp_size=vpp,
+            tp_size=sizes.tp,
+            pp_size=sizes.pp,
+            vpp_size=sizes.vpp,
             make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
             dtype=config.params_dtype,
         )

@@ -85,10 +85,7 @@ def _initialize_process_group(config: ParallelConfig, has_cuda: bool) -> None:
 def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool) -> Ranks:
     config.sizes.check(world_size=dist.get_world_size())
     parallel_state.initialize_model_parallel(
-        config.tensor_model_parallel_size,
-        config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
+        **config.sizes.group_arguments(),
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     seed_everything(seed)

@@ -185,6 +185,11 @@ def test_sizes_are_read_under_megatrons_names() -> None:
     assert ParallelSizes.from_config(megatron_arguments(sizes)) == sizes
     assert ParallelSizes.from_config(megatron_arguments(sizes), 30) == replace(sizes, dp=5)
     assert ParallelSizes.from_config(Namespace()) == ParallelSizes()
+    assert sizes.group_arguments() == {
+        name: value
+        for name, value in vars(megatron_arguments(sizes)).items()
+        if name != "sequence_parallel"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +223,9 @@ def megatron_launches(sizes: ParallelSizes, world_size: int) -> bool:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    names = [name for field, name in MEGATRON_NAMES.items() if field != "sp"]
     try:
         parallel_state.initialize_model_parallel(
-            **{name: getattr(megatron_arguments(sizes), name) for name in names},
-            create_gloo_process_groups=False,
+            **sizes.group_arguments(), create_gloo_process_groups=False
         )
     except RuntimeError:
         return False
