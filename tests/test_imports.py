@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from tests.utils import ROOT
 
 PACKAGE = ROOT / "megatron_pg"
@@ -62,6 +64,38 @@ def test_arrows() -> None:
                 f"{path} takes a private name: {taken}"
             )
     assert crossings > 5
+
+
+def public_names(package: str) -> set[str]:
+    """``__all__`` of a package."""
+    file = ROOT / package.replace(".", "/") / "__init__.py"
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"{file} says no public names")
+
+
+# Modules behind a package's door that a tool still opens.
+BEHIND_A_DOOR = {
+    "megatron_pg.checkpoint.files",
+    "megatron_pg.checkpoint.torch_dist",
+    "megatron_pg.train.passes",
+}
+
+
+@pytest.mark.parametrize("folder", ["tools", "examples"])
+def test_public_names_only(folder: str) -> None:
+    """What stands outside of the package takes what a user may take."""
+    taken_from: set[str] = set()
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name, taken in imports(path):
+            if not name.startswith("megatron_pg"):
+                continue
+            taken_from.add(name)
+            assert name.count(".") < 2 or name in BEHIND_A_DOOR, f"{path} imports {name}"
+            if name not in BEHIND_A_DOOR:
+                assert set(taken) <= public_names(name), f"{path} takes {taken} of {name}"
+    assert len(taken_from) > 2
 
 
 def test_imports_without_megatron() -> None:

@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ _FLAGS = {
     "dtype=DTYPE": "--dtype DTYPE",
     "the direct conversion": "--backend direct",
 }
-# The tools run from a checkout, installed or not.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def dtype(name: str) -> torch.dtype:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from cli import printable, report_errors, with_flags
+if __name__ == "__main__":
+    # Modules are found from the repository root, not from beside this script.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools.cli import printable, report_errors, with_flags
 
 
 def main() -> None:

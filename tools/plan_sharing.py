@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tools.sharing.model import ModelDims
     from tools.sharing.settings import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(ROOT)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from cli import report_errors
+if __name__ == "__main__":
+    # Modules are found from the repository root, not from beside this script.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools.cli import report_errors
 
 
 def main() -> None:

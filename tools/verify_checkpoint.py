@@ -7,9 +7,15 @@ be read, or holds tensors that its configuration does not describe.
 from __future__ import annotations
 
 import argparse
+import sys
 from itertools import chain, islice
+from pathlib import Path
 
-from cli import printable, progress_bar, report_errors
+if __name__ == "__main__":
+    # Modules are found from the repository root, not from beside this script.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools.cli import printable, progress_bar, report_errors
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from .plan import (
     part_shape,
     part_tree,
     plan_rows,
+    row_budget,
     split_group,
 )
 from .readers import read_rollouts, write_rollouts
@@ -50,6 +51,7 @@ __all__ = [
     "plan_waves",
     "read_rollouts",
     "response_problems",
+    "row_budget",
     "select_samples",
     "split_group",
     "step_cost",

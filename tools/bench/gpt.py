@@ -93,7 +93,8 @@ def megatron(dims: Dims) -> Iterator[None]:
     alone = not dist.is_initialized()
     if alone:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     emulation: AbstractContextManager[Any] = (
         nullcontext() if torch.cuda.is_available() else cpu.emulate_cuda()
     )
@@ -140,7 +141,10 @@ def make_config(dims: Dims, dtype: torch.dtype) -> TransformerConfig:
 
 def build_model(dims: Dims, config: TransformerConfig, whole: bool = True) -> PrefixGroupedGPTModel:
     """This rank's stage of the model; without embedding and output layer when not ``whole``."""
-    return _build(PrefixGroupedGPTModel, with_prefix_grouped_attention, dims, config, whole)
+    model: PrefixGroupedGPTModel = _build(
+        PrefixGroupedGPTModel, with_prefix_grouped_attention, dims, config, whole
+    )
+    return model
 
 
 def build_stock_model(dims: Dims, config: TransformerConfig, whole: bool = True) -> GPTModel:

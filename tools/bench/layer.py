@@ -149,10 +149,10 @@ def _stock_path(
 
     def batch(x: Tensor) -> Tensor:
         padded = x.new_zeros(longest * len(lens), x.shape[-1])
-        return padded.index_copy(0, rows, x[:, 0]).unflatten(0, (longest, len(lens)))
+        return padded.index_copy(0, rows, x[:, 0]).view(longest, len(lens), -1)
 
     def unbatch(x: Tensor) -> Tensor:
-        return x.flatten(0, 1)[rows].unsqueeze(1)
+        return x.flatten(0, 1).index_select(0, rows).unsqueeze(1)
 
     batched, batched_dout = batch(hidden), batch(dout)
 

@@ -45,13 +45,17 @@ def median_row(rows: Sequence[BenchmarkRow]) -> BenchmarkRow:
     if any(what != compared[0] for what in compared):
         raise ValueError(f"rows of one comparison have the same shape and baseline: {compared}")
     low, ratio, high = np.quantile([row.ratio for row in rows], (0.25, 0.5, 0.75)).tolist()
-    timed = [row for row in rows if row.ours_ms is not None and row.baseline_ms is not None]
+    times = [
+        (row.ours_ms, row.baseline_ms)
+        for row in rows
+        if row.ours_ms is not None and row.baseline_ms is not None
+    ]
     return replace(
         rows[0],
         ratio=ratio,
         ratio_spread=(low, high),
-        ours_ms=median(row.ours_ms for row in timed) if timed else None,
-        baseline_ms=median(row.baseline_ms for row in timed) if timed else None,
+        ours_ms=median(ours for ours, _ in times) if times else None,
+        baseline_ms=median(baseline for _, baseline in times) if times else None,
         max_error=max((row.max_error for row in rows if row.max_error is not None), default=None),
         load=max((row.load for row in rows if row.load is not None), default=None),
         processes=len(rows),

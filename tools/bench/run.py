@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tools.bench.registry import BenchmarkRow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(ROOT)

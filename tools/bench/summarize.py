@@ -13,9 +13,9 @@ from typing import Any
 
 if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
-    sys.path[0] = str(Path(__file__).parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.bench.render import make_markdown  # noqa: E402
+from tools.bench.render import make_markdown
 
 
 def main(argv: Sequence[str]) -> int:

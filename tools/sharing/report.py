@@ -18,8 +18,8 @@ from megatron_pg.data import (
     group_shape,
     part_tree,
     plan_waves,
+    row_budget,
 )
-from megatron_pg.data.plan import row_budget
 from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
 from tools.sharing.model import ModelDims
 from tools.sharing.settings import Settings, raise_problems, setting_problems

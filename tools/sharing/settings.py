@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_pg.data.plan import row_budget
+from megatron_pg.data import row_budget
 from megatron_pg.parallel import ParallelSizes
 from tools.cli import in_flags
 from tools.sharing.model import ModelDims
