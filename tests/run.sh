@@ -58,7 +58,7 @@ for lane in $LANES; do
         "$environment/bin/python" -m pip install -q -e ".[megatron,dev]"
         echo "== Python 3.12: Megatron-facing tests, Triton kernels"
         "$environment/bin/python" -m pytest -q -m "megatron or triton" --durations=10 \
-            tests/mcore tests/attention "$@"
+            tests/mcore tests/attention tests/parallel "$@"
         ;;
     *)
         echo "error: LANES=$lane is unknown; use 311, 312 or both" >&2
