@@ -4,8 +4,8 @@ from . import lifetime as lifetime
 from .config import TrainConfig
 from .config_file import load_config
 from .dry_run import DryRun, dry_run
+from .metrics import METRICS
 from .ranks import Ranks, parallel_run
-from .report import METRICS
 from .trainer import Trainer
 
 __all__ = [

@@ -15,18 +15,22 @@ import torch.distributed as dist
 from ..checkpoint import export_hf
 from ..mcore import count_attention_calls
 from .batch import Minibatch, TokenCounts, packing_config
+from .checkpoints import (
+    Checkpoints,
+    Progress,
+    course_settings,
+    hold_folders,
+    is_distributed,
+    resume_run,
+    writing,
+)
 from .config import TrainConfig
 from .config_checks import config_problems, raise_problems
 from .config_file import config_dict
 from .evaluate import Evaluation, evaluate
-from .metrics import MetricsWriter, PhaseTimer
-from .model import build_reference, build_trained_model, validate_weights
-from .model_plan import plan_model, select_attention, validate_trainable
-from .passes import HeadConfig, train_pass
-from .prepare import Preparation
-from .progress import Progress, course_settings
-from .ranks import Ranks
-from .report import (
+from .metrics import (
+    MetricsWriter,
+    PhaseTimer,
     closing_table,
     cost_metrics,
     peak_memory_bytes,
@@ -36,10 +40,12 @@ from .report import (
     update_metrics,
     write_summary,
 )
-from .resume import resume_run
-from .run_folder import hold_folders, writing
+from .model import build_reference, build_trained_model, validate_weights
+from .model_plan import plan_model, select_attention, validate_trainable
+from .passes import HeadConfig, train_pass
+from .prepare import Preparation
+from .ranks import Ranks
 from .sources import Recording, make_stream, open_sampling, share_recording
-from .state import Checkpoints, is_distributed
 
 
 class Trainer:

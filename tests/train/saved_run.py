@@ -16,12 +16,12 @@ import torch
 from megatron_pg.data import read_rollouts
 from megatron_pg.rollout import RecordedRollouts
 from megatron_pg.train import Ranks, TrainConfig, load_config, parallel_run
+from megatron_pg.train.checkpoints.checkpoints import Checkpoints
+from megatron_pg.train.checkpoints.progress import Progress
+from megatron_pg.train.checkpoints.resume import resume_run
 from megatron_pg.train.model import TrainedModel, build_trained_model
 from megatron_pg.train.model_plan import plan_model
-from megatron_pg.train.progress import Progress
-from megatron_pg.train.resume import resume_run
 from megatron_pg.train.shared_stream import SharedStream
-from megatron_pg.train.state import Checkpoints
 from tests.train import tiny
 
 STEP = 2

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # no
 )
 
 from megatron_pg.train import parallel_run  # noqa: E402
-from megatron_pg.train.checkpoint_write import CheckpointWrite  # noqa: E402
+from megatron_pg.train.checkpoints.write import CheckpointWrite  # noqa: E402
 from megatron_pg.train.config import ParallelConfig  # noqa: E402
 
 NAMES = [f"weight{i}" for i in range(5)]

@@ -15,7 +15,7 @@ import pytest
 from megatron_pg.checkpoint import (
     write_manifest,
 )
-from megatron_pg.train.state import TRACKER, Checkpoints
+from megatron_pg.train.checkpoints.checkpoints import TRACKER, Checkpoints
 from tests.hostile import assert_both_occur, refused, seeds
 from tests.train.saved_run import STEP, SavedRun
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.train.progress import parse_progress  # noqa: E402
+from megatron_pg.train.checkpoints.progress import parse_progress  # noqa: E402
 
 TOTALS = dict.fromkeys(("unique_tokens", "logical_tokens", "seconds", "checkpoint_seconds"), 1)
 CONTENT: dict[str, Any] = dict(

@@ -18,14 +18,14 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from megatron_pg.train.checkpoints import write_atomically  # noqa: E402
+from megatron_pg.train.checkpoints.run_folder import LOCK, FolderLock, hold_folders, writing  # noqa: E402
 from megatron_pg.train.config import (  # noqa: E402
     RolloutConfig,
     RunConfig,
     ServerConfig,
     TrainConfig,
 )
-from megatron_pg.train.metrics import write_atomically  # noqa: E402
-from megatron_pg.train.run_folder import LOCK, FolderLock, hold_folders, writing  # noqa: E402
 
 
 def in_fork(action: Callable[[], Any]) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..data import Group
-from ..loss import metric_means
-from .batch import Minibatch, TokenCounts
-from .config import TrainConfig
-from .evaluate import Evaluation
-from .metrics import write_atomically
+from ...data import Group
+from ...loss import metric_means
+from ..batch import Minibatch, TokenCounts
+from ..checkpoints import write_atomically
+from ..config import TrainConfig
+from ..evaluate import Evaluation
 
 METRICS: dict[str, str] = {
     "step": "number of the step, from 1",

@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .config import TrainConfig
-from .shared_stream import on_first_rank
+from ..config import TrainConfig
+from ..shared_stream import on_first_rank
 
 LOCK = "run.lock"
 _CANNOT = "cannot be written"
@@ -52,6 +52,17 @@ def writing(path: str | Path) -> Iterator[None]:
         if not isinstance(cause, OSError):
             cause = OSError(errno.EIO, str(error).splitlines()[0])
         raise _cannot_write(cause, path) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is complete or unchanged, whenever the process ends."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def _cannot_write(error: OSError, path: str | Path) -> OSError:

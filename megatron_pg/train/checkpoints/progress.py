@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import iteration_name, parse_json
-from .config import TrainConfig
-from .config_file import config_dict
-from .evaluate import Evaluation
+from ...checkpoint import iteration_name, parse_json
+from ..config import TrainConfig
+from ..config_file import config_dict
+from ..evaluate import Evaluation
 
 # Sections and settings that change how a run computes, reports or is kept, not what it computes.
 _FREE = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -11,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
-from .run_folder import writing
+from ..checkpoints import write_atomically, writing
+from ..config import RunConfig
 
 # Console columns: metric name, heading, format.
 _COLUMNS = (
@@ -144,17 +143,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return steps
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is complete or unchanged, whenever the process ends."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 def _run_id(path: Path) -> str:

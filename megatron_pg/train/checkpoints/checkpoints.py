@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from ..checkpoint import (
+from ...checkpoint import (
     HF_FOLDER,
     TRACKER,
     FileChecksum,
@@ -24,13 +24,13 @@ from ..checkpoint import (
     write_hf_metadata_folder,
     write_manifest,
 )
-from .checkpoint_write import CheckpointWrite
-from .metrics import write_atomically
-from .model import TrainedModel
-from .model_plan import Origin
+from ..model import TrainedModel
+from ..model_plan import Origin
+from ..ranks import from_first_rank
+from ..shared_stream import on_first_rank
 from .progress import Progress
-from .ranks import from_first_rank
-from .shared_stream import on_first_rank
+from .run_folder import write_atomically
+from .write import CheckpointWrite
 
 PROGRESS = "progress.json"
 _PARTIAL = ".partial-"
