@@ -20,10 +20,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"tree"},
     "rollout": {"data"},
     "mcore": BOTTOM,
+    "grpo": {"data", "loss", "mcore", "parallel"},
     "checkpoint": {"mcore", "parallel"},
-    "train": BOTTOM | {"mcore", "rollout", "checkpoint"},
+    "train": BOTTOM | {"mcore", "grpo", "rollout", "checkpoint"},
 }
-MEGATRON = {"mcore", "checkpoint", "train"}
+MEGATRON = {"mcore", "grpo", "checkpoint", "train"}
 
 
 def imports(path) -> list[tuple[str, list[str]]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_pg.train.passes import microbatch_loss
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,6 @@ from megatron_pg.loss import (
     vocab_parallel_logprobs,
 )
 from megatron_pg.mcore import PrefixGroupedSeqParams
-from megatron_pg.train.passes import microbatch_loss
 from megatron_pg.train.ranks import Ranks
 
 DEVICE = torch.device("meta")
@@ -169,7 +169,7 @@ def test_logprobs_and_loss(policy_loss, importance_mode):
     assert hidden.grad is not None and weight.grad is not None
     assert {"importance_weight", "kl", "entropy", "num_tokens"} <= set(sums)
     repeats = torch.bincount(batch.predictor_ids).max()
-    assert repeats > 1 and len(batch.edge_ids) > len(batch.predictor_ids)
+    assert repeats > 1 and len(batch.prediction_ids) > len(batch.predictor_ids)
 
 
 def a_microbatch() -> Microbatch:

@@ -26,7 +26,8 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         error = problem
     told: Exception | None = error
     is_users = isinstance(error, (ValueError, NotImplementedError, OSError))
-    if error is not None and not (is_users and type(error).__module__ == "builtins"):
+    is_known = type(error).__module__.split(".")[0] in ("builtins", "megatron_pg")
+    if error is not None and not (is_users and is_known):
         # Others may hold what does not travel.
         told = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
     errors: list[Any] = [None] * dist.get_world_size()

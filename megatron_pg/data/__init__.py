@@ -1,12 +1,11 @@
 """Which groups go together: reading, costing, packing and balancing them."""
 
-from .balance import balance_groups, equalize_num_microbatches
+from .balance import balance_costs, balance_groups, equalize_num_microbatches, with_num_rows
 from .checksum import content_checksum
 from .cost import CostModel
 from .memory import MemoryModel
-from .pack import carried_fields, make_microbatch, make_microbatches, make_wave, pack_groups
+from .pack import carried_fields, make_microbatches, make_wave, pack_groups, token_values
 from .plan import (
-    GroupSplit,
     PackPlan,
     RowPart,
     part_shape,
@@ -18,30 +17,41 @@ from .plan import (
 from .readers import read_rollouts, write_rollouts
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import Group, Microbatch, PrefixRow, Sample, Status, Wave, without_aborted
+from .types import (
+    Group,
+    Microbatch,
+    PackedRow,
+    PrefixRow,
+    Sample,
+    Status,
+    TokenValues,
+    Wave,
+    without_aborted,
+)
 from .values import response_problems
 
 __all__ = [
     "CostModel",
     "Group",
     "GroupShape",
-    "GroupSplit",
     "MemoryModel",
     "Microbatch",
     "PackPlan",
+    "PackedRow",
     "PrefixRow",
     "ResidencyConfig",
     "RowPart",
     "Sample",
     "Status",
+    "TokenValues",
     "Wave",
+    "balance_costs",
     "balance_groups",
     "carried_fields",
     "content_checksum",
     "equalize_num_microbatches",
     "group_shape",
     "group_tree",
-    "make_microbatch",
     "make_microbatches",
     "make_wave",
     "pack_groups",
@@ -55,6 +65,8 @@ __all__ = [
     "select_samples",
     "split_group",
     "step_cost",
+    "token_values",
+    "with_num_rows",
     "without_aborted",
     "write_rollouts",
 ]

@@ -44,27 +44,40 @@ def balance_groups(
     Source:
         Karmarkar and Karp, "The differencing method of set partitioning", 1982.
     """
+    cost_model = cost_model or CostModel()
+    shapes = (g if isinstance(g, GroupShape) else group_shape(g, min_shared) for g in groups)
+    return balance_costs([shape.cost(cost_model) for shape in shapes], dp_size)
+
+
+def balance_costs(costs: Sequence[float], dp_size: int) -> list[list[int]]:
+    """``balance_groups`` of groups whose ``costs`` are known.
+
+    Raises:
+        ValueError: if ``dp_size < 1``.
+    """
     if dp_size < 1:
         raise ValueError(f"dp_size={dp_size} must be at least 1")
-    cost_model = cost_model or CostModel()
-    shapes = [g if isinstance(g, GroupShape) else group_shape(g, min_shared) for g in groups]
-    # An entry is one assignment to all ranks, dearest rank first; the most uneven two are merged.
-    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
-    for index, shape in enumerate(shapes):
-        cost = shape.cost(cost_model)
-        heap.append((-cost, index, [(cost, [index])] + [(0.0, [])] * (dp_size - 1)))
+    # An entry is one assignment to the ranks, dearest rank first and idle ranks left out; the most
+    # uneven two are merged.
+    heap = [(-cost, index, [(cost, [index])]) for index, cost in enumerate(costs)]
     if not heap:
         return [[] for _ in range(dp_size)]
     heapify(heap)
     serial = len(heap)
     while len(heap) > 1:
-        _, _, a = heappop(heap)
-        _, _, b = heappop(heap)
-        merged = [(x + y, m + n) for (x, m), (y, n) in zip(a, reversed(b))]
+        a, b = heappop(heap)[2], heappop(heap)[2]
+        # The dearest rank of the one joins the cheapest of the other.
+        overlap = max(len(a) + len(b) - dp_size, 0)
+        b.reverse()
+        kept = len(a) - overlap
+        both = [(x + y, m + n) for (x, m), (y, n) in zip(a[kept:], b)]
+        merged = a[:kept] + both + b[overlap:]
         merged.sort(key=lambda load: -load[0])
-        heappush(heap, (merged[-1][0] - merged[0][0], serial, merged))
+        least = merged[-1][0] if len(merged) == dp_size else 0.0
+        heappush(heap, (least - merged[0][0], serial, merged))
         serial += 1
-    return [sorted(members) for _, members in heap[0][2]]
+    loads = heap[0][2]
+    return [sorted(members) for _, members in loads] + [[]] * (dp_size - len(loads))
 
 
 def equalize_num_microbatches(
@@ -92,19 +105,36 @@ def equalize_num_microbatches(
         raise ValueError(
             f"got {len(plans)} plans and multiple_of={multiple_of}; both must be at least 1"
         )
-    cost_model = cost_model or CostModel()
-    num_rows = -(-max(len(plan.rows) for plan in plans) // multiple_of) * multiple_of
-    num_prefix_rows = -(-max(len(plan.prefix_rows) for plan in plans) // multiple_of) * multiple_of
+    num_rows = max(len(plan.rows) for plan in plans)
+    num_prefix_rows = max(len(plan.prefix_rows) for plan in plans)
     return [
-        replace(
-            _with_num_rows(plan, num_rows, cost_model),
-            prefix_rows=plan.prefix_rows + ((),) * (num_prefix_rows - len(plan.prefix_rows)),
+        with_num_rows(
+            plan, num_rows, num_prefix_rows, multiple_of=multiple_of, cost_model=cost_model
         )
         for plan in plans
     ]
 
 
-def _with_num_rows(plan: PackPlan, num_rows: int, cost_model: CostModel) -> PackPlan:
+def with_num_rows(
+    plan: PackPlan,
+    num_rows: int,
+    num_prefix_rows: int,
+    *,
+    multiple_of: int = 1,
+    cost_model: CostModel | None = None,
+) -> PackPlan:
+    """One rank's part of ``equalize_num_microbatches``, where the greatest numbers are known."""
+    cost_model = cost_model or CostModel()
+    num_rows = -(-num_rows // multiple_of) * multiple_of
+    num_prefix_rows = -(-num_prefix_rows // multiple_of) * multiple_of
+    return replace(
+        plan,
+        rows=_divided(plan, num_rows, cost_model),
+        prefix_rows=plan.prefix_rows + ((),) * (num_prefix_rows - len(plan.prefix_rows)),
+    )
+
+
+def _divided(plan: PackPlan, num_rows: int, cost_model: CostModel) -> tuple[Row, ...]:
     fillers = [row for row in plan.rows if not row]
     heap: list[tuple[bool, float, Row]] = []
 
@@ -128,7 +158,7 @@ def _with_num_rows(plan: PackPlan, num_rows: int, cost_model: CostModel) -> Pack
             push(half)
     rows = sorted([row for _, _, row in heap] + indivisible)
     fillers += [()] * (num_rows - len(rows) - len(fillers))
-    return replace(plan, rows=tuple(rows + fillers))
+    return tuple(rows + fillers)
 
 
 def _halve_row(plan: PackPlan, row: Row, cost_model: CostModel) -> tuple[Row, Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,8 +12,17 @@ from torch import Tensor
 from ..tree import PackedLayout
 from .cost import CostModel
 from .plan import PackPlan, RowPart, plan_rows
-from .shape import group_shape
-from .types import OPTIONAL_TOKEN_VALUES, Group, Microbatch, PrefixRow, Sample, Wave
+from .shape import GroupShape, group_shape
+from .types import (
+    OPTIONAL_TOKEN_VALUES,
+    Group,
+    Microbatch,
+    PackedRow,
+    PrefixRow,
+    Sample,
+    TokenValues,
+    Wave,
+)
 
 Groups = Sequence[Group] | Mapping[int, Group]
 
@@ -76,7 +85,7 @@ def make_microbatches(
     advantages: Tensor | None = None,
     pad_id: int = 0,
 ) -> list[Microbatch]:
-    """All rows of ``plan``, see ``pack_groups``.
+    """All rows of ``plan`` with what the loss reads, see ``pack_groups``.
 
     Args:
         plan: rows of one rank.
@@ -88,76 +97,73 @@ def make_microbatches(
     Raises:
         ValueError: as ``pack_groups``.
     """
-    values = _training_values(plan, groups, sample_weights, advantages)
-    return [_build_row(plan, row, groups, values, pad_id) for row in range(len(plan.rows))]
-
-
-def make_microbatch(
-    plan: PackPlan,
-    row: int,
-    groups: Groups,
-    *,
-    sample_weights: Tensor | None = None,
-    advantages: Tensor | None = None,
-    pad_id: int = 0,
-) -> Microbatch:
-    """Row ``row`` of ``plan``; equals ``make_microbatches(plan, groups, ...)[row]``.
-
-    Raises:
-        ValueError: as ``pack_groups``.
-    """
-    values = _training_values(plan, groups, sample_weights, advantages)
-    return _build_row(plan, row, groups, values, pad_id)
-
-
-def make_wave(
-    plan: PackPlan,
-    groups: Groups,
-    *,
-    sample_weights: Tensor | None = None,
-    advantages: Tensor | None = None,
-    pad_id: int = 0,
-) -> Wave:
-    """All rows of ``plan`` with the prefix rows that they attend to.
-
-    Raises:
-        ValueError: as ``pack_groups``.
-    """
-    microbatches = make_microbatches(
-        plan, groups, sample_weights=sample_weights, advantages=advantages, pad_id=pad_id
-    )
-    prefix_rows = [_build_prefix_row(plan, i, groups, pad_id) for i in range(len(plan.prefix_rows))]
-    return Wave(tuple(prefix_rows), tuple(microbatches))
-
-
-@dataclass(frozen=True, eq=False)
-class _TrainingValues:
-    """Values per sample of the global batch, and which per-token values the samples carry."""
-
-    weights: Tensor
-    advantages: Tensor | None
-    own: tuple[str, ...]
-
-
-def _training_values(
-    plan: PackPlan, groups: Groups, sample_weights: Tensor | None, advantages: Tensor | None
-) -> _TrainingValues:
-    num_samples = int(plan.sample_offsets[-1])
-    weights = _per_sample("sample_weights", sample_weights, num_samples)
-    if weights is None:
-        weights = torch.full((num_samples,), 1 / max(plan.loss_tokens, 1), dtype=torch.float64)
-    scalars = _per_sample("advantages", advantages, num_samples)
-    own = carried_fields(groups.values() if isinstance(groups, Mapping) else groups)
-    if scalars is not None:
-        own = tuple(name for name in own if name != "advantages")
-    elif "advantages" not in own:
+    held = _held_groups(plan, groups)
+    values = token_values(plan.shapes, held, sample_weights=sample_weights, advantages=advantages)
+    if values.advantages is None:
         if plan.loss_tokens:
             raise ValueError(
                 "the samples carry no advantages; pass advantages=, one number per sample of the "
                 "global batch"
             )
-        own = (*own, "advantages")
-    return _TrainingValues(weights, scalars, own)
+        values = replace(values, advantages=torch.zeros_like(values.weights))
+    return [row.with_values(values) for row in make_wave(plan, groups, pad_id).microbatches]
+
+
+def make_wave(plan: PackPlan, groups: Groups, pad_id: int = 0) -> Wave:
+    """All rows of ``plan``, with the prefix rows that they attend to.
+
+    Args:
+        plan: rows of one rank.
+        groups: by index in the planned batch; a mapping may hold only the groups of the plan.
+        pad_id: token written on padding.
+    """
+    prefix_rows = [_build_prefix_row(plan, i, groups, pad_id) for i in range(len(plan.prefix_rows))]
+    rows = [_build_row(plan, row, groups, pad_id) for row in range(len(plan.rows))]
+    return Wave(tuple(prefix_rows), tuple(rows))
+
+
+def token_values(
+    shapes: Sequence[GroupShape],
+    groups: Mapping[int, Group],
+    *,
+    sample_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+) -> TokenValues:
+    """The values of every trained token of a batch, as the samples carry them.
+
+    Args:
+        shapes: all groups of the batch.
+        groups: by index; the tokens of a group that is not held keep zeros.
+        sample_weights: ``[num_samples]``; None is the token mean of the batch.
+        advantages: ``[num_samples]`` scalars; None takes the samples' own, if they have some.
+
+    Raises:
+        ValueError: if some samples have a kind of values and others do not, or if a tensor does not
+            have one entry per sample.
+    """
+    counts = torch.from_numpy(
+        np.concatenate([np.empty(0, np.int64), *(shape.loss_lens for shape in shapes)])
+    )
+    num_tokens = int(counts.sum())
+    weights = _per_sample("sample_weights", sample_weights, len(counts))
+    if weights is None:
+        weights = torch.full((len(counts),), 1 / max(num_tokens, 1), dtype=torch.float64)
+    scalars = _per_sample("advantages", advantages, len(counts))
+    own = {
+        name: torch.zeros(num_tokens, dtype=torch.float64)
+        for name in carried_fields(groups.values())
+    }
+    if scalars is not None:
+        own["advantages"] = torch.repeat_interleave(scalars, counts)
+    offsets = np.cumsum([0] + [shape.loss_tokens for shape in shapes])
+    for index, group in groups.items():
+        for name in own.keys() - ({"advantages"} if scalars is not None else set()):
+            own[name][offsets[index] : offsets[index + 1]] = _trained_values(group.samples, name)
+    return TokenValues(weights=torch.repeat_interleave(weights, counts), **own)
+
+
+def _held_groups(plan: PackPlan, groups: Groups) -> Mapping[int, Group]:
+    return groups if isinstance(groups, Mapping) else dict(enumerate(groups))
 
 
 def carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
@@ -194,35 +200,32 @@ def _per_sample(name: str, values: Tensor | None, num_samples: int) -> Tensor | 
     return values.detach().to("cpu", torch.float64)
 
 
-def _build_row(
-    plan: PackPlan, row: int, groups: Groups, values: _TrainingValues, pad_id: int
-) -> Microbatch:
+def _build_row(plan: PackPlan, row: int, groups: Groups, pad_id: int) -> PackedRow:
     layout, parts = plan.row_layout(row), plan.rows[row]
     samples = [groups[part.group].samples[i] for part in parts for i in part.samples]
     if not samples:
-        return _build_filler(layout, values, pad_id)
+        return _build_filler(layout, pad_id)
     places = [int(plan.sample_offsets[p.group]) + i for p in parts for i in p.samples]
-    sample_numbers = torch.tensor(places)
     # What stands in the row of every sample: all of it, or what follows its resident prefix.
     starts = [_first_token(plan, part, i) for part in parts for i in part.samples]
     tokens = layout.pack_tokens([s.tokens[start:] for s, start in zip(samples, starts)], pad_id)
     masks = [_logical_mask(s)[start:] for s, start in zip(samples, starts)]
-    packed, edge_ids = torch.unique(layout.logical_to_packed[torch.cat(masks)], return_inverse=True)
+    packed, prediction_ids = torch.unique(
+        layout.logical_to_packed[torch.cat(masks)], return_inverse=True
+    )
     counts = torch.tensor([sample.num_loss_tokens for sample in samples])
     sample_ids = torch.repeat_interleave(counts)
-    own = {name: _trained_values(samples, name) for name in values.own}
-    if values.advantages is not None:
-        own["advantages"] = values.advantages[sample_numbers[sample_ids]]
-    return Microbatch(
+    # Place of a token in its sample, after those of the samples before it in the batch.
+    firsts = torch.from_numpy(plan.loss_offsets[places]) - (counts.cumsum(0) - counts)
+    return PackedRow(
         tokens=tokens,
         layout=layout,
-        sample_numbers=sample_numbers,
+        sample_numbers=torch.tensor(places),
         predictor_ids=layout.predictor_of[packed],
-        target_tokens=tokens[packed],
-        edge_ids=edge_ids,
+        target_ids=packed,
+        prediction_ids=prediction_ids,
         sample_ids=sample_ids,
-        weights=values.weights[sample_numbers[sample_ids]],
-        **own,
+        token_numbers=firsts[sample_ids] + torch.arange(len(sample_ids)),
     )
 
 
@@ -251,20 +254,18 @@ def _build_prefix_row(plan: PackPlan, number: int, groups: Groups, pad_id: int) 
     return PrefixRow(layout.pack_tokens(prefixes, pad_id), layout)
 
 
-def _build_filler(layout: PackedLayout, values: _TrainingValues, pad_id: int) -> Microbatch:
-    """A valid row that trains nothing, with the fields that the other rows have."""
-    no_ids = torch.empty(0, dtype=torch.int64)
-    no_values = torch.empty(0, dtype=torch.float64)
-    return Microbatch(
+def _build_filler(layout: PackedLayout, pad_id: int) -> PackedRow:
+    """A valid row that trains nothing."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return PackedRow(
         tokens=torch.full((layout.total_tokens,), pad_id),
         layout=layout,
         sample_numbers=torch.tensor([-1]),
-        predictor_ids=no_ids,
-        target_tokens=no_ids,
-        edge_ids=no_ids,
-        sample_ids=no_ids,
-        weights=no_values,
-        **dict.fromkeys({*values.own, "advantages"}, no_values),
+        predictor_ids=nothing,
+        target_ids=nothing,
+        prediction_ids=nothing,
+        sample_ids=nothing,
+        token_numbers=nothing,
     )
 
 

@@ -29,13 +29,6 @@ class RowPart:
     is_resident: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class GroupSplit:
-    """How a group is laid into rows: the samples of every part, each ascending."""
-
-    parts: tuple[tuple[int, ...], ...]
-
-
 @dataclass(frozen=True, eq=False)
 class PackPlan:
     """Rows of one rank that run together, as parts of the groups of the global batch.
@@ -73,9 +66,15 @@ class PackPlan:
         return np.cumsum([0] + [shape.num_samples for shape in self.shapes])
 
     @cached_property
+    def loss_offsets(self) -> IntArray:
+        """``[num_samples + 1]`` trained pairs of the batch that stand before every sample's."""
+        lens = [np.zeros(1, dtype=np.int64), *(shape.loss_lens for shape in self.shapes)]
+        return np.cumsum(np.concatenate(lens))
+
+    @property
     def loss_tokens(self) -> int:
         """Trained (sample, token) pairs of the global batch."""
-        return sum(shape.loss_tokens for shape in self.shapes)
+        return int(self.loss_offsets[-1])
 
     @cached_property
     def prefix_tokens(self) -> int:
@@ -193,7 +192,7 @@ def plan_rows(
     parts = [
         RowPart(group, samples)
         for group in (range(len(shapes)) if members is None else members)
-        for samples in split_group(shapes[group], budget).parts
+        for samples in split_group(shapes[group], budget)
     ]
     rows = fill_rows(shapes, parts, budget, cost_model)
     return PackPlan(tuple(shapes), rows, pad_to_multiple)
@@ -237,8 +236,8 @@ def _joined(parts: Iterable[RowPart]) -> tuple[RowPart, ...]:
     )
 
 
-def split_group(shape: GroupShape, budget: int) -> GroupSplit:
-    """Whole when the group fits into ``budget`` tokens, else parts that repeat what they share.
+def split_group(shape: GroupShape, budget: int) -> tuple[tuple[int, ...], ...]:
+    """The samples of every part, ascending: one part when the group fits into ``budget`` tokens.
 
     A part repeats the segments that its samples need. Long samples come first, each into the part
     where it adds the fewest tokens, so that samples that share deep segments stay together.
@@ -248,7 +247,7 @@ def split_group(shape: GroupShape, budget: int) -> GroupSplit:
     """
     tree = shape.tree
     if tree.unique_tokens <= budget:
-        return GroupSplit((tuple(range(tree.num_samples)),))
+        return (tuple(range(tree.num_samples)),)
     sample_lens = tree.sample_lens
     longest = int(sample_lens.argmax())
     if sample_lens[longest] > budget:
@@ -275,4 +274,4 @@ def split_group(shape: GroupShape, budget: int) -> GroupSplit:
         parts[best].append(sample)
         held[best].update(path)
         free[best] -= added[best]
-    return GroupSplit(tuple(sorted(tuple(sorted(part)) for part in parts)))
+    return tuple(sorted(tuple(sorted(part)) for part in parts))

@@ -178,7 +178,7 @@ def _saves(
         return True
 
     def chunks(form: GroupShape) -> float:
-        return sum(form.cost(cost_model, part) for part in split_group(form, budget).parts)
+        return sum(form.cost(cost_model, part) for part in split_group(form, budget))
 
     again = _FORWARD if residency.mode == "recompute" else 0.0
     once = cost_model.estimate(shape.prefixes) * (_FORWARD + again + _BACKWARD)
@@ -207,7 +207,7 @@ def _make_waves(
         RowPart(group, samples)
         for group in members
         if group not in set(resident)
-        for samples in split_group(shapes[group], budget).parts
+        for samples in split_group(shapes[group], budget)
     ]
     lens = [shapes[group].resident_tokens for group in resident]
     waves: list[PackPlan] = []
@@ -218,7 +218,7 @@ def _make_waves(
         parts = [
             RowPart(group, samples, is_resident=True)
             for group in groups
-            for samples in split_group(shapes[group].suffixes, budget).parts
+            for samples in split_group(shapes[group].suffixes, budget)
         ]
         if not waves:
             parts += others

@@ -3,8 +3,10 @@
 from .advantage import (
     ADVANTAGE_ESTIMATORS,
     GroupAdvantages,
+    RewardGroups,
     group_advantages,
     overlong_penalty,
+    register_advantage_estimator,
 )
 from .aggregate import AGGREGATION_MODES, aggregation_weights
 from .grpo import grpo_loss, metric_means
@@ -22,6 +24,7 @@ __all__ = [
     "KL_KINDS",
     "POLICY_LOSSES",
     "PolicyLossConfig",
+    "RewardGroups",
     "aggregation_weights",
     "gather_predictors",
     "group_advantages",
@@ -31,6 +34,7 @@ __all__ = [
     "kl_penalty",
     "metric_means",
     "overlong_penalty",
+    "register_advantage_estimator",
     "register_policy_loss",
     "vocab_parallel_logprobs",
 ]

@@ -29,8 +29,18 @@ class GroupAdvantages:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Groups:
-    """What an estimator reads. ``means`` is 0 for a group of one, as in verl."""
+class RewardGroups:
+    """What an estimator reads of N samples in groups.
+
+    Attributes:
+        rewards: ``[N]`` float64.
+        numbers: ``[N]`` group of every sample.
+        sizes: ``[num_groups]`` samples.
+        means: ``[num_groups]`` mean reward; 0 for a group of one, as in verl.
+        has_spread: ``[num_groups]`` bool, False where all rewards of the group are equal.
+        norm_adv_by_std, std_floor, epsilon: as ``group_advantages`` takes them.
+        trained_counts: ``[N]`` trained tokens.
+    """
 
     rewards: Tensor
     numbers: Tensor
@@ -49,7 +59,29 @@ class _Groups:
         return torch.where(is_flat[self.numbers], 0.0, centred)
 
 
-def _grpo(groups: _Groups) -> Tensor:
+AdvantageEstimator = Callable[[RewardGroups], Tensor]
+ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {}
+"""Estimators by name: a function of ``RewardGroups`` that gives the advantages ``[N]``."""
+
+
+def register_advantage_estimator(name: str) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
+    """Decorator that makes a function available as ``group_advantages(..., estimator=name)``.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def register(estimator: AdvantageEstimator) -> AdvantageEstimator:
+        if name in ADVANTAGE_ESTIMATORS:
+            raise ValueError(f"advantage estimator {name!r} is registered already; choose another")
+        ADVANTAGE_ESTIMATORS[name] = estimator
+        return estimator
+
+    return register
+
+
+@register_advantage_estimator("grpo")
+def _grpo(groups: RewardGroups) -> Tensor:
     advantages = groups.centred()
     if not groups.norm_adv_by_std:
         return advantages
@@ -59,26 +91,21 @@ def _grpo(groups: _Groups) -> Tensor:
     return advantages / (std.clamp(min=groups.std_floor) + groups.epsilon)[groups.numbers]
 
 
-def _rloo(groups: _Groups) -> Tensor:
+@register_advantage_estimator("rloo")
+def _rloo(groups: RewardGroups) -> Tensor:
     sizes = groups.sizes.double()
     factor = torch.where(groups.sizes > 1, sizes / (sizes - 1).clamp(min=1), 1.0)
     return groups.centred() * factor[groups.numbers]
 
 
-def _reinforce_plus_plus(groups: _Groups) -> Tensor:
+@register_advantage_estimator("reinforce_plus_plus")
+def _reinforce_plus_plus(groups: RewardGroups) -> Tensor:
     return _whiten(groups.rewards, groups.trained_counts)
 
 
-def _reinforce_plus_plus_baseline(groups: _Groups) -> Tensor:
+@register_advantage_estimator("reinforce_plus_plus_baseline")
+def _reinforce_plus_plus_baseline(groups: RewardGroups) -> Tensor:
     return _whiten(groups.centred(), groups.trained_counts)
-
-
-ADVANTAGE_ESTIMATORS: dict[str, Callable[[_Groups], Tensor]] = {
-    "grpo": _grpo,
-    "rloo": _rloo,
-    "reinforce_plus_plus": _reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
-}
 
 
 def group_advantages(
@@ -143,7 +170,7 @@ def group_advantages(
     lowest = rewards.new_full((len(unique_ids),), torch.inf)
     lowest = lowest.scatter_reduce(0, numbers, rewards, "amin")
     highest = torch.full_like(lowest, -torch.inf).scatter_reduce(0, numbers, rewards, "amax")
-    groups = _Groups(
+    groups = RewardGroups(
         rewards=rewards,
         numbers=numbers,
         sizes=sizes,

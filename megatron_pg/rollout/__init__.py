@@ -2,6 +2,7 @@
 
 from .base import (
     GroupStream,
+    HoldsOut,
     Prompt,
     PromptSource,
     Response,
@@ -12,6 +13,7 @@ from .base import (
 )
 from .client import RolloutServerError, api_key_problem, base_url_problem
 from .dialects import dialect_problem
+from .named import load_callable
 from .openai_server import OpenAIServerSource, health_path_problem
 from .probe import ServerCapabilities
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
@@ -20,7 +22,6 @@ from .reward import (
     CombinedReward,
     FormatReward,
     RewardFunction,
-    load_reward,
     make_groups,
     math_verify_reward,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "CombinedReward",
     "FormatReward",
     "GroupStream",
+    "HoldsOut",
     "OpenAIServerSource",
     "Prompt",
     "PromptSource",
@@ -54,7 +56,7 @@ __all__ = [
     "base_url_problem",
     "dialect_problem",
     "health_path_problem",
-    "load_reward",
+    "load_callable",
     "make_groups",
     "math_verify_reward",
 ]

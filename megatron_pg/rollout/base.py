@@ -126,32 +126,87 @@ class SamplingParams:
             )
 
 
-class RolloutSource(Protocol):
-    """Samples responses: an inference server, or the trained model itself."""
+class RolloutSource:
+    """Samples responses: an inference server, the trained model itself, or one of your own.
+
+    A subclass gives ``generate``; what else it does not say is what a source needs that one process
+    calls and that knows nothing of the weights.
+
+    Attributes:
+        on_all_ranks: whether every rank of the job takes part in ``generate``; else the first one
+            alone calls it.
+    """
+
+    on_all_ranks: bool = False
+
+    def start(self) -> object | None:
+        """Wait until responses can be sampled; every rank takes part.
+
+        Returns:
+            Something whose text says what the source can do, or None.
+        """
+        return None
+
+    def numbers(self, num_prompts: int) -> Sequence[int]:
+        """Which of the next ``num_prompts`` prompts this rank's replica of the model answers."""
+        return range(num_prompts)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams
-    ) -> list[tuple[Response, ...]]:
-        """``params.num_generations`` responses of every prompt, in the prompts' order."""
-        ...
-
-    def update_weights(self, export: WeightExporter, version: int) -> None:
-        """Make later responses come from the current policy.
+    ) -> list[tuple[Response, ...]] | None:
+        """``params.num_generations`` responses of every prompt, in the prompts' order.
 
         Args:
-            export: writes the policy as a Hugging Face folder; not called by a source that reads
-                the trained parameters in place.
+            prompts: those of ``numbers``.
+            params: how to sample.
+
+        Returns:
+            None on a rank that only helps another one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no generate()")
+
+    def update_weights(self, export: WeightExporter, version: int) -> None:
+        """Make later responses come from the current policy; every rank takes part.
+
+        Args:
+            export: writes the policy as a Hugging Face folder, together with all ranks; not called
+                by a source that reads the trained parameters in place.
             version: number of the policy, kept in the responses' metadata.
         """
-        ...
 
 
 @runtime_checkable
 class GroupStream(Protocol):
     """Where a trainer takes rewarded groups from, recorded or sampled; resumable."""
 
+    @property
+    def on_all_ranks(self) -> bool:
+        """See ``RolloutSource.on_all_ranks``."""
+        ...
+
+    def start(self) -> object | None:
+        """See ``RolloutSource.start``."""
+        ...
+
+    def numbers(self, num_groups: int) -> Sequence[int]:
+        """See ``RolloutSource.numbers``."""
+        ...
+
     def next_groups(self, num_groups: int) -> list[Group]:
-        """The next ``num_groups`` groups; fewer only when the stream has ended."""
+        """Of the next ``num_groups`` groups those of ``numbers``.
+
+        Fewer when the stream has ended, none on a rank that only helps another one.
+        """
+        ...
+
+    def held_out_rewards(self, num_prompts: int, num_generations: int) -> dict[int, float]:
+        """Mean reward of prompts that training never sees, by number, those of ``numbers``.
+
+        Prompts whose responses are all aborted are left out.
+
+        Raises:
+            ValueError: if the stream cannot hold prompts out.
+        """
         ...
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
@@ -167,11 +222,21 @@ class GroupStream(Protocol):
         ...
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """An endless, indexable list of prompts."""
 
     def prompts(self, start: int, count: int) -> list[Prompt]:
         """Prompts number ``start`` to ``start + count - 1``; the same ones at every call."""
+        ...
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """Prompts of which some are never trained."""
+
+    def held_out(self) -> PromptSource:
+        """Those."""
         ...
 
 

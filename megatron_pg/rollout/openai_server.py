@@ -6,14 +6,14 @@ import itertools
 import math
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .answer_forms import MalformedAnswerError, read_answer
 from .answers import Answer, answer_problems, make_response
-from .base import Prompt, Response, SamplingParams, Tokenizer, WeightExporter
+from .base import Prompt, Response, RolloutSource, SamplingParams, Tokenizer, WeightExporter
 from .client import JsonClient, RolloutServerError
 from .dialects import PATHS, Dialect, make_request, most_answer_bytes
 from .probe import ServerCapabilities, probe_server
@@ -22,7 +22,7 @@ from .retry import RetryPolicy
 from .run_all import run_all
 
 
-class OpenAIServerSource:
+class OpenAIServerSource(RolloutSource):
     """A ``RolloutSource`` over HTTP: vLLM, SGLang, llama-cpp-python, transformers serve, ...
 
     The first use waits for the server and probes what it can do: token ids through
@@ -59,6 +59,8 @@ class OpenAIServerSource:
         health_path: answered with a 5xx while the server is not ready; a server that does not know
             it counts as ready.
         startup_seconds: longest wait for that, at the start and after a reload.
+        on_first: runs an action where one process is to talk to the server, and returns its result
+            on every rank that calls; by default this is the only one.
 
     Raises:
         ValueError: on a ``base_url`` that is no address, an ``api_key`` that no header can carry, a
@@ -85,6 +87,7 @@ class OpenAIServerSource:
         export_dir: str | Path | None = None,
         health_path: str = "/health",
         startup_seconds: float = 600.0,
+        on_first: Callable[[Callable[[], Any]], Any] = lambda action: action(),
     ) -> None:
         if isinstance(reload, str) and reload not in RELOAD_PLANS:
             raise ValueError(
@@ -111,11 +114,11 @@ class OpenAIServerSource:
         self.health_path = health_path
         self.startup_seconds = startup_seconds
         self.weight_version = 0
+        self._on_first = on_first
         self._dialect = dialect
         self._model = model
         # What the server calls the model; by one name as long as nothing is loaded by name.
         self._reported_model: str | None = None
-        self._exported: Path | None = None
         self._capabilities: ServerCapabilities | None = None
         self._client = JsonClient(
             base_url,
@@ -131,6 +134,10 @@ class OpenAIServerSource:
         Raises:
             RolloutServerError: if the server does not come up, or cannot serve what was asked for.
         """
+        can: ServerCapabilities = self._on_first(self._probe)
+        return can
+
+    def _probe(self) -> ServerCapabilities:
         if self._capabilities is None:
             self._client.wait_until_healthy(self.health_path, self.startup_seconds)
             if self._model is None:
@@ -153,7 +160,7 @@ class OpenAIServerSource:
             RolloutServerError: as soon as one request fails for good; names the prompt.
             ValueError: if ``params`` has what the server's dialect cannot express.
         """
-        can = self.start()
+        can = self._probe()
         num_requests = 1 if can.supports_n else params.num_generations
         per_request = replace(params, num_generations=params.num_generations // num_requests)
         jobs = list(itertools.product(prompts, range(num_requests)))
@@ -175,6 +182,8 @@ class OpenAIServerSource:
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """Export the policy into a new folder of ``export_dir`` and have the server load it.
 
+        The folders of other versions are removed once the server has it.
+
         Raises:
             ValueError: if the source has no ``export_dir`` or ``reload``.
             RolloutServerError: if the server refuses, or does not come back.
@@ -182,12 +191,12 @@ class OpenAIServerSource:
         if self.export_dir is None:
             raise ValueError("update_weights needs export_dir=, a folder the server can read too")
         folder = self.export_dir.resolve() / f"version-{version}"
+        # What an interrupted run left there; an export refuses to overwrite.
+        self._on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
         export(folder)
-        self.reload_weights(folder, version)
+        self._on_first(lambda: self.reload_weights(folder, version))
         # Only now: until the reload the server may still have the earlier files open.
-        if self._exported is not None and self._exported != folder:
-            shutil.rmtree(self._exported, ignore_errors=True)
-        self._exported = folder
+        self._on_first(lambda: _remove_others(folder))
 
     def reload_weights(self, folder: Path, version: int) -> None:
         """Have the server load a Hugging Face folder that is already written.
@@ -276,6 +285,12 @@ class OpenAIServerSource:
         if not isinstance(name, str) or not name:
             raise self._client.error("/v1/models", 200, "lists no model; pass model=")
         return name
+
+
+def _remove_others(folder: Path) -> None:
+    for other in folder.parent.glob("version-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def health_path_problem(health_path: str) -> str | None:

@@ -27,6 +27,13 @@ class ServerCapabilities:
     returns_logprobs: bool
     supports_n: bool
 
+    def __str__(self) -> str:
+        return (
+            f"rollout server: dialect {self.dialect}, "
+            f"{'with' if self.returns_logprobs else 'without'} logprobs, "
+            f"{'all responses of a prompt' if self.supports_n else 'one response'} per request"
+        )
+
 
 def probe_server(
     request: Callable[[Dialect, Prompt, SamplingParams], Answer],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -19,32 +18,6 @@ class RewardFunction(Protocol):
     """Any callable of a prompt and one of its responses that returns a finite number."""
 
     def __call__(self, prompt: Prompt, response: Response) -> float: ...
-
-
-def load_reward(path: str) -> RewardFunction:
-    """The reward function at an import path ``package.module:function``.
-
-    Raises:
-        ValueError: if the path has another form, the module cannot be found, or the name is not a
-            callable of it.
-    """
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"reward path {path!r} must have the form 'package.module:function'")
-    try:
-        reward: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"reward path {path!r}: no module named {error.name!r}; put its folder on PYTHONPATH"
-        ) from error
-    for part in name.split("."):
-        if not hasattr(reward, part):
-            raise ValueError(f"reward path {path!r}: {module_name} has no attribute {name!r}")
-        reward = getattr(reward, part)
-    if not callable(reward):
-        raise ValueError(f"reward path {path!r} is a {type(reward).__name__}, not a callable")
-    loaded: RewardFunction = reward
-    return loaded
 
 
 @dataclass(frozen=True)

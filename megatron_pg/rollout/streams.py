@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ..data import Group, content_checksum, response_problems
+from ..data import Group, content_checksum, response_problems, without_aborted
 from .base import (
+    HoldsOut,
     Prompt,
     PromptSource,
     Response,
@@ -58,6 +59,19 @@ class RecordedRollouts:
         self.seed = seed
         self.num_epochs = num_epochs
         self._num_taken = 0
+
+    on_all_ranks = False
+
+    def start(self) -> None:
+        """Nothing to wait for."""
+
+    def numbers(self, num_groups: int) -> Sequence[int]:
+        """All of them."""
+        return range(num_groups)
+
+    def held_out_rewards(self, num_prompts: int, num_generations: int) -> dict[int, float]:
+        """Recorded groups hold nothing out. Raises ValueError."""
+        raise ValueError("recorded rollouts have no prompts that could be held out")
 
     def next_groups(self, num_groups: int) -> list[Group]:
         """The next groups; fewer than asked for when the last epoch ends, then none."""
@@ -148,8 +162,21 @@ class SampledRollouts:
         self.vocab_size = vocab_size
         self._num_taken = 0
 
+    @property
+    def on_all_ranks(self) -> bool:
+        """Whether every rank takes part in sampling."""
+        return self.source.on_all_ranks
+
+    def start(self) -> object | None:
+        """Wait for the source."""
+        return self.source.start()
+
+    def numbers(self, num_groups: int) -> Sequence[int]:
+        """Which of the next groups this rank's replica samples."""
+        return self.source.numbers(num_groups)
+
     def next_groups(self, num_groups: int) -> list[Group]:
-        """Sample the next ``num_groups`` prompts and reward the responses.
+        """Sample the next ``num_groups`` prompts, those of ``numbers``, and reward the responses.
 
         Raises:
             ValueError: naming the prompt of every response that is not what was asked for.
@@ -158,11 +185,34 @@ class SampledRollouts:
         params = self.params
         if params.seed is not None:
             params = replace(params, seed=params.seed + self._num_taken)
-        responses = self.source.generate(prompts, params)
-        _check_responses(prompts, responses, params, self.vocab_size)
-        groups = make_groups(prompts, responses, self.reward)
+        groups = self._sample(prompts, params)
         self._num_taken += num_groups
         return groups
+
+    def held_out_rewards(self, num_prompts: int, num_generations: int) -> dict[int, float]:
+        """See ``GroupStream.held_out_rewards``; the position in the stream stays as it is."""
+        if not isinstance(self.task, HoldsOut):
+            raise ValueError(
+                f"{type(self.task).__name__} has no held_out(), which gives the prompts that "
+                "training never sees"
+            )
+        prompts = self.task.held_out().prompts(0, num_prompts)
+        params = replace(self.params, num_generations=num_generations)
+        groups = self._sample(prompts, params)
+        judged = (
+            (number, kept)
+            for number, group in zip(self.numbers(num_prompts), groups)
+            for kept in without_aborted([group])
+        )
+        return {number: float(group.rewards.mean()) for number, group in judged}
+
+    def _sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
+        chosen = [prompts[number] for number in self.numbers(len(prompts))]
+        responses = self.source.generate(chosen, params)
+        if responses is None:
+            return []
+        _check_responses(chosen, responses, params, self.vocab_size)
+        return make_groups(chosen, responses, self.reward)
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """Pass the current policy on to the source."""

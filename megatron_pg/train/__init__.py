@@ -5,13 +5,12 @@ from .config import TrainConfig
 from .config_file import load_config
 from .dry_run import DryRun, dry_run
 from .metrics import METRICS
-from .ranks import Ranks, parallel_run
+from .ranks import parallel_run
 from .trainer import Trainer
 
 __all__ = [
     "METRICS",
     "DryRun",
-    "Ranks",
     "TrainConfig",
     "Trainer",
     "dry_run",

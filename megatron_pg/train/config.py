@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..loss import PolicyLossConfig
+from ..grpo import GrpoConfig, PrefixGroupConfig
 from ..parallel import ParallelSizes
 
 
@@ -26,7 +26,6 @@ class ModelConfig:
         position_embedding_type: for a model from scratch.
         rotary_base: for a model from scratch.
         transformer_impl: "auto" takes Transformer Engine where it runs.
-        attention_backend: of prefix-grouped attention, see ``available_backends``.
         transformer: any further field of ``TransformerConfig``, e.g. ``recompute_granularity``.
             dtypes and the activation are given by name (``bfloat16``, ``silu``).
     """
@@ -40,7 +39,6 @@ class ModelConfig:
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     rotary_base: float = 10000
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    attention_backend: str = "auto"
     transformer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +86,11 @@ class OptimizerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A reasoning-gym task (see ``rollout.ReasoningGymTask``)."""
+    """A reasoning-gym task (see ``rollout.ReasoningGymTask``).
+
+    A ``name`` of the form ``module:name`` is a ``rollout.PromptSource`` of your own, made from the
+    tokenizer and ``config``; the other settings are reasoning-gym's.
+    """
 
     name: str = "chain_sum"
     config: dict[str, Any] = field(default_factory=lambda: {"max_terms": 2, "max_digits": 1})
@@ -130,7 +132,8 @@ class RolloutConfig:
 
     Attributes:
         source: "recorded" reads files, "model" samples from the trained model itself, "server"
-            asks an inference server.
+            asks an inference server; ``module:name`` is a ``rollout.RolloutSource`` of your own.
+        source_config: arguments of a source of your own, beside tokenizer and vocab_size.
         files: recorded rollouts.
         format: of the files.
         reward_key: part or parts of the reward that are summed (see ``data.read_rollouts``).
@@ -144,11 +147,11 @@ class RolloutConfig:
         top_k: 0 for all.
         top_p: 1 for all.
         max_batch_samples: samples that "model" generates at once.
-        min_shared: share every common run of at least this many tokens; None shares the prompt.
         server: see ``ServerConfig``.
     """
 
-    source: Literal["recorded", "model", "server"] = "recorded"
+    source: str = "recorded"
+    source_config: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     format: Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"] = "auto"
     reward_key: str | list[str] = field(default_factory=list)
@@ -162,62 +165,19 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
     max_batch_samples: int | None = None
-    min_shared: int | None = None
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlgorithmConfig:
-    """What is optimised; names follow verl where it has them, defaults need not.
-
-    ``policy`` clips above at DAPO's 0.28 and has no dual clip, unless told otherwise.
+class AlgorithmConfig(GrpoConfig):
+    """What is optimised, see ``grpo.GrpoConfig``.
 
     Attributes:
-        adv_estimator: see ``loss.ADVANTAGE_ESTIMATORS``.
-        norm_adv_by_std_in_grpo: divide by the group's standard deviation; False is Dr.GRPO.
-        std_floor: smallest standard deviation divided by.
-        skip_groups_without_spread: leave out groups whose rewards, as they were given, are all
-            equal. A step that is left without groups updates nothing and still counts as a step.
-        loss_agg_mode: see ``loss.AGGREGATION_MODES``.
-        loss_scale_factor: constant of "seq-mean-token-sum-norm".
-        ppo_epochs: passes over the groups of a step.
-        num_minibatches: optimizer steps per pass; whole groups in the order of the rollout, as
-            even as can be.
-        policy: see ``loss.PolicyLossConfig``.
-        use_kl_in_reward: subtract the KL to the reference from the reward.
-        kl_coef: of the KL in the reward.
-        kl_penalty: estimator of the KL in the reward.
         ref_hf: Hugging Face folder of the reference model; None is the initial policy
             (``model.pretrained_checkpoint``, else ``model.hf``).
-        overlong_buffer_len: DAPO's soft punishment before ``max_response_tokens``; 0 is off.
-        overlong_penalty_factor: its size.
     """
 
-    adv_estimator: str = "grpo"
-    norm_adv_by_std_in_grpo: bool = True
-    std_floor: float = 0.0
-    skip_groups_without_spread: bool = False
-    loss_agg_mode: str = "token-mean"
-    loss_scale_factor: float | None = None
-    ppo_epochs: int = 1
-    num_minibatches: int = 1
-    policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
-    use_kl_in_reward: bool = False
-    kl_coef: float = 0.001
-    kl_penalty: str = "k1"
     ref_hf: str | None = None
-    overlong_buffer_len: int = 0
-    overlong_penalty_factor: float = 1.0
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether some term compares with a reference model."""
-        return self.use_kl_in_reward or self.policy.kl_loss_coef != 0
-
-    @property
-    def is_on_policy(self) -> bool:
-        """Whether each trained logprob is of the policy that is being updated."""
-        return self.ppo_epochs == 1 and self.num_minibatches == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,15 +188,6 @@ class RunConfig:
         out: folder of metrics, plots and checkpoints.
         num_steps: rollout-and-train steps.
         groups_per_step: groups of one step, over all data-parallel ranks.
-        max_tokens_per_microbatch: budget of a packed row in unique tokens.
-        prefix_resident: what becomes of a group that is larger than a row: "never" repeats its
-            prompt in each of its rows, "always" encodes it once and keeps it resident on every
-            pipeline stage, "auto" does what the cost model finds cheaper.
-        prefix_resident_mode: "retain" keeps the graph of resident prompts, "recompute" encodes them
-            once more in the backward pass.
-        max_resident_tokens: prompt tokens that are resident at once; more take several waves.
-            ``max_tokens_per_microbatch`` when None.
-        logprob_chunk_tokens: predictions whose logits exist at once.
         seed: of initialisation, sampling and order.
         save_interval: steps between checkpoints; 0 saves none.
         keep_checkpoints: how many of the newest are kept.
@@ -256,11 +207,6 @@ class RunConfig:
     out: str = "runs/grpo"
     num_steps: int = 100
     groups_per_step: int = 8
-    max_tokens_per_microbatch: int = 8192
-    prefix_resident: Literal["auto", "always", "never"] = "auto"
-    prefix_resident_mode: Literal["retain", "recompute"] = "retain"
-    max_resident_tokens: int | None = None
-    logprob_chunk_tokens: int = 1024
     seed: int = 1234
     save_interval: int = 0
     keep_checkpoints: int = 2
@@ -281,6 +227,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    prefix_group: PrefixGroupConfig = field(default_factory=PrefixGroupConfig)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

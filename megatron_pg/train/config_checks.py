@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 
 from ..attention import ATTENTION_BACKENDS
+from ..grpo import PrefixGroupConfig
 from ..loss import ADVANTAGE_ESTIMATORS, AGGREGATION_MODES, KL_KINDS
 from ..rollout import (
     ANSWER_EXTRACTORS,
@@ -31,6 +32,7 @@ def config_problems(config: TrainConfig) -> list[str]:
     problems = [
         *out_of_range(config),
         *_model_problems(config.model),
+        *_prefix_group_problems(config.prefix_group, config.rollout),
         *config.parallel.sizes.problems(),
         *_algorithm_problems(config.algorithm, config.rollout, config.run.groups_per_step),
         *_rollout_problems(config.rollout, config.run),
@@ -66,9 +68,6 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
-    backends = ["auto", *ATTENTION_BACKENDS]
-    if model.attention_backend not in backends:
-        yield _no_name("model.attention_backend", model.attention_backend, backends)
     if model.hf is not None:
         for name in _FROM_SCRATCH:
             if getattr(model, name) != getattr(ModelConfig, name):
@@ -83,6 +82,18 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.pretrained_checkpoint needs model.hf, whose configuration and tokenizer it "
             "takes: set it to the checkpoint's huggingface/ folder"
+        )
+
+
+def _prefix_group_problems(settings: PrefixGroupConfig, rollout: RolloutConfig) -> Iterator[str]:
+    backends = ["auto", *ATTENTION_BACKENDS]
+    if settings.attention_backend not in backends:
+        yield _no_name("prefix_group.attention_backend", settings.attention_backend, backends)
+    row = settings.max_tokens_per_microbatch
+    if rollout.source != "recorded" and rollout.max_response_tokens >= row:
+        yield (
+            f"prefix_group.max_tokens_per_microbatch={row} must hold a prompt and "
+            f"rollout.max_response_tokens={rollout.max_response_tokens}; raise it"
         )
 
 
@@ -143,7 +154,18 @@ def _algorithm_problems(
         )
 
 
+_SOURCES = ("recorded", "model", "server")
+
+
 def _rollout_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
+    if rollout.source not in _SOURCES and ":" not in rollout.source:
+        yield _no_name("rollout.source", rollout.source, [*_SOURCES, "module:name"])
+        return
+    if rollout.source in _SOURCES and rollout.source_config:
+        yield (
+            f"rollout.source_config={rollout.source_config!r} would be ignored with "
+            f"rollout.source={rollout.source!r}; it is for a source of your own (module:name)"
+        )
     if rollout.source == "recorded":
         if not rollout.files:
             yield "rollout.files is empty: name the recorded files, or set another rollout.source"
@@ -182,11 +204,6 @@ def _sampling_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.max_batch_samples={rollout.max_batch_samples} must be at least {most}, the "
             "samples of one prompt, which are generated together"
-        )
-    if rollout.max_response_tokens >= run.max_tokens_per_microbatch:
-        yield (
-            f"run.max_tokens_per_microbatch={run.max_tokens_per_microbatch} must hold a prompt and "
-            f"rollout.max_response_tokens={rollout.max_response_tokens}; raise it"
         )
     if rollout.source == "server":
         yield from _server_problems(rollout)

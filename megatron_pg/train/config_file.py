@@ -9,9 +9,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..loss import (
+    ADVANTAGE_ESTIMATORS,
+    POLICY_LOSSES,
+    register_advantage_estimator,
+    register_policy_loss,
+)
+from ..rollout import load_callable
 from .config import TrainConfig
 from .config_checks import config_problems, nearest, raise_problems
 
+# Settings of prefix groups that earlier versions had in other sections.
+_MOVED = {
+    "model.attention_backend": "prefix_group.attention_backend",
+    "rollout.min_shared": "prefix_group.min_shared",
+} | {
+    f"run.{name}": f"prefix_group.{name}"
+    for name in (
+        "max_tokens_per_microbatch",
+        "prefix_resident",
+        "prefix_resident_mode",
+        "max_resident_tokens",
+        "logprob_chunk_tokens",
+    )
+}
 # In place of a key, which belongs into no output and no message.
 _HIDDEN = "***"
 
@@ -39,6 +60,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} is no valid YAML configuration: {error}") from error
     problems: list[str] = []
+    _register_own(content, problems)
     config = _read(TrainConfig, content, "", problems)
     if config is not None:
         problems += config_problems(config)
@@ -55,6 +77,25 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
     return content
 
 
+def _register_own(content: Any, problems: list[str]) -> None:
+    """Make losses and advantage estimators of one's own known under their ``module:name``."""
+    algorithm = content.get("algorithm") if isinstance(content, Mapping) else None
+    algorithm = algorithm if isinstance(algorithm, Mapping) else {}
+    policy = algorithm.get("policy")
+    loss = policy.get("policy_loss") if isinstance(policy, Mapping) else None
+    estimator = algorithm.get("adv_estimator")
+
+    def load(key: str, path: Any, known: Mapping[str, Any], register: Any) -> None:
+        if isinstance(path, str) and ":" in path and path not in known:
+            try:
+                register(path)(load_callable(f"algorithm.{key}", path))
+            except ValueError as error:
+                problems.append(str(error))
+
+    load("policy.policy_loss", loss, POLICY_LOSSES, register_policy_loss)
+    load("adv_estimator", estimator, ADVANTAGE_ESTIMATORS, register_advantage_estimator)
+
+
 def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
     """An instance of a config dataclass, or None after noting problems."""
     if not isinstance(content, Mapping):
@@ -66,7 +107,9 @@ def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
     for name, value in content.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in hints:
-            problems.append(f"{path} is unknown{nearest(str(name), list(hints))}")
+            moved = _MOVED.get(path)
+            hint = f"; it is {moved}" if moved else nearest(str(name), list(hints))
+            problems.append(f"{path} is unknown{hint}")
         elif dataclasses.is_dataclass(hints[name]):
             section = {} if value is None else value
             values[name] = _read(typing.cast(type, hints[name]), section, path, problems)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ..data import MemoryModel, PackPlan, group_shape, without_aborted
+from ..grpo import (
+    TokenCounts,
+    active_ffn_hidden_size,
+    count_tokens,
+    plan_all_replicas,
+)
 from ..mcore import validate_config
 from ..parallel import ParallelSizes
-from .batch import TokenCounts, count_tokens, packing_config, plan_all_ranks
 from .config import TrainConfig
 from .config_checks import config_problems, raise_problems
 from .megatron_rules import layers_per_stage
@@ -67,7 +72,7 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
         attempt(lambda: training_configs(config, model_plan))
         attempt(lambda: validate_weights(config))
         if config.rollout.source == "recorded" and config.rollout.files:
-            packing = packing_config(config, plan)
+            packing = plan.packing(config.prefix_group)
             recording = attempt(lambda: read_recording(config, model_plan, packing))
     if config.rollout.source != "recorded":
         attempt(lambda: open_sampling(config, None if plan is None else plan.max_positions))
@@ -95,7 +100,7 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     if resident:
         lines.append(
             f"of it resident prompts: {'up to ' if plans is None else ''}{tokens:,} tokens at once "
-            f"({config.run.prefix_resident_mode}), about {resident / 2**30:.2f} GiB"
+            f"({config.prefix_group.prefix_resident_mode}), about {resident / 2**30:.2f} GiB"
         )
     return DryRun(tuple(lines), parameters, total, resident)
 
@@ -111,17 +116,17 @@ def _plan_first_step(
     config: TrainConfig, plan: ModelPlan, recording: Recording, dp_size: int
 ) -> list[list[PackPlan]]:
     """Waves of every data-parallel rank."""
-    packing = packing_config(config, plan)
+    packing = plan.packing(config.prefix_group)
     groups = without_aborted(recording.groups[: config.run.groups_per_step])
     shapes = [group_shape(group, packing.min_shared) for group in groups]
-    return plan_all_ranks(shapes, dp_size, packing)
+    return plan_all_replicas(shapes, dp_size, packing)
 
 
 def _packing_line(
     config: TrainConfig, recording: Recording, plans: Sequence[Sequence[PackPlan]]
 ) -> str:
     num_groups = min(config.run.groups_per_step, len(recording.groups))
-    tokens = count_tokens(plans)
+    tokens = replace(sum(map(count_tokens, plans), TokenCounts()), waves=len(plans[0]))
     return (
         f"first {num_groups} of {len(recording.groups)} groups: {tokens.logical:,} logical "
         f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / max(tokens.unique, 1):.2f}x), "
@@ -175,11 +180,11 @@ def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_si
         model += parameters * width
     # 1F1B: the first stage holds one microbatch per stage, each with its share of the layers. As
     # many prefix rows, which are no longer, take their place while they are recomputed.
-    rows = config.run.max_tokens_per_microbatch
+    rows = config.prefix_group.max_tokens_per_microbatch
     layers = plan.config.pipeline_model_parallel_size * max(layers_per_stage(plan.config))
     activations = rows * layers * _memory_model(plan).activations
     vocabulary = plan.gpt["vocab_size"] // plan.config.tensor_model_parallel_size
-    head = config.run.logprob_chunk_tokens * vocabulary * 4 * 2
+    head = config.prefix_group.logprob_chunk_tokens * vocabulary * 4 * 2
     return int(model + activations + head)
 
 
@@ -187,22 +192,24 @@ def _resident_tokens(config: TrainConfig, plans: Sequence[Sequence[PackPlan]] | 
     """Largest number of prompt tokens that are resident at once; the bound without a plan."""
     if plans is not None:
         return max(wave.prefix_tokens for waves in plans for wave in waves)
-    if config.run.prefix_resident == "never":
+    if config.prefix_group.prefix_resident == "never":
         return 0
-    return config.run.max_resident_tokens or config.run.max_tokens_per_microbatch
+    return config.prefix_group.max_resident_tokens or config.prefix_group.max_tokens_per_microbatch
 
 
 def _resident_bytes(config: TrainConfig, plan: ModelPlan, tokens: int) -> int:
     """What they keep on every pipeline stage beside its microbatches."""
     layers = max(layers_per_stage(plan.config))
-    return int(tokens * layers * _memory_model(plan).resident(config.run.prefix_resident_mode))
+    return int(
+        tokens * layers * _memory_model(plan).resident(config.prefix_group.prefix_resident_mode)
+    )
 
 
 def _memory_model(plan: ModelPlan) -> MemoryModel:
     c = plan.config
     return MemoryModel.from_model_dims(
         hidden_size=c.hidden_size,
-        ffn_hidden_size=plan.active_ffn_hidden_size,
+        ffn_hidden_size=active_ffn_hidden_size(c),
         num_attention_heads=c.num_attention_heads,
         num_query_groups=c.num_query_groups or c.num_attention_heads,
         kv_channels=c.kv_channels,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..data import without_aborted
-from ..rollout import ReasoningGymTask, SampledRollouts, make_groups
 from .config import TrainConfig
-from .ranks import from_first_rank
-from .shared_stream import SharedStream, on_first_rank
+from .shared_stream import SharedStream
 
 
 @dataclass(frozen=True)
@@ -40,27 +37,11 @@ def evaluate(config: TrainConfig, stream: SharedStream) -> Evaluation:
         ValueError: if every response was aborted, or if the stream has no prompts that could be
             held out.
     """
-    sampled = stream.stream
-    if not isinstance(sampled, SampledRollouts) or not isinstance(sampled.task, ReasoningGymTask):
-        raise ValueError(
-            f"run.eval_prompts={config.run.eval_prompts} needs rollouts that are sampled for a "
-            "reasoning-gym task, which can hold prompts out; set it to 0"
-        )
     run = config.run
-    task = sampled.task.held_out()
-    params = replace(sampled.params, num_generations=run.eval_generations)
-    reward = task if isinstance(sampled.reward, ReasoningGymTask) else sampled.reward
-
-    def judge() -> list[float]:
-        prompts = task.prompts(0, run.eval_prompts)
-        groups = make_groups(prompts, sampled.source.generate(prompts, params), reward)
-        return [float(group.rewards.mean()) for group in without_aborted(groups)]
-
-    if stream.needs_all_ranks:
-        # Rewards may be random, so that the first rank's count.
-        rewards = from_first_rank(judge())
-    else:
-        rewards = on_first_rank(judge, stream.is_first)
+    try:
+        rewards = stream.held_out_rewards(run.eval_prompts, run.eval_generations)
+    except ValueError as error:
+        raise ValueError(f"run.eval_prompts={run.eval_prompts}: {error}; or set it to 0") from error
     if not rewards:
         raise ValueError(
             "every response to a held-out prompt was aborted or empty: there is nothing to judge; "

@@ -154,7 +154,7 @@ def _initial_chunks(config: TrainConfig, plan: ModelPlan, weights: str | None) -
         gpt=plan.gpt,
         layer=plan.spec,
         use_te=plan.use_te,
-        attention_backend=config.model.attention_backend,
+        attention_backend=config.prefix_group.attention_backend,
     )
     if weights is not None:
         load_weights(chunks, open_weights(weights))

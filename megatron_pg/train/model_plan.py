@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention import AttentionInputs, merge_implementation, select_backend
 from ..checkpoint import HfModel, make_megatron_args, read_hf_config
+from ..grpo import PackingConfig, PrefixGroupConfig, cost_model_of
 from ..mcore import cpu
 from .config import ModelConfig, ParallelConfig
 from .config_checks import needs_vocab_size_message, raise_problems
@@ -40,14 +41,10 @@ class ModelPlan:
     use_te: bool
     origin: Origin | None = None
 
-    @property
-    def active_ffn_hidden_size(self) -> int:
-        """Width of the MLP that one token goes through: of all its experts, the shared ones too."""
-        c = self.config
-        if not c.num_moe_experts:
-            return int(c.ffn_hidden_size)
-        experts = c.moe_router_topk * (c.moe_ffn_hidden_size or c.ffn_hidden_size)
-        return int(experts + (c.moe_shared_expert_intermediate_size or 0))
+    def packing(self, settings: PrefixGroupConfig) -> PackingConfig:
+        """How rows of this model are packed."""
+        cost_model = cost_model_of(self.config, self.vocab_size)
+        return PackingConfig.from_config(settings, self.config, cost_model)
 
     @property
     def max_positions(self) -> int | None:
@@ -170,7 +167,7 @@ def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -
 
     Args:
         plan: of the model.
-        backend_name: ``model.attention_backend``.
+        backend_name: ``prefix_group.attention_backend``.
         device: of this rank.
 
     Raises:

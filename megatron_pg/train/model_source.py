@@ -5,40 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-
+from ..grpo import Ranks
 from ..mcore import generate
-from ..rollout import Prompt, Response, SamplingParams, WeightExporter
+from ..rollout import Prompt, Response, RolloutSource, SamplingParams, WeightExporter
 
 
-class ModelSource:
+class ModelSource(RolloutSource):
     """Samples from the model in training; every rank of the job takes part in each call.
 
-    Prompts are divided over the data-parallel replicas and every rank gets all responses.
+    Prompts are divided over the data-parallel replicas; the first rank of each has its responses.
     """
 
+    on_all_ranks = True
+
     def __init__(
-        self, chunks: Sequence[Any], tokenizer: Any, vocab_size: int, max_batch_samples: int | None
+        self,
+        chunks: Sequence[Any],
+        tokenizer: Any,
+        vocab_size: int,
+        max_batch_samples: int | None,
+        ranks: Ranks,
     ) -> None:
         self.chunks = chunks
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_batch_samples = max_batch_samples
+        self.ranks = ranks
         self.version = 0
+
+    def numbers(self, num_prompts: int) -> Sequence[int]:
+        """See ``RolloutSource.numbers``."""
+        return range(self.ranks.dp_rank, num_prompts, self.ranks.dp_size)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams
-    ) -> list[tuple[Response, ...]]:
+    ) -> list[tuple[Response, ...]] | None:
         """See ``RolloutSource.generate``."""
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
-        numbers = range(rank, len(prompts), size)
-        mine = (
+        sampled = (
             generate(
                 self.chunks,
-                [prompts[i].prompt_ids for i in numbers],
+                [prompt.prompt_ids for prompt in prompts],
                 num_generations=params.num_generations,
                 max_response_tokens=params.max_response_tokens,
                 seed=params.seed or 0,
@@ -48,23 +54,14 @@ class ModelSource:
                 stop_token_ids=params.stop_token_ids,
                 vocab_size=self.vocab_size,
                 max_batch_samples=self.max_batch_samples,
-                prompt_numbers=list(numbers),
+                prompt_numbers=list(self.numbers(len(prompts) * self.ranks.dp_size)),
             )
-            if numbers
+            if prompts
             else []
         )
-        parts: list[Any] = [None] * size
-        dist.all_gather_object(
-            parts,
-            mine,
-            group=parallel_state.get_data_parallel_group_gloo()
-            if torch.cuda.is_available()
-            else parallel_state.get_data_parallel_group(),
-        )
-        return [
-            tuple(self._response(sampled) for sampled in parts[i % size][i // size])
-            for i in range(len(prompts))
-        ]
+        if not self.ranks.leads_replica:
+            return None
+        return [tuple(self._response(one) for one in of_prompt) for of_prompt in sampled]
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """Nothing to move: the parameters are read in place."""

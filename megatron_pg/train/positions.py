@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..data import Group
-from ..rollout import Prompt, ReasoningGymTask
+from ..rollout import HoldsOut, Prompt, PromptSource
 
 
 def recorded_position_problems(groups: Sequence[Group], max_positions: int | None) -> Iterator[str]:
@@ -24,34 +24,45 @@ def recorded_position_problems(groups: Sequence[Group], max_positions: int | Non
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BoundedTask(ReasoningGymTask):
-    """A task that refuses prompts whose longest response would end beyond a model's positions.
+@dataclass(frozen=True, eq=False)
+class BoundedPrompts:
+    """Prompts that are refused where the longest response would end beyond a model's positions.
 
     Attributes:
-        max_positions: of the model; None where it has no limit.
+        task: where they come from.
+        max_positions: of the model.
         max_response_tokens: of sampling.
     """
 
-    max_positions: int | None
+    task: PromptSource
+    max_positions: int
     max_response_tokens: int
 
     def prompts(self, start: int, count: int) -> list[Prompt]:
-        """See ``ReasoningGymTask.prompts``.
+        """See ``PromptSource.prompts``.
 
         Raises:
             ValueError: also on a prompt that leaves no room for a response.
         """
-        prompts = super().prompts(start, count)
+        prompts = self.task.prompts(start, count)
         for prompt in prompts:
             length = len(prompt.prompt_ids) + self.max_response_tokens
-            if self.max_positions is not None and length > self.max_positions:
+            if length > self.max_positions:
                 raise ValueError(
                     f"prompt {prompt.prompt_id!r} of {len(prompt.prompt_ids)} tokens with "
                     f"rollout.max_response_tokens={self.max_response_tokens} is {length} tokens, "
                     + _made_for(self.max_positions, length)
                 )
         return prompts
+
+    def held_out(self) -> PromptSource:
+        """See ``HoldsOut.held_out``. Raises ValueError where the task holds nothing out."""
+        if not isinstance(self.task, HoldsOut):
+            raise ValueError(
+                f"{type(self.task).__name__} has no held_out(), which gives the prompts that "
+                "training never sees"
+            )
+        return replace(self, task=self.task.held_out())
 
 
 def _made_for(max_positions: int, needed: int) -> str:

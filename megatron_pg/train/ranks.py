@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,35 +13,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from ..grpo import Ranks
 from ..mcore import cpu
 from .config import ParallelConfig
 from .launcher import launched_world_size
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This rank's place in the parallel layout.
-
-    Attributes:
-        device: where its part of the model lives.
-        rank, world_size: of the whole job.
-        dp_rank, dp_size: of the data-parallel replicas.
-        is_last_stage: whether this rank predicts tokens.
-        tp_rank: place among the tensor-parallel ranks.
-    """
-
-    device: torch.device
-    rank: int
-    world_size: int
-    dp_rank: int
-    dp_size: int
-    is_last_stage: bool
-    tp_rank: int
-
-    @property
-    def speaks_for_replica(self) -> bool:
-        """One rank of each replica: it holds the logprobs and counts the metrics."""
-        return self.is_last_stage and self.tp_rank == 0
 
 
 @contextmanager
@@ -59,7 +33,7 @@ def parallel_run(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     with nullcontext() if has_cuda else cpu.emulate_cuda():
         _initialize_process_group(config, has_cuda)
         try:
-            yield _initialize_model_parallel(config, seed, has_cuda)
+            yield _initialize_model_parallel(config, seed)
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
@@ -82,24 +56,14 @@ def _initialize_process_group(config: ParallelConfig, has_cuda: bool) -> None:
     dist.init_process_group(**settings)
 
 
-def _initialize_model_parallel(config: ParallelConfig, seed: int, has_cuda: bool) -> Ranks:
+def _initialize_model_parallel(config: ParallelConfig, seed: int) -> Ranks:
     config.sizes.check(world_size=dist.get_world_size())
     parallel_state.initialize_model_parallel(
         **config.sizes.group_arguments(),
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     seed_everything(seed)
-    return Ranks(
-        device=torch.device("cuda", torch.cuda.current_device())
-        if has_cuda
-        else torch.device("cpu"),
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-    )
+    return Ranks.from_megatron()
 
 
 def seed_everything(seed: int) -> None:

@@ -16,23 +16,23 @@ from ..data import (
     read_rollouts,
     without_aborted,
 )
+from ..grpo import PackingConfig, Ranks
 from ..rollout import (
     OpenAIServerSource,
+    PromptSource,
     ReasoningGymTask,
     RecordedRollouts,
     RewardFunction,
     RolloutSource,
     SampledRollouts,
     SamplingParams,
-    load_reward,
+    load_callable,
 )
-from .batch import PackingConfig
 from .config import AlgorithmConfig, RolloutConfig, TrainConfig
 from .config_checks import needs_reference_message, raise_problems
 from .model_plan import ModelPlan
 from .model_source import ModelSource
-from .positions import BoundedTask, recorded_position_problems
-from .ranks import Ranks
+from .positions import BoundedPrompts, recorded_position_problems
 from .shared_stream import SharedStream, on_first_rank
 
 
@@ -54,7 +54,7 @@ class Sampling:
     """Everything but the engine that rewarded responses are sampled with."""
 
     tokenizer: Any
-    task: ReasoningGymTask
+    task: PromptSource
     reward: RewardFunction
     params: SamplingParams
 
@@ -107,10 +107,11 @@ def open_sampling(config: TrainConfig, max_positions: int | None) -> Sampling:
             a prompt of the first step that leaves no room for a response in ``max_positions``.
     """
     tokenizer = load_tokenizer(config)
-    task = make_task(config.rollout, tokenizer, max_positions)
+    task = make_task(config.rollout, tokenizer)
+    reward = _reward(config.rollout, task)
     if max_positions is not None:
+        task = BoundedPrompts(task, max_positions, config.rollout.max_response_tokens)
         task.prompts(0, config.run.groups_per_step)
-    reward = task if config.rollout.reward is None else load_reward(config.rollout.reward)
     params = sampling_params(config, tokenizer)
     return Sampling(tokenizer=tokenizer, task=task, reward=reward, params=params)
 
@@ -130,16 +131,33 @@ def make_stream(
             recorded = RecordedRollouts(
                 inputs.groups, shuffle=rollout.shuffle, seed=config.run.seed
             )
-        return SharedStream(recorded, needs_all_ranks=False, is_first=is_first)
+        return SharedStream(recorded, is_first=is_first)
+    source = _make_source(config, inputs.tokenizer, chunks, vocab_size, ranks)
+    sampled = SampledRollouts(
+        inputs.task, source, inputs.reward, inputs.params, vocab_size=vocab_size
+    )
+    return SharedStream(sampled, is_first=is_first)
+
+
+def _make_source(
+    config: TrainConfig, tokenizer: Any, chunks: Sequence[Any], vocab_size: int, ranks: Ranks
+) -> RolloutSource:
+    rollout, server = config.rollout, config.rollout.server
     if rollout.source == "model":
-        own = ModelSource(chunks, inputs.tokenizer, vocab_size, rollout.max_batch_samples)
-        stream = _sampled(inputs, own, vocab_size)
-        return SharedStream(stream, needs_all_ranks=True, is_first=is_first)
-    server = rollout.server
-    source = OpenAIServerSource(
+        return ModelSource(chunks, tokenizer, vocab_size, rollout.max_batch_samples, ranks)
+    if rollout.source != "server":
+        make = load_callable("rollout.source", rollout.source)
+        source = make(tokenizer=tokenizer, vocab_size=vocab_size, **rollout.source_config)
+        if not isinstance(source, RolloutSource):
+            raise ValueError(
+                f"rollout.source={rollout.source} made a {type(source).__name__}; make a subclass "
+                "of megatron_pg.rollout.RolloutSource"
+            )
+        return source
+    return OpenAIServerSource(
         server.base_url,
         model=server.model or None,
-        tokenizer=inputs.tokenizer,
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
         dialect=server.dialect,
         allow_retokenize=server.allow_retokenize,
@@ -149,13 +167,8 @@ def make_stream(
         api_key=server.api_key,
         reload=server.reload,
         export_dir=server.export_dir or str(Path(config.run.out) / "export"),
+        on_first=lambda action: on_first_rank(action, ranks.rank == 0),
     )
-    stream = _sampled(inputs, source, vocab_size)
-    return SharedStream(stream, needs_all_ranks=False, is_first=is_first)
-
-
-def _sampled(inputs: Sampling, source: RolloutSource, vocab_size: int) -> SampledRollouts:
-    return SampledRollouts(inputs.task, source, inputs.reward, inputs.params, vocab_size=vocab_size)
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -173,14 +186,18 @@ def load_tokenizer(config: TrainConfig) -> Any:
         raise ValueError(f"{config.model.hf} has no usable tokenizer: {error}") from error
 
 
-def make_task(
-    config: RolloutConfig, tokenizer: Any, max_positions: int | None = None
-) -> ReasoningGymTask:
-    """The prompts of a run, refused where a response would end beyond ``max_positions``."""
+def make_task(config: RolloutConfig, tokenizer: Any) -> PromptSource:
+    """The prompts of a run: a reasoning-gym task, or a ``PromptSource`` of one's own."""
     task = config.task
-    return BoundedTask(
-        max_positions=max_positions,
-        max_response_tokens=config.max_response_tokens,
+    if ":" in task.name:
+        made = load_callable("rollout.task.name", task.name)(tokenizer=tokenizer, **task.config)
+        if not isinstance(made, PromptSource):
+            raise ValueError(
+                f"rollout.task.name={task.name} made a {type(made).__name__} without "
+                "prompts(start, count); see megatron_pg.rollout.PromptSource"
+            )
+        return made
+    return ReasoningGymTask(
         tokenizer=tokenizer,
         name=task.name,
         config=task.config,
@@ -192,6 +209,18 @@ def make_task(
         extractor=task.extractor,
         partial_credit=task.partial_credit,
     )
+
+
+def _reward(config: RolloutConfig, task: PromptSource) -> RewardFunction:
+    if config.reward is not None:
+        reward: RewardFunction = load_callable("rollout.reward", config.reward)
+        return reward
+    if not callable(task):
+        raise ValueError(
+            f"rollout.task.name={config.task.name} judges no responses: set rollout.reward, or "
+            "give the task a __call__(prompt, response)"
+        )
+    return task
 
 
 def sampling_params(config: TrainConfig, tokenizer: Any) -> SamplingParams:
@@ -284,8 +313,8 @@ def _length_problems(groups: Sequence[Group], packing: PackingConfig) -> list[st
     if not refusals:
         return []
     return [
-        f"{refusals[0]} (run.max_tokens_per_microbatch={packing.max_tokens}, "
-        f"run.max_resident_tokens={packing.residency.max_resident_tokens}, "
-        f"run.prefix_resident={packing.residency.choice}; {len(refusals)} of {len(groups)} groups "
-        "do not fit)"
+        f"{refusals[0]} (prefix_group.max_tokens_per_microbatch={packing.max_tokens}, "
+        f"prefix_group.max_resident_tokens={packing.residency.max_resident_tokens}, "
+        f"prefix_group.prefix_resident={packing.residency.choice}; {len(refusals)} of "
+        f"{len(groups)} groups do not fit)"
     ]

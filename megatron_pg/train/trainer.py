@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint import export_hf
+from ..grpo import GrpoStep, Ranks, StepBatch, total_over_replicas
 from ..mcore import count_attention_calls
-from .batch import Minibatch, TokenCounts, packing_config
 from .checkpoints import (
     Checkpoints,
     Progress,
@@ -31,20 +30,17 @@ from .evaluate import Evaluation, evaluate
 from .metrics import (
     MetricsWriter,
     PhaseTimer,
+    batch_metrics,
     closing_table,
     cost_metrics,
     peak_memory_bytes,
     plot_reward,
-    rollout_metrics,
     token_metrics,
     update_metrics,
     write_summary,
 )
 from .model import build_reference, build_trained_model, validate_weights
 from .model_plan import plan_model, select_attention, validate_trainable
-from .passes import HeadConfig, train_pass
-from .prepare import Preparation
-from .ranks import Ranks
 from .sources import Recording, make_stream, open_sampling, share_recording
 
 
@@ -113,9 +109,9 @@ class Trainer:
         if self.step:
             # A server still has the weights that it was started with.
             self.stream.update_weights(self._export_policy, self.step)
-        server = self.stream.start()
-        if writer is not None and server is not None:
-            writer.print(server)
+        source = self.stream.start()
+        if writer is not None and source is not None:
+            writer.print(str(source))
         if run.eval_prompts and "before" not in self.evaluations:
             self.evaluations["before"] = self._evaluate(writer, "before training")
         while self.step < run.num_steps:
@@ -145,19 +141,21 @@ class Trainer:
         timer, started = PhaseTimer(), time.perf_counter()
         with timer.phase("rollout"):
             groups = self.stream.next_groups(self.config.run.groups_per_step)
-        metrics = {"step": float(self.step + 1)} | rollout_metrics(groups)
+        metrics = {"step": float(self.step + 1)}
         interval = self.config.run.self_check_interval
         if interval is not None and (self.step == 0 or (interval and self.step % interval == 0)):
             with timer.phase("self_check"):
-                metrics["check/packed_vs_written_out"] = self.preparation.self_check(groups)
-        minibatches, left_out = self.preparation.minibatches(groups, timer)
-        metrics |= left_out | self._update(minibatches, timer)
+                metrics["check/packed_vs_written_out"] = self.grpo.self_check(
+                    groups, self.config.run.self_check_groups
+                )
+        batch = self.grpo.prepare(groups, timer.phase)
+        metrics |= batch_metrics(batch) | self._update(batch, timer)
         self.step += 1
         with timer.phase("sync"):
             self.stream.update_weights(self._export_policy, self.step)
-        tokens = sum((minibatch.tokens for minibatch in minibatches), TokenCounts())
-        metrics |= token_metrics(self.config, tokens, len(minibatches), self.ranks.dp_size)
-        metrics |= cost_metrics(minibatches)
+        tokens = batch.tokens
+        metrics |= token_metrics(self.config, batch, self.ranks.dp_size)
+        metrics |= cost_metrics(batch.minibatches)
         metrics["perf/peak_memory_bytes"] = peak_memory_bytes(self.ranks.device)
         seconds = time.perf_counter() - started
         metrics |= timer.metrics() | {"time/step": seconds}
@@ -174,8 +172,8 @@ class Trainer:
         plan = plan_model(config.model, config.parallel)
         validate_trainable(plan)
         validate_weights(config)
-        self.attention = select_attention(plan, config.model.attention_backend, ranks.device)
-        packing = packing_config(config, plan)
+        self.attention = select_attention(plan, config.prefix_group.attention_backend, ranks.device)
+        packing = plan.packing(config.prefix_group)
         inputs = (
             share_recording(config, plan, packing, ranks)
             if config.rollout.source == "recorded"
@@ -188,36 +186,31 @@ class Trainer:
         recorded = inputs.fields if isinstance(inputs, Recording) else ()
         needs_reference = config.algorithm.needs_reference and "ref_logprobs" not in recorded
         reference = build_reference(config) if needs_reference else None
-        head = HeadConfig(
-            temperature=config.rollout.temperature,
+        self.grpo = GrpoStep(
+            self.model.chunks,
             vocab_size=plan.vocab_size,
-            chunk_tokens=config.run.logprob_chunk_tokens,
-            resident_mode=config.run.prefix_resident_mode,
+            algorithm=config.algorithm,
+            settings=config.prefix_group,
+            reference=reference,
+            temperature=config.rollout.temperature,
+            max_response_tokens=config.rollout.max_response_tokens,
         )
-        self.preparation = Preparation(config, self.model.chunks, reference, head, packing, ranks)
         self.stream = make_stream(config, inputs, self.model.chunks, plan.vocab_size, ranks)
 
-    def _update(self, minibatches: Sequence[Minibatch], timer: PhaseTimer) -> dict[str, float]:
+    def _update(self, batch: StepBatch, timer: PhaseTimer) -> dict[str, float]:
         """Inner epochs over the minibatches; metrics of the updates."""
-        algorithm = self.config.algorithm
         sums: dict[str, float] = {}
         grad_norms = []
-        for _ in range(algorithm.ppo_epochs):
-            for minibatch in minibatches:
+        for _ in range(self.config.algorithm.ppo_epochs):
+            for minibatch in range(len(batch.minibatches)):
                 with timer.phase("train"):
-                    update = train_pass(
-                        self.model.chunks,
-                        minibatch.waves,
-                        algorithm.policy,
-                        self.preparation.head,
-                        self.ranks,
-                    )
+                    update = self.grpo.backward(batch, minibatch)
                 with timer.phase("optimizer"):
                     grad_norms.append(self._optimizer_step())
                 for name, value in update.items():
                     sums[name] = sums.get(name, 0.0) + value
         metrics = {"optimizer/lr": float(self.model.optimizer.param_groups[0]["lr"])}
-        total = self._over_ranks(sums)
+        total = total_over_replicas(sums, self.ranks)
         return metrics | update_metrics(total, grad_norms) if self.ranks.rank == 0 else metrics
 
     def _optimizer_step(self) -> float:
@@ -230,17 +223,6 @@ class Trainer:
         self.model.scheduler.step(increment=1)
         self.model.optimizer.zero_grad()
         return float(grad_norm)
-
-    def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
-        """Sums over the replicas, complete on the first rank and empty elsewhere."""
-        mine = sums if self.ranks.speaks_for_replica else {}
-        parts: list[Any] | None = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
-        dist.gather_object(mine, parts)
-        total: dict[str, float] = {}
-        for part in parts or []:
-            for name, value in part.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
 
     def _evaluate(self, writer: MetricsWriter | None, when: str) -> Evaluation:
         result = evaluate(self.config, self.stream)

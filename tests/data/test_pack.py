@@ -13,7 +13,6 @@ from megatron_pg.data import (
     Group,
     Microbatch,
     PackPlan,
-    make_microbatch,
     make_microbatches,
     pack_groups,
     plan_rows,
@@ -33,8 +32,8 @@ def entries_of(microbatch: Microbatch):
         zip(
             microbatch.sample_numbers[microbatch.sample_ids].tolist(),
             microbatch.positions.tolist(),
-            microbatch.predictor_ids[microbatch.edge_ids].tolist(),
-            microbatch.target_tokens[microbatch.edge_ids].tolist(),
+            microbatch.predictor_ids[microbatch.prediction_ids].tolist(),
+            microbatch.target_tokens[microbatch.prediction_ids].tolist(),
             microbatch.weights.tolist(),
             microbatch.advantages.tolist(),
             microbatch.old_logprobs.tolist(),
@@ -99,8 +98,8 @@ def test_microbatches_equal_enumeration(
         assert (mb.tokens[mb.layout.unique_tokens :] == 1).all()
         assert entries_of(mb) == entries_by_enumeration(mb, groups, weights)
         # Every prediction is read, and no packed token is predicted twice.
-        assert sorted(set(mb.edge_ids.tolist())) == list(range(len(mb.target_tokens)))
-        targets = {(e, p) for e, p in zip(mb.edge_ids.tolist(), mb.positions.tolist())}
+        assert sorted(set(mb.prediction_ids.tolist())) == list(range(len(mb.target_tokens)))
+        targets = {(e, p) for e, p in zip(mb.prediction_ids.tolist(), mb.positions.tolist())}
         assert len(targets) == len(mb.target_tokens)
     total = sum(float(mb.weights.sum()) for mb in microbatches)
     want = sum(float(w) * s.num_loss_tokens for w, s in zip(weights, samples))
@@ -134,7 +133,7 @@ def test_equal_responses_stay_separate_unless_detected():
         2,
         4,
     )
-    assert merged.edge_ids.tolist() == [0, 1, 0, 1]
+    assert merged.prediction_ids.tolist() == [0, 1, 0, 1]
     assert merged.advantages.tolist() == [1.0, 1.0, -1.0, -1.0]
 
 
@@ -191,17 +190,6 @@ def test_members_keep_their_place_in_the_global_batch():
         assert torch.equal(got.weights, want_mb.weights)
 
 
-def test_one_row_equals_the_row_among_all():
-    groups = random_groups(11, 8)
-    plan = plan_rows(shapes_of(groups), BUDGET)
-    rows = make_microbatches(plan, groups)
-    assert len(rows) > 1
-    for row, want in enumerate(rows):
-        got = make_microbatch(plan, row, groups)
-        assert torch.equal(got.tokens, want.tokens)
-        assert torch.equal(got.edge_ids, want.edge_ids)
-
-
 def test_filler_is_valid_and_trains_nothing():
     groups = random_groups(0, 1)
     plan = plan_rows(shapes_of(groups), BUDGET, pad_to_multiple=4)
@@ -230,17 +218,6 @@ def test_split_by_sample_inverts_the_flattening():
             assert torch.equal(dense[len(sample.prompt_ids) :], want)
             seen += len(values) > 0
     assert seen > 5
-
-
-def test_with_logprobs_returns_a_filled_copy():
-    (mb,) = pack_groups(random_groups(1, 1), BUDGET)
-    recomputed = torch.linspace(-1, 0, mb.num_loss_tokens, requires_grad=True)
-    filled = mb.with_logprobs(ref_logprobs=recomputed)
-    assert torch.equal(filled.ref_logprobs, recomputed.detach().double())
-    assert torch.equal(filled.old_logprobs, mb.old_logprobs) and mb.ref_logprobs is None
-    assert filled.layout is mb.layout
-    with pytest.raises(ValueError, match=r"old_logprobs has shape \(1,\), its first dim must be"):
-        mb.with_logprobs(old_logprobs=torch.zeros(1))
 
 
 def test_refuses_logprobs_of_some_samples_only():

@@ -73,7 +73,7 @@ def test_number_of_rows_is_near_the_least(lens):
 def test_split_of_deep_trees(seed, budget):
     (group,) = random_groups(seed, 1, max_samples=8, max_len=6, vocab_size=2)
     shape = group_shape(group, 1)
-    parts = split_group(shape, budget).parts
+    parts = split_group(shape, budget)
     assert sorted(i for part in parts for i in part) == list(range(shape.num_samples))
     for part in parts:
         tree = select_samples(shape.tree, part)
@@ -84,7 +84,7 @@ def test_split_of_deep_trees(seed, budget):
 
 def test_split_repeats_only_the_prompt_and_fills_the_rows():
     split = split_group(make_shape(10, [30, 30, 20, 20, 10, 10]), 70)
-    assert split.parts == ((0, 1), (2, 3, 4, 5))
+    assert split == ((0, 1), (2, 3, 4, 5))
     plan = plan_rows([make_shape(10, [30, 30, 20, 20, 10, 10])], 70)
     assert [plan.row_layout(row).unique_tokens for row in (0, 1)] == [70, 70]
 
@@ -93,7 +93,7 @@ def test_split_keeps_samples_of_one_deep_segment_together():
     a = [make_sample([1], [2] * 8 + [i]) for i in (3, 4)]
     b = [make_sample([1], [5] * 8 + [i]) for i in (3, 4)]
     group = Group("g", (a[0], b[0], a[1], b[1]))
-    assert split_group(group_shape(group, 1), 11).parts == ((0, 2), (1, 3))
+    assert split_group(group_shape(group, 1), 11) == ((0, 2), (1, 3))
 
 
 def test_too_long_sample_is_named():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,12 +66,11 @@ def test_every_token_is_seen_as_in_its_sample(seed, min_shared, max_resident) ->
         pad_to_multiple=2,
         cost_model=CostModel(per_token=1.0, per_attention_pair=0.0, per_loss_token=0.0),
     )
-    advantages = torch.arange(sum(len(g.samples) for g in groups)).double()
     places: dict[int, int] = {}
     trained = 0
     samples = [s for g in groups for s in g.samples]
     for plan in plans:
-        wave = make_wave(plan, groups, advantages=advantages)
+        wave = make_wave(plan, groups)
         assert (
             sum(plan.prefix_layout(i).unique_tokens for i in range(len(plan.prefix_rows)))
             <= max(max_resident, 0)
@@ -99,7 +97,7 @@ def test_every_token_is_seen_as_in_its_sample(seed, min_shared, max_resident) ->
                 seen["resident"] += bool(resident)
             for entry, position in enumerate(batch.positions.tolist()):
                 number = int(batch.sample_numbers[batch.sample_ids[entry]])
-                target = int(batch.target_tokens[batch.edge_ids[entry]])
+                target = int(batch.target_tokens[batch.prediction_ids[entry]])
                 assert target == int(samples[number].tokens[position])
                 trained += 1
             seen["rows"] += len(layout.resident_spans) > 0

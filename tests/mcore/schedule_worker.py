@@ -113,7 +113,7 @@ def resident_step(groups: list[Group]) -> Any:
             if is_prefix:
                 return logprobs.sum(), torch.tensor(0, dtype=torch.int), {}
             weights = row.advantages.to(logprobs.dtype)
-            loss = -(logprobs[row.edge_ids] * weights).sum()
+            loss = -(logprobs[row.prediction_ids] * weights).sum()
             numbers = row.sample_numbers[row.sample_numbers >= 0]
             count = (lens[numbers] - 1).sum().int()
             data = {"loss": loss.detach().clone()}

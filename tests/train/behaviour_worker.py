@@ -41,7 +41,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     sections = tiny.run_sections(folder, groups)
     sections["rollout"]["shuffle"] = False
-    sections["run"] |= {"num_steps": 1, "max_tokens_per_microbatch": 200}
+    sections["run"]["num_steps"] = 1
+    sections["prefix_group"]["max_tokens_per_microbatch"] = 200
     config = load_config(tiny.write_config(folder / "config.yaml", sections, **overrides))
     with parallel_run(config.parallel, config.run.seed) as ranks:
         trainer = Trainer(config, ranks)
@@ -120,7 +121,7 @@ def every_documented_name_is_written_and_no_other(folder: Path) -> None:
         },
         algorithm__use_kl_in_reward=True,
         run__tensorboard=True,
-        run__max_tokens_per_microbatch=24,
+        prefix_group__max_tokens_per_microbatch=24,
     )
     assert step.keys() == METRICS.keys(), step.keys() ^ METRICS.keys()
     # The reference is the policy itself, computed by the same code.
@@ -198,7 +199,7 @@ def aborted_and_empty_responses_count_nowhere(folder: Path) -> None:
         "sequences": {"algorithm__loss_agg_mode": "seq-mean-token-mean"},
         "baseline": {"algorithm__adv_estimator": "reinforce_plus_plus_baseline"},
         "shaped": {"algorithm__overlong_buffer_len": 8, "algorithm__use_kl_in_reward": True},
-        "divided": {"run__max_tokens_per_microbatch": 30},
+        "divided": {"prefix_group__max_tokens_per_microbatch": 30},
     }.items():
         (want,), plain = run(folder / name / "without", groups, **settings)
         (got,), weights = run(
@@ -312,8 +313,13 @@ def an_execution_counts_once(folder: Path) -> None:
 @check
 def prompts_stay_resident_where_that_costs_less(folder: Path) -> None:
     groups = make_large_groups()
-    settings = {"run__max_tokens_per_microbatch": 25, "run__max_resident_tokens": 25}
-    (repeated,), plain = run(folder / "never", groups, run__prefix_resident="never", **settings)
+    settings = {
+        "prefix_group__max_tokens_per_microbatch": 25,
+        "prefix_group__max_resident_tokens": 25,
+    }
+    (repeated,), plain = run(
+        folder / "never", groups, prefix_group__prefix_resident="never", **settings
+    )
     (resident,), weights = run(folder / "auto", groups, **settings)
     assert repeated["packing/repeated_groups"] == 4 and repeated["tokens/resident"] == 0
     assert resident["packing/resident_groups"] == 4 and resident["packing/repeated_groups"] == 0
@@ -329,9 +335,9 @@ def prompts_stay_resident_where_that_costs_less(folder: Path) -> None:
         "max_resident_tokens=9 are resident at once; raise max_resident_tokens",
         folder / "small",
         groups,
-        run__max_tokens_per_microbatch=18,
-        run__max_resident_tokens=9,
-        run__prefix_resident="always",
+        prefix_group__max_tokens_per_microbatch=18,
+        prefix_group__max_resident_tokens=9,
+        prefix_group__prefix_resident="always",
     )
 
 
@@ -376,7 +382,7 @@ def one_token_and_equal_responses_are_ordinary(folder: Path) -> None:
     assert step["tokens/unique"] == sum(
         len(g.samples[0].prompt_ids) + len(g.samples) for g in short
     )
-    (detected,), _ = run(folder / "detected", short, rollout__min_shared=1)
+    (detected,), _ = run(folder / "detected", short, prefix_group__min_shared=1)
     # Equal responses are encoded once, and trained as often as they were sampled.
     assert detected["tokens/unique"] == sum(len(g.samples[0].prompt_ids) + 1 for g in short)
     assert near(detected["actor/loss"], step["actor/loss"])
@@ -454,9 +460,12 @@ def nothing_is_built(*arguments: Any) -> Any:
 def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> None:
     groups = tiny.make_groups(5)
     refused(
-        "a row holds 9; raise max_tokens", folder / "a", groups, run__max_tokens_per_microbatch=9
+        "a row holds 9; raise max_tokens",
+        folder / "a",
+        groups,
+        prefix_group__max_tokens_per_microbatch=9,
     )
-    refused("reference", folder / "flash", model__attention_backend="flash_attn")
+    refused("reference", folder / "flash", prefix_group__attention_backend="flash_attn")
     refused("float64", folder / "b", model__transformer={"params_dtype": "float64"})
     built, trainer.build_trained_model = trainer.build_trained_model, nothing_is_built
     refused("/nowhere", folder / "f", model__pretrained_checkpoint="/nowhere")
@@ -520,7 +529,7 @@ def a_server_gets_every_version_once(folder: Path) -> None:
         (path / "model.safetensors").touch()
 
     with parallel_run(ParallelConfig(), 0):
-        shared = SharedStream(stream, needs_all_ranks=False, is_first=True)
+        shared = SharedStream(stream, is_first=True)
         for version in (1, 2, 3):
             shared.update_weights(export, version)
             # What an interrupted run wrote is gone, and so is every earlier version.

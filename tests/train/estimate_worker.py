@@ -18,20 +18,17 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from megatron_pg.data import Group, Sample, write_rollouts  # noqa: E402
-from megatron_pg.loss import PolicyLossConfig  # noqa: E402
+from megatron_pg.grpo import GrpoStep, PrefixGroupConfig  # noqa: E402
 from megatron_pg.mcore import PrefixKV  # noqa: E402
 from megatron_pg.mcore.schedule import resident  # noqa: E402
-from megatron_pg.train import Ranks, TrainConfig, dry_run, parallel_run  # noqa: E402
-from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
+from megatron_pg.train import TrainConfig, dry_run, parallel_run  # noqa: E402
 from megatron_pg.train.config import (  # noqa: E402
-    AlgorithmConfig,
     ModelConfig,
     RolloutConfig,
     RunConfig,
 )
 from megatron_pg.train.model import build_trained_model  # noqa: E402
 from megatron_pg.train.model_plan import ModelPlan, plan_model  # noqa: E402
-from megatron_pg.train.passes import HeadConfig, train_pass  # noqa: E402
 from tools.bench.timing import peak_bytes  # noqa: E402
 
 VOCAB = 64
@@ -108,26 +105,19 @@ def kept_bytes(run: Passes, num_waves: int) -> int:
     return kept
 
 
-def measure(config: TrainConfig, plan: ModelPlan, groups: list[Group], ranks: Ranks) -> Measured:
-    mode = config.run.prefix_resident_mode
+def measure(config: TrainConfig, plan: ModelPlan, groups: list[Group]) -> Measured:
     estimate = dry_run(config, 1)
-    packing = packing_config(config, plan)
-    advantages = torch.linspace(-1, 1, 4 * NUM_PROMPTS, dtype=torch.float64)
-    batch = make_minibatch(groups, advantages, AlgorithmConfig(), packing, ranks)
-    head = HeadConfig(
-        temperature=1.0,
-        vocab_size=VOCAB,
-        chunk_tokens=config.run.logprob_chunk_tokens,
-        resident_mode=mode,
-    )
     chunks = build_trained_model(config, plan, 1).chunks
-    run: Passes = partial(train_pass, chunks, batch.waves, PolicyLossConfig(), head, ranks)
-    kept = kept_bytes(run, len(batch.waves))
+    step = GrpoStep(chunks, vocab_size=VOCAB, settings=config.prefix_group)
+    batch = step.prepare(groups)
+    waves, tokens = batch.minibatches[0].waves, batch.tokens
+    run: Passes = partial(step.backward, batch)
+    kept = kept_bytes(run, len(waves))
     return Measured(
-        mode=mode,
-        at_once=NUM_PROMPTS // len(batch.waves),
-        waves=len(batch.waves),
-        resident_groups=batch.tokens.resident_groups,
+        mode=config.prefix_group.prefix_resident_mode,
+        at_once=NUM_PROMPTS // len(waves),
+        waves=len(waves),
+        resident_groups=tokens.resident_groups,
         kept=kept,
         peak=peak_bytes(run),
         parameters=estimate.parameters_per_rank,
@@ -140,21 +130,21 @@ def main() -> None:
     torch.manual_seed(0)
     groups, file = make_groups(), Path(sys.argv[1]) / "rollouts.jsonl"
     write_rollouts(groups, file)
-    base = TrainConfig(model=MODEL, rollout=RolloutConfig(files=[str(file)]))
-    with parallel_run(base.parallel, 0) as ranks:
+    run = RunConfig(groups_per_step=NUM_PROMPTS)
+    base = TrainConfig(model=MODEL, rollout=RolloutConfig(files=[str(file)]), run=run)
+    with parallel_run(base.parallel, 0):
         torch.set_num_threads(1)
         plan = plan_model(base.model, base.parallel)
         for mode in ("retain", "recompute"):
             for at_once in (2, NUM_PROMPTS):
-                run = RunConfig(
-                    groups_per_step=NUM_PROMPTS,
+                settings = PrefixGroupConfig(
                     max_tokens_per_microbatch=MAX_TOKENS,
                     prefix_resident="always",
                     prefix_resident_mode=mode,
                     max_resident_tokens=at_once * PROMPT_LEN,
                     logprob_chunk_tokens=64,
                 )
-                measured = measure(replace(base, run=run), plan, groups, ranks)
+                measured = measure(replace(base, prefix_group=settings), plan, groups)
                 print("measured " + json.dumps(asdict(measured)), flush=True)
 
 

@@ -20,12 +20,11 @@ import torch  # noqa: E402
 
 from megatron_pg.checkpoint import iter_hf_tensors, load_hf, read_hf_config  # noqa: E402
 from megatron_pg.data import Group, read_rollouts  # noqa: E402
-from megatron_pg.train import Ranks, TrainConfig, load_config  # noqa: E402
-from megatron_pg.train.batch import make_minibatch, packing_config, written_out  # noqa: E402
+from megatron_pg.grpo import GrpoStep, PrefixGroupConfig, Ranks, StepBatch  # noqa: E402
+from megatron_pg.grpo.placement import written_out  # noqa: E402
+from megatron_pg.train import TrainConfig, load_config  # noqa: E402
 from megatron_pg.train.model import build_trained_model  # noqa: E402
 from megatron_pg.train.model_plan import plan_model  # noqa: E402
-from megatron_pg.train.passes import HeadConfig, compute_logprobs, train_pass  # noqa: E402
-from megatron_pg.train.prepare import compute_advantages, shaped_rewards  # noqa: E402
 from tests.checkpoint import tiny as stock  # noqa: E402
 from tests.train import dense, layouts  # noqa: E402
 from tests.train.tiny import VOCAB  # noqa: E402
@@ -136,34 +135,37 @@ class Subject:
         self.config, self.ranks = config, ranks
         self.plan = plan_model(config.model, config.parallel)
         self.model = build_trained_model(config, self.plan, 1)
-        self.packing = packing_config(config, self.plan)
-        self.head = HeadConfig(temperature=1.0, vocab_size=VOCAB, chunk_tokens=7)
 
-    def minibatch(self, groups: list[Group], variant: Variant, config: TrainConfig) -> Any:
-        advantages = compute_advantages(groups, shaped_rewards(groups, config), config.algorithm)
+    def step(self, variant: Variant, config: TrainConfig) -> GrpoStep:
         resident = variant.residency != "never"
-        packing = replace(
-            self.packing,
-            max_tokens=variant.max_tokens,
-            min_shared=variant.min_shared,
-            residency=replace(
-                self.packing.residency,
-                choice="always" if resident else "never",
-                mode=variant.residency if resident else "retain",
+        return GrpoStep(
+            self.model.chunks,
+            vocab_size=VOCAB,
+            algorithm=config.algorithm,
+            settings=PrefixGroupConfig(
+                max_tokens_per_microbatch=variant.max_tokens,
+                min_shared=variant.min_shared,
+                prefix_resident="always" if resident else "never",
+                prefix_resident_mode=variant.residency if resident else "retain",
                 max_resident_tokens=variant.max_resident_tokens,
+                logprob_chunk_tokens=7,
             ),
+            max_response_tokens=config.rollout.max_response_tokens,
         )
-        self.head = replace(self.head, resident_mode=packing.residency.mode)
-        packed = written_out(groups) if variant.is_written_out else groups
-        return make_minibatch(packed, advantages, config.algorithm, packing, self.ranks)
 
-    def loss_and_gradients(self, batch: Any, config: TrainConfig) -> tuple[float, dict[str, Any]]:
-        sums = train_pass(
-            self.model.chunks, batch.waves, config.algorithm.policy, self.head, self.ranks
-        )
+    def batch(self, step: GrpoStep, groups: list[Group], variant: Variant) -> StepBatch:
+        """Written out, the samples have the advantages that they have in their groups."""
+        whole = step.prepare(layouts.own_groups(groups, self.ranks))
+        if not variant.is_written_out:
+            return whole
+        alone = step.pack(written_out(step.place(layouts.own_groups(groups, self.ranks))))
+        return replace(alone, values=whole.values)
+
+    def loss_and_gradients(self, step: GrpoStep, batch: StepBatch) -> tuple[float, dict[str, Any]]:
+        sums = step.backward(batch)
         own = sums["loss"] if self.ranks.speaks_for_replica else 0.0
         bare = [chunk.module for chunk in self.model.chunks]
-        gradients = hf_tensors(bare, Path(str(config.model.hf)), "main_grad")
+        gradients = hf_tensors(bare, Path(str(self.config.model.hf)), "main_grad")
         return sum(layouts.gather(own)), gradients
 
     def first_ratio_is_one(self, groups: list[Group], variant: Variant) -> int:
@@ -172,23 +174,15 @@ class Subject:
             replace(g, samples=tuple(replace(s, old_logprobs=None) for s in g.samples))
             for g in groups
         ]
-        batch = self.minibatch(plain, variant, self.config)
-        old = compute_logprobs(self.model.chunks, batch.waves, self.head, self.ranks)
-        again = compute_logprobs(self.model.chunks, batch.waves, self.head, self.ranks)
-        assert all(torch.equal(a, b) for a, b in zip(old, again))
-        filled = batch.with_microbatches(
-            [
-                b.with_logprobs(old_logprobs=old[i] if old else None)
-                for i, b in enumerate(batch.microbatches)
-            ]
-        )
-        sums = train_pass(
-            self.model.chunks, filled.waves, self.config.algorithm.policy, self.head, self.ranks
-        )
+        step = self.step(variant, self.config)
+        batch = self.batch(step, plain, variant)
+        old = step.logprobs(batch)
+        assert torch.equal(old, step.logprobs(batch))
+        sums = step.backward(replace(batch, values=replace(batch.values, old_logprobs=old)))
         if not self.ranks.is_last_stage:
             return 0
         # A sum of ones is exact, and any other ratio would show in the sum of |log ratio| too.
-        assert sums["ratio"] == sums["num_tokens"] == sum(len(o) for o in old)
+        assert sums["ratio"] == sums["num_tokens"] == len(old)
         assert sums["ppo_kl"] == 0 and sums["clipfrac_low"] == sums["clipfrac_high"] == 0
         return int(sums["num_tokens"])
 
@@ -207,11 +201,12 @@ def main() -> None:
                 worst = 0.0
                 for loss_name, (loss, gradients) in reference.items():
                     case = load_config(folder / f"{loss_name}.yaml")
-                    batch = subject.minibatch(chosen, variant, case)
-                    assert len(batch.microbatches) > 1 or variant_name == "one_row"
+                    step = subject.step(variant, case)
+                    batch = subject.batch(step, chosen, variant)
+                    assert len(batch.minibatches[0].rows) > 1 or variant_name == "one_row"
                     assert (batch.tokens.resident_groups > 2) == (variant.residency != "never")
                     assert (batch.tokens.waves > 1) == variant.has_waves
-                    got, ours = subject.loss_and_gradients(batch, case)
+                    got, ours = subject.loss_and_gradients(step, batch)
                     worst = max(worst, abs(got - loss) / abs(loss))
                     assert ours.keys() == gradients.keys() and len(ours) == 39
                     for name, want in gradients.items():

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_pg.data import Group
+from megatron_pg.grpo import Ranks
 from megatron_pg.mcore import cpu
-from megatron_pg.train import Ranks, TrainConfig
+from megatron_pg.train import TrainConfig
 from megatron_pg.train.config import ParallelConfig
 from megatron_pg.train.ranks import _initialize_model_parallel
 
@@ -65,13 +67,18 @@ def each_layout(names: Sequence[str], seed: int = 1234) -> Iterator[tuple[str, R
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-        yield name, _initialize_model_parallel(LAYOUTS[name], seed, has_cuda=False)
+        yield name, _initialize_model_parallel(LAYOUTS[name], seed)
         dist.barrier()
         dist.destroy_process_group()
     # The store's host leaves last.
     store.add("left", 1)
     while rank == 0 and store.add("left", 0) < size:
         time.sleep(0.01)
+
+
+def own_groups(groups: Sequence[Group], ranks: Ranks) -> dict[int, Group]:
+    """Every replica brings some of the groups."""
+    return {i: g for i, g in enumerate(groups) if i % ranks.dp_size == ranks.dp_rank}
 
 
 def gather(mine: Any) -> list[Any]:

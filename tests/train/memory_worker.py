@@ -15,15 +15,15 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
+from megatron_pg.train.passes import HeadConfig, train_pass  # noqa: E402
 
 from megatron_pg.data import Group, Sample  # noqa: E402
 from megatron_pg.loss import PolicyLossConfig  # noqa: E402
 from megatron_pg.train import TrainConfig, parallel_run  # noqa: E402
-from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
 from megatron_pg.train.config import AlgorithmConfig, ModelConfig  # noqa: E402
 from megatron_pg.train.model import build_trained_model  # noqa: E402
 from megatron_pg.train.model_plan import plan_model  # noqa: E402
-from megatron_pg.train.passes import HeadConfig, train_pass  # noqa: E402
 
 VOCAB = 64
 MODEL = ModelConfig(

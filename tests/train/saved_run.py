@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from megatron_pg.data import read_rollouts
+from megatron_pg.grpo import Ranks
 from megatron_pg.rollout import RecordedRollouts
-from megatron_pg.train import Ranks, TrainConfig, load_config, parallel_run
+from megatron_pg.train import TrainConfig, load_config, parallel_run
 from megatron_pg.train.checkpoints.checkpoints import Checkpoints
 from megatron_pg.train.checkpoints.progress import Progress
 from megatron_pg.train.checkpoints.resume import resume_run
@@ -66,7 +67,7 @@ class SavedRun:
     def _stream(self, config: TrainConfig) -> SharedStream:
         groups = read_rollouts(config.rollout.files, vocab_size=tiny.VOCAB)
         self.stream = RecordedRollouts(groups, shuffle=config.rollout.shuffle, seed=config.run.seed)
-        return SharedStream(self.stream, needs_all_ranks=False, is_first=True)
+        return SharedStream(self.stream, is_first=True)
 
 
 def _tensors(model: TrainedModel) -> dict[str, torch.Tensor]:

@@ -84,7 +84,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["algorithm.policy.kl_loss_type=k9"], "kl_loss_type='k9' must be one of"),
         (["algorithm.policy.policy_loss=ppo"], "policy_loss='ppo' must be one of"),
         (["algorithm.policy.importance_mode=tis"], "importance mode='tis' must be one of"),
-        (["model.attention_backend=flahs"], "did you mean 'flash"),
+        (["prefix_group.attention_backend=flahs"], "did you mean 'flash"),
         (["optimizer.optimizer=lion"], "must be one of 'adam'"),
         (["optimizer.lr_decay_style=step"], "must be one of 'constant', 'linear'"),
         (["model.position_embedding_type=alibi"], "must be one of 'rope'"),
@@ -118,7 +118,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         ),
         (
             ["rollout.source=model", "rollout.files=[]", "rollout.max_response_tokens=48"],
-            "run.max_tokens_per_microbatch=48 must hold a prompt",
+            "prefix_group.max_tokens_per_microbatch=48 must hold a prompt",
         ),
         (["rollout.source=server", "rollout.files=[]"], "rollout.server.reload=None must be one"),
         (
@@ -284,7 +284,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         (1, ["algorithm.ref_hf=/nowhere", "algorithm.policy.kl_loss_coef=1"], "/nowhere"),
         (1, ["model.transformer_impl=transformer_engine"], "transformer_impl"),
         (1, ["rollout.files=[/nowhere.jsonl]"], "/nowhere.jsonl: is missing"),
-        (1, ["run.max_tokens_per_microbatch=9"], "a row holds 9; raise max_tokens"),
+        (1, ["prefix_group.max_tokens_per_microbatch=9"], "a row holds 9; raise max_tokens"),
         (
             1,
             ["algorithm.policy.importance_mode=token_mask"],
@@ -361,9 +361,11 @@ def test_a_dry_run_tells_transformer_engine_s_layers(
 def test_a_dry_run_tells_which_prompts_are_resident(
     tmp_path: Path, sections: dict[str, Any]
 ) -> None:
-    told = dry_run(load(tmp_path, sections, "run.max_tokens_per_microbatch=24"), 1).lines[1]
+    told = dry_run(load(tmp_path, sections, "prefix_group.max_tokens_per_microbatch=24"), 1).lines[
+        1
+    ]
     assert re.search(r"prompts of \d+ groups \(\d+ tokens\) are resident, in [2-9] wave", told)
-    overrides = ("run.max_tokens_per_microbatch=24", "run.prefix_resident=never")
+    overrides = ("prefix_group.max_tokens_per_microbatch=24", "prefix_group.prefix_resident=never")
     assert "resident" not in "".join(dry_run(load(tmp_path, sections, *overrides), 1).lines)
 
 
@@ -374,11 +376,11 @@ def test_a_dry_run_counts_what_resident_prompts_keep(
     kv = 2 * 2 * 8 * 4
     activations = (4 * 32 + 3 * 32 + 3 * 16 + 3 * 48) * 4
     cases = {"recompute": 4 * (kv + kv), "retain": 4 * (activations + kv)}
-    small = "run.max_tokens_per_microbatch=24", "run.prefix_resident=always"
-    never = dry_run(load(tmp_path, sections, small[0], "run.prefix_resident=never"), 1)
+    small = "prefix_group.max_tokens_per_microbatch=24", "prefix_group.prefix_resident=always"
+    never = dry_run(load(tmp_path, sections, small[0], "prefix_group.prefix_resident=never"), 1)
     assert never.resident_bytes_per_rank == 0
     for mode, per_token in cases.items():
-        overrides = (*small, f"run.prefix_resident_mode={mode}")
+        overrides = (*small, f"prefix_group.prefix_resident_mode={mode}")
         told = dry_run(load(tmp_path, sections, *overrides), 1)
         found = re.fullmatch(
             rf"of it resident prompts: (\d+) tokens at once \({mode}\), about \d\.\d\d GiB",
@@ -388,7 +390,7 @@ def test_a_dry_run_counts_what_resident_prompts_keep(
         assert told.resident_bytes_per_rank == int(found[1]) * per_token
         assert told.bytes_per_rank == never.bytes_per_rank + told.resident_bytes_per_rank
         # What will be sampled is not known: the bound.
-        unknown = (*overrides, "run.max_resident_tokens=1000", "rollout.source=server")
+        unknown = (*overrides, "prefix_group.max_resident_tokens=1000", "rollout.source=server")
         unknown += ("rollout.files=[]", "rollout.server.model=x", "rollout.server.reload=vllm")
         tiny.save_tokenizer(tmp_path / "model")
         told = dry_run(load(tmp_path, sections, *unknown), 1)

@@ -15,6 +15,6 @@ from tests.train import tiny  # noqa: E402
 
 def test_rollouts_that_hold_no_prompts_out_are_refused() -> None:
     recorded = RecordedRollouts(tiny.make_groups(), shuffle=False, seed=0)
-    stream = SharedStream(recorded, needs_all_ranks=False, is_first=True)
+    stream = SharedStream(recorded, is_first=True)
     with pytest.raises(ValueError, match="run.eval_prompts=3 needs rollouts that are sampled"):
         evaluate(TrainConfig(run=RunConfig(eval_prompts=3)), stream)

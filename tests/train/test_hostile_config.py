@@ -45,11 +45,11 @@ FINE: dict[str, list[Any]] = {
     "optimizer.clip_grad": [0, 1.5],
     "run.num_steps": [1, 7, 10**6],
     "run.seed": [0, 99],
-    "run.prefix_resident": ["auto", "always", "never"],
+    "prefix_group.prefix_resident": ["auto", "always", "never"],
     "algorithm.adv_estimator": ["grpo", "rloo"],
     "algorithm.policy.clip_ratio_high": [0.2, 0.5],
     "rollout.temperature": [0.5, 1, "1e0"],
-    "rollout.min_shared": [1, 8, None],
+    "prefix_group.min_shared": [1, 8, None],
     "model.max_position_embeddings": [64, 4096],
     "model.position_embedding_type": ["rope", "learned_absolute", "none"],
     "model.transformer.layernorm_epsilon": [1e-6, "1e-6"],
@@ -143,7 +143,8 @@ def outcome(seed: int, rollouts: str, folder: Path) -> bool:
     content: dict[str, Any] = dict(
         model=dict(vocab_size=tiny.VOCAB, transformer=dict(transformer)),
         rollout=dict(files=[rollouts]),
-        run=dict(groups_per_step=5, max_tokens_per_microbatch=256),
+        prefix_group=dict(max_tokens_per_microbatch=256),
+        run=dict(groups_per_step=5),
     )
     changes: dict[str, Any] = {}
     kinds = []

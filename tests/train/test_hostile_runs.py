@@ -41,7 +41,7 @@ def prepare_runs(folder: Path) -> None:
         run__save_interval=1,
         run__export_hf=True,
         run__tensorboard=True,
-        run__max_tokens_per_microbatch=200,
+        prefix_group__max_tokens_per_microbatch=200,
     )
 
 

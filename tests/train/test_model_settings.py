@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megatron_pg.data import Group, Sample  # noqa: E402
 from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
-from megatron_pg.train.batch import packing_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.megatron_rules import layers_per_stage  # noqa: E402
 from megatron_pg.train.model_plan import plan_model  # noqa: E402
@@ -51,8 +50,8 @@ ELSEWHERE = {
     "overlap_p2p_comm": (True, "follows parallel.virtual_pipeline_model_parallel_size"),
     "batch_p2p_comm": (False, "follows parallel.virtual_pipeline_model_parallel_size"),
     "microbatch_group_size_per_vp_stage": (2, "follows parallel.virtual_pipeline_model"),
-    "attention_backend": ("flash", "set model.attention_backend"),
-    "flash_attention_version": (3, "set model.attention_backend"),
+    "attention_backend": ("flash", "set prefix_group.attention_backend"),
+    "flash_attention_version": (3, "set prefix_group.attention_backend"),
     "transformer_impl": ("local", "set by model.transformer_impl"),
     "calculate_per_token_loss": (True, "must stay true"),
     "variable_seq_lengths": (False, "must stay true"),
@@ -315,7 +314,7 @@ def test_a_token_s_experts_decide_what_a_row_costs() -> None:
     def per_token(transformer: dict[str, Any]) -> float:
         model = ModelConfig(vocab_size=50, transformer=transformer)
         config = TrainConfig(model=model)
-        return packing_config(config, plan_model(model, ParallelConfig())).cost_model.per_token
+        return plan_model(model, ParallelConfig()).packing(config.prefix_group).cost_model.per_token
 
     shared = EXPERTS | dict(moe_router_topk=2, moe_shared_expert_intermediate_size=7)
     weights = 4 * 32 * 32 + 2 * 32 * (2 * 16 + 7)
@@ -389,7 +388,7 @@ def long_group(tokens: int) -> Group:
 @pytest.mark.parametrize("tokens", [128, 129])
 def test_recorded_samples_stay_within_the_model_s_positions(tmp_path: Path, tokens: int) -> None:
     sections = tiny.run_sections(tmp_path, [*tiny.make_groups(3), long_group(tokens)])
-    room = "run.max_tokens_per_microbatch=512"
+    room = "prefix_group.max_tokens_per_microbatch=512"
     if tokens == 128:
         dry_run(load(tmp_path, sections, room), 1)
         return
@@ -411,7 +410,7 @@ def test_positions_of_a_model_from_scratch(tmp_path: Path, kind: str, refused: b
         position_embedding_type=kind,
         max_position_embeddings=39,
     )
-    config = load(tmp_path, sections, "run.max_tokens_per_microbatch=512")
+    config = load(tmp_path, sections, "prefix_group.max_tokens_per_microbatch=512")
     if not refused:
         dry_run(config, 1)
         return
@@ -424,7 +423,11 @@ def test_sampled_prompts_leave_room_for_their_responses(
 ) -> None:
     pytest.importorskip("reasoning_gym")
     tiny.save_tokenizer(tmp_path / "model")
-    sampled = ("rollout.source=model", "rollout.files=[]", "run.max_tokens_per_microbatch=512")
+    sampled = (
+        "rollout.source=model",
+        "rollout.files=[]",
+        "prefix_group.max_tokens_per_microbatch=512",
+    )
     config = load(tmp_path, sections, *sampled, "rollout.max_response_tokens=20")
     dry_run(config, 1)
     task = open_sampling(config, 128).task

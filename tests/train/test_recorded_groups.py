@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.data import Group, read_rollouts  # noqa: E402
 from megatron_pg.train.batch import count_executions  # noqa: E402
-from megatron_pg.train.config import AlgorithmConfig  # noqa: E402
 from megatron_pg.train.prepare import compute_advantages  # noqa: E402
+
+from megatron_pg.data import Group, read_rollouts  # noqa: E402
+from megatron_pg.train.config import AlgorithmConfig  # noqa: E402
 from tests.data.samples import make_sample  # noqa: E402
 from tests.data.slime import PLAIN, SLIME, P, Q, save_slime, slime_sample  # noqa: E402
 

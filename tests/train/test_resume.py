@@ -156,7 +156,8 @@ def test_layout_and_length_need_not_be_said(run: SavedRun, folder: Path) -> None
     config = replace(
         config,
         parallel=replace(config.parallel, overlap_grad_reduce=True),
-        run=replace(config.run, max_tokens_per_microbatch=90, num_steps=9, save_interval=5),
+        prefix_group=replace(config.prefix_group, max_tokens_per_microbatch=90),
+        run=replace(config.run, num_steps=9, save_interval=5),
     )
     assert run.resume(folder, config)["note"] is None
 

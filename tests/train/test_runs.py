@@ -21,7 +21,8 @@ def prepare(folder: Path, **overrides: object) -> None:
         "num_minibatches": 2,
         "policy": {"kl_loss_coef": 0.1, "clip_ratio_c": 3.0},
     }
-    sections["run"] |= {"groups_per_step": 4, "num_steps": 10, "max_tokens_per_microbatch": 70}
+    sections["run"] |= {"groups_per_step": 4, "num_steps": 10}
+    sections["prefix_group"]["max_tokens_per_microbatch"] = 70
     sections["run"]["self_check_interval"] = None
     tiny.write_config(folder / "config.yaml", sections, **overrides)
 
@@ -52,8 +53,8 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
         algorithm__policy={},
         run__groups_per_step=2,
         # Divided groups, so that kills also fall between the phases of resident prompts.
-        run__max_tokens_per_microbatch=24,
-        run__prefix_resident="always",
+        prefix_group__max_tokens_per_microbatch=24,
+        prefix_group__prefix_resident="always",
     )
     output = run_ranks("tests.train.runs_worker", 1, "kill", str(tmp_path), timeout=900)
     assert output.count("killed 10 times") == 1
@@ -80,10 +81,10 @@ def test_rollouts_of_the_model_itself(tmp_path: Path) -> None:
     sections["run"] |= {
         "groups_per_step": 4,
         "num_steps": 2,
-        "max_tokens_per_microbatch": 90,
         "eval_prompts": 4,
         "eval_generations": 2,
     }
+    sections["prefix_group"]["max_tokens_per_microbatch"] = 90
     tiny.write_config(tmp_path / "config.yaml", sections)
     output = run_ranks("tests.train.runs_worker", 1, "sampled", str(tmp_path), timeout=900)
     assert output.count("sampled") == 1

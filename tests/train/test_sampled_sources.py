@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("reasoning_gym", reason='pip install "megatron_pg[rollout]"')
 
+from megatron_pg.grpo import Ranks
 from megatron_pg.rollout import (
     OpenAIServerSource,
     ReasoningGymTask,
@@ -19,7 +20,6 @@ from megatron_pg.rollout import (
 )
 from megatron_pg.train import evaluate as evaluation
 from megatron_pg.train.config import RolloutConfig, RunConfig, ServerConfig, TrainConfig
-from megatron_pg.train.ranks import Ranks
 from megatron_pg.train.shared_stream import SharedStream
 from megatron_pg.train.sources import Sampling, make_stream
 from tests.rollout.helpers import CharTokenizer, make_response
@@ -74,7 +74,7 @@ def test_an_evaluation_leaves_aborted_responses_out(
     pairs = [tuple(make_response(text) if text else ABORTED for text in pair) for pair in answers]
     inputs = replace(sampling(), reward=lambda prompt, response: len(response.text))
     sampled = SampledRollouts(inputs.task, Source(*pairs), inputs.reward, PARAMS)  # type: ignore[arg-type]
-    stream = SharedStream(sampled, needs_all_ranks=False, is_first=True)
+    stream = SharedStream(sampled, is_first=True)
     config = TrainConfig(run=RunConfig(eval_prompts=2, eval_generations=2))
     if mean is None:
         with pytest.raises(ValueError, match="every response to a held-out prompt was aborted"):

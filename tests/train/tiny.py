@@ -157,12 +157,11 @@ def run_sections(folder: Path, groups: Sequence[Group] | None = None) -> dict[st
         "optimizer": {"lr": 1e-3, "adam_eps": 1e-3},
         "rollout": {"files": [str(folder / "rollouts.jsonl")], "max_response_tokens": 10},
         "algorithm": {},
+        "prefix_group": {"max_tokens_per_microbatch": 48, "logprob_chunk_tokens": 7},
         "run": {
             "out": str(folder / "out"),
             "num_steps": 3,
             "groups_per_step": 5,
-            "max_tokens_per_microbatch": 48,
-            "logprob_chunk_tokens": 7,
             "tensorboard": False,
         },
     }

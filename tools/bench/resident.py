@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron_pg.train.passes import HeadConfig, train_pass
 
 from megatron_pg.data import (
     Group,
@@ -25,7 +26,6 @@ from megatron_pg.data import (
 )
 from megatron_pg.loss import PolicyLossConfig
 from megatron_pg.train import Ranks
-from megatron_pg.train.passes import HeadConfig, train_pass
 from tools.bench.gpt import Dims, make_dims, megatron
 from tools.bench.ranks import on_two_ranks
 from tools.bench.registry import BenchmarkRow, Options, register

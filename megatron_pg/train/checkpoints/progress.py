@@ -16,9 +16,9 @@ from ..evaluate import Evaluation
 # Sections and settings that change how a run computes, reports or is kept, not what it computes.
 _FREE = (
     *("parallel.", "rollout.files", "rollout.format", "rollout.max_batch_samples"),
-    *("rollout.server.", "model.transformer_impl", "model.attention_backend"),
-    *("run.out", "run.num_steps", "run.max_tokens_per_microbatch", "run.prefix_resident"),
-    *("run.max_resident_tokens", "run.logprob_chunk_tokens", "run.save_interval"),
+    *("rollout.server.", "model.transformer_impl", "prefix_group.attention_backend"),
+    *("prefix_group.max_", "prefix_group.prefix_resident", "prefix_group.logprob_chunk_tokens"),
+    *("run.out", "run.num_steps", "run.save_interval"),
     *("run.keep_checkpoints", "run.async_save", "run.load", "run.self_check_"),
     *("run.eval_", "run.tensorboard", "run.wandb_project", "run.export_hf"),
 )

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...data import Group
+from ...grpo import Minibatch, StepBatch
 from ...loss import metric_means
-from ..batch import Minibatch, TokenCounts
 from ..checkpoints import write_atomically
 from ..config import TrainConfig
 from ..evaluate import Evaluation
@@ -86,25 +85,14 @@ A step without updates has none of the names that describe updates.
 _SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards and lengths of a step's samples."""
-    samples = [sample for group in groups for sample in group.samples]
-    aborted = sum(sample.status == "aborted" for sample in samples)
-    judged = [s for s in samples if s.status != "aborted"] or samples
-    rewards = torch.tensor([sample.reward for sample in judged], dtype=torch.float64)
-    lens = [len(sample.response_ids) for sample in samples]
-    truncated = sum(sample.status == "truncated" for sample in samples)
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()) if len(rewards) > 1 else 0.0,
-        "reward/max": float(rewards.max()),
-        "reward/min": float(rewards.min()),
-        "response_length/mean": sum(lens) / len(lens),
-        "response_length/max": float(max(lens)),
-        "response_length/truncated": truncated / len(samples),
-        "response_length/aborted": aborted / len(samples),
-        "prompt_length/mean": sum(len(s.prompt_ids) for s in samples) / len(samples),
-    }
+def batch_metrics(batch: StepBatch) -> dict[str, float]:
+    """Rewards and lengths of a step's samples, and which groups were left out."""
+    metrics = batch.rollout.statistics()
+    if batch.kl_of_samples is not None:
+        metrics["reward/kl_penalty"] = float(batch.kl_of_samples.mean())
+    metrics["groups/without_spread"] = float((~batch.shape.has_spread).sum())
+    metrics["groups/skipped"] = float(batch.num_skipped)
+    return metrics
 
 
 def update_metrics(sums: Mapping[str, float], grad_norms: Sequence[float]) -> dict[str, float]:
@@ -128,10 +116,9 @@ def update_metrics(sums: Mapping[str, float], grad_norms: Sequence[float]) -> di
     }
 
 
-def token_metrics(
-    config: TrainConfig, tokens: TokenCounts, num_minibatches: int, dp_size: int
-) -> dict[str, float]:
+def token_metrics(config: TrainConfig, batch: StepBatch, dp_size: int) -> dict[str, float]:
     """What one pass over the groups of a step encoded, and how full the rows were."""
+    tokens, num_minibatches = batch.tokens, len(batch.minibatches)
     metrics = {
         "tokens/unique": float(tokens.unique),
         "tokens/logical": float(tokens.logical),
@@ -150,7 +137,8 @@ def token_metrics(
     return metrics | {
         "packing/waves": tokens.waves / num_minibatches,
         "tokens/reuse_ratio": tokens.logical / tokens.unique,
-        "packing/efficiency": tokens.unique / (tokens.rows * config.run.max_tokens_per_microbatch),
+        "packing/efficiency": tokens.unique
+        / (tokens.rows * config.prefix_group.max_tokens_per_microbatch),
         # 1F1B: stages - 1 slots idle of every rows_per_pass * chunks + stages - 1.
         "pipeline/bubble": (stages - 1) / (rows_per_pass * chunks + stages - 1),
     }

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..data import Microbatch, PrefixRow, Wave
+from ..data import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from ..loss import PolicyLossConfig, grpo_loss
 from ..mcore import (
     Predictions,
@@ -17,7 +17,7 @@ from ..mcore import (
     ScheduledRow,
     prefix_resident_forward_backward,
 )
-from .ranks import Ranks
+from .replicas import Ranks
 
 Values = TypeVar("Values", Tensor, Tensor | None)
 
@@ -42,24 +42,24 @@ class HeadConfig:
 def compute_logprobs(
     chunks: Sequence[Any], waves: Sequence[Wave], head: HeadConfig, ranks: Ranks
 ) -> list[Tensor]:
-    """Logprobs ``[M]`` of every microbatch's trained tokens, without a graph.
+    """Logprobs ``[M]`` of every row's trained tokens, without a graph.
 
     The same packing, kernels and code as training, so that old and new logprobs agree bit for bit
     before the first update.
 
     Returns:
-        One float64 CPU tensor per microbatch on last-stage ranks, nothing on the others.
+        One float64 CPU tensor per row on last-stage ranks, nothing on the others.
     """
 
     def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
         scheduled = next(rows)
-        batch = scheduled.row
+        row = scheduled.row
         output = _forward(model, scheduled, head, ranks, with_entropy=False)
-        if isinstance(batch, PrefixRow):
+        if isinstance(row, PrefixRow):
             return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
-            logprobs = output[0][_to(batch.edge_ids, ranks)]
+            logprobs = output[0][_to(row.prediction_ids, ranks.device)]
             nothing = torch.zeros((), device=ranks.device)
             return nothing, _no_tokens(ranks), {"logprobs": logprobs.detach()}
 
@@ -74,29 +74,30 @@ def compute_logprobs(
 def train_pass(
     chunks: Sequence[Any],
     waves: Sequence[Wave],
+    values: TokenValues,
     policy: PolicyLossConfig,
     head: HeadConfig,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Gradients of the loss over all microbatches, left in the gradient buffers.
+    """Gradients of the loss over all rows, left in the gradient buffers.
 
-    Weights in the microbatches hold the global denominators, so gradients are summed over
-    microbatches and data-parallel ranks and never averaged.
+    The weights in ``values`` hold the global denominators, so gradients are summed over rows and
+    data-parallel ranks and never averaged.
 
     Returns:
-        The loss's metric sums over this rank's microbatches (see ``loss.metric_means``); empty on
+        The loss's metric sums over this rank's rows (see ``loss.metric_means``); empty on
         ranks that do not predict.
     """
 
     def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
         scheduled = next(rows)
-        batch = scheduled.row
+        row = scheduled.row
         output = _forward(model, scheduled, head, ranks, with_entropy=True)
-        if isinstance(batch, PrefixRow):
+        if isinstance(row, PrefixRow):
             return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
-            loss, sums = microbatch_loss(output, batch, policy, ranks)
+            loss, sums = microbatch_loss(output, row.with_values(values), policy, ranks.device)
             return loss, _no_tokens(ranks), sums
 
         return output, loss_func
@@ -111,7 +112,10 @@ def train_pass(
 
 
 def microbatch_loss(
-    output: tuple[Tensor, Tensor], batch: Microbatch, policy: PolicyLossConfig, ranks: Ranks
+    output: tuple[Tensor, Tensor],
+    batch: Microbatch,
+    policy: PolicyLossConfig,
+    device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``grpo_loss`` of a microbatch, without waiting for the device.
 
@@ -119,29 +123,29 @@ def microbatch_loss(
         output: the last stage's logprobs and entropies ``[E]``.
         batch: whose trained tokens read them.
         policy: the loss.
-        ranks: whose device ``output`` lives on.
+        device: that ``output`` lives on.
     """
     logprobs, entropy = output
-    edge_ids = _to(batch.edge_ids, ranks)
+    ids = _to(batch.prediction_ids, device)
     return grpo_loss(
-        logprobs[edge_ids],
-        entropy[edge_ids] if policy.entropy_coeff else entropy[edge_ids].detach(),
-        weights=_to(batch.weights, ranks),
-        advantages=_to(batch.advantages, ranks),
-        sample_ids=_to(batch.sample_ids, ranks),
+        logprobs[ids],
+        entropy[ids] if policy.entropy_coeff else entropy[ids].detach(),
+        weights=_to(batch.weights, device),
+        advantages=_to(batch.advantages, device),
+        sample_ids=_to(batch.sample_ids, device),
         num_samples=len(batch.sample_numbers),
         config=policy,
-        old_logprobs=_to(batch.old_logprobs, ranks),
-        ref_logprobs=_to(batch.ref_logprobs, ranks),
-        rollout_logprobs=_to(batch.rollout_logprobs, ranks),
+        old_logprobs=_to(batch.old_logprobs, device),
+        ref_logprobs=_to(batch.ref_logprobs, device),
+        rollout_logprobs=_to(batch.rollout_logprobs, device),
     )
 
 
 def _forward(
     model: Any, scheduled: ScheduledRow, head: HeadConfig, ranks: Ranks, with_entropy: bool
 ) -> Any:
-    row: Microbatch | PrefixRow = scheduled.row
-    if isinstance(row, Microbatch):
+    row: PackedRow | PrefixRow = scheduled.row
+    if isinstance(row, PackedRow):
         predictor_ids, target_tokens = row.predictor_ids, row.target_tokens
     else:
         predictor_ids = target_tokens = torch.empty(0, dtype=torch.int64)
@@ -159,7 +163,7 @@ def _forward(
         prefix_kv=scheduled.prefix_kv,
         resident=scheduled.resident,
     )
-    tokens = _to(row.tokens, ranks)
+    tokens = _to(row.tokens, ranks.device)
     return model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
 
 
@@ -194,5 +198,5 @@ def _no_tokens(ranks: Ranks) -> Tensor:
     return torch.zeros((), dtype=torch.int, device=ranks.device)
 
 
-def _to(values: Values, ranks: Ranks) -> Values:
-    return None if values is None else values.to(ranks.device, non_blocking=True)
+def _to(values: Values, device: torch.device) -> Values:
+    return None if values is None else values.to(device, non_blocking=True)

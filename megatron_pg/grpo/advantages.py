@@ -1,0 +1,81 @@
+"""Advantages of a step's samples, from their rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss import aggregation_weights, group_advantages, overlong_penalty
+from .settings import GrpoConfig
+from .shape import StepShape
+
+
+def shaped_rewards(
+    shape: StepShape, algorithm: GrpoConfig, max_response_tokens: int | None
+) -> Tensor:
+    """``[N]`` float64 rewards with DAPO's soft punishment of overlong responses, when it is on.
+
+    Raises:
+        ValueError: if it is on and ``max_response_tokens`` is None.
+    """
+    rewards = torch.from_numpy(shape.rewards)
+    if algorithm.overlong_buffer_len == 0:
+        return rewards
+    if max_response_tokens is None:
+        raise ValueError(
+            f"overlong_buffer_len={algorithm.overlong_buffer_len} needs max_response_tokens, the "
+            "longest response that sampling allows"
+        )
+    return rewards + overlong_penalty(
+        torch.from_numpy(shape.response_lens),
+        max_response_tokens,
+        algorithm.overlong_buffer_len,
+        algorithm.overlong_penalty_factor,
+    )
+
+
+def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig) -> Tensor:
+    """``[N]`` advantages of the samples of one step from their ``rewards [N]``.
+
+    An execution counts once, its samples take its advantage. No sample may be aborted.
+
+    Raises:
+        ValueError: if samples of one execution have different rewards.
+    """
+    executions, counts = shape.count_executions()
+    places = torch.arange(len(rewards))
+    first = torch.full_like(counts, len(rewards)).scatter_reduce(0, executions, places, "amin")
+    others = first[executions]
+    differs = torch.nonzero((others != places) & (rewards[others] != rewards))
+    if len(differs):
+        group = shape.group_ids[int(shape.group_numbers[differs[0]])]
+        raise ValueError(
+            f"samples of one execution of group {group!r} have different rewards; give "
+            "them one reward, or an execution_id each"
+        )
+    settings: dict[str, Any] = {}
+    if algorithm.adv_estimator == "grpo":
+        settings = {
+            "norm_adv_by_std": algorithm.norm_adv_by_std_in_grpo,
+            "std_floor": algorithm.std_floor,
+        }
+    elif algorithm.whitens:
+        settings = {"trained_counts": counts}
+    found = group_advantages(
+        rewards[first],
+        shape.group_numbers[first],
+        estimator=algorithm.adv_estimator,
+        **settings,
+    )
+    return found.advantages[executions]
+
+
+def sample_weights(shape: StepShape, algorithm: GrpoConfig) -> Tensor:
+    """``[N]`` weight of every trained token of a sample in the loss of the minibatch ``shape``."""
+    executions, counts = shape.count_executions()
+    weights = aggregation_weights(
+        counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
+    )
+    return weights[executions]

@@ -1,0 +1,284 @@
+"""Which replica packs which groups, and the way of their tokens there."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..data import (
+    Group,
+    GroupShape,
+    Sample,
+    balance_costs,
+    group_shape,
+    without_aborted,
+)
+from .packing import PackingConfig
+from .replicas import Replicas
+from .settings import GrpoConfig
+from .shape import IntArray, StepShape, join_shapes
+
+Item = TypeVar("Item")
+Numbered = tuple[int, Group, GroupShape]
+
+_TOKENS = ("response_ids", "loss_mask")
+_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Placement:
+    """The groups of a step, each with all its tokens on the one replica that packs it.
+
+    Attributes:
+        rollout: of all groups that were brought.
+        shape: of those that are judged: without aborted samples.
+        minibatches: judged groups of every optimizer step, ascending; none without trained tokens.
+        left_out: judged groups that no optimizer step trains.
+        num_skipped: groups left out for their rewards, or because nothing can be whitened.
+        groups: this replica's, by number in ``shape``, in the order of ``minibatches`` and
+            ``left_out``.
+        shapes: of ``groups``, in their order.
+        parts: places in ``groups`` of this replica's part of every minibatch, then of ``left_out``.
+    """
+
+    rollout: StepShape
+    shape: StepShape
+    minibatches: tuple[tuple[int, ...], ...]
+    left_out: tuple[int, ...]
+    num_skipped: int
+    groups: Mapping[int, Group]
+    shapes: tuple[GroupShape, ...]
+    parts: tuple[range, ...]
+
+
+def place_groups(
+    groups: Mapping[int, Group] | Sequence[Group],
+    algorithm: GrpoConfig,
+    packing: PackingConfig,
+    replicas: Replicas,
+    num_groups: int | None = None,
+) -> Placement:
+    """Bring every group to the replica that packs it; a collective of all ranks.
+
+    Ranks tell each other the numbers of ``StepShape``; tokens go only to where they are packed.
+
+    Args:
+        groups: what this rank brings; only those of a replica's first rank count. By number within
+            the rollout of all replicas, or in order, after those of the replicas before.
+        algorithm: divides the step into minibatches.
+        packing: what groups cost.
+        replicas: of the model.
+        num_groups: place only the first so many of the judged groups; None places all.
+
+    Raises:
+        ValueError: if there are no groups, a group is brought twice, or if some samples carry a
+            kind of values and others do not; on every rank.
+    """
+    held: list[Numbered] = []
+
+    def bring() -> _Brought:
+        brought, mine = _describe(groups if replicas.leads else (), packing, replicas.rank)
+        held.extend(mine)
+        return brought
+
+    told = replicas.share(replicas.gather(bring))
+    # Groups that were given in order stand after those of the replicas before.
+    counts = [len(one.numbers) if one.is_in_order else 0 for one in told]
+    firsts = (np.cumsum(counts) - counts).tolist()
+    rollout = join_shapes([(one.numbers + n, one.rollout) for n, one in zip(firsts, told)])
+    shape = join_shapes([(one.judged_numbers + n, one.judged) for n, one in zip(firsts, told)])
+    if not len(rollout.group_ids):
+        raise ValueError("no replica brought a group; bring at least one to every step")
+    order = np.sort(np.concatenate([one.judged_numbers + n for n, one in zip(firsts, told)]))
+    shape, order = shape.take(range(len(order))[:num_groups]), order[:num_groups]
+    minibatches, left_out, num_skipped = _minibatches(shape, algorithm)
+    owners = _owners(shape, [*minibatches, left_out], replicas.size)
+    first = firsts[replicas.rank]
+    places = {int(number): place for place, number in enumerate(order)}
+    mine = [(places[first + n], g, own) for n, g, own in held if first + n in places]
+    arrived = {n: (group, own) for n, group, own in _move(mine, owners, replicas)}
+    parts = [[g for g in part if owners[g] == replicas.rank] for part in [*minibatches, left_out]]
+    ends = np.cumsum([0] + [len(part) for part in parts]).tolist()
+    chosen = [g for part in parts for g in part]
+    return Placement(
+        rollout=rollout,
+        shape=shape,
+        minibatches=minibatches,
+        left_out=left_out,
+        num_skipped=num_skipped,
+        groups={g: arrived[g][0] for g in chosen},
+        shapes=tuple(arrived[g][1] for g in chosen),
+        parts=tuple(range(a, b) for a, b in zip(ends, ends[1:])),
+    )
+
+
+def written_out(placement: Placement) -> Placement:
+    """Every sample as a group of its own, where it stood: the same tokens with nothing shared."""
+    shape = placement.shape
+    everything = tuple(range(len(shape.rewards)))
+    numbers = shape.samples_of(list(placement.groups)).tolist()
+    alone = [
+        replace(group, group_id=f"{group.group_id}/{i}", samples=(sample,))
+        for group in placement.groups.values()
+        for i, sample in enumerate(group.samples)
+    ]
+    is_trained = shape.is_trained.any()
+    parts = (range(len(alone)), range(0)) if is_trained else (range(len(alone)),)
+    return replace(
+        placement,
+        shape=shape.written_out(),
+        minibatches=(everything,) if is_trained else (),
+        left_out=() if is_trained else everything,
+        groups=dict(zip(numbers, alone)),
+        shapes=tuple(group_shape(group) for group in alone),
+        parts=parts,
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Brought:
+    """What a replica tells of its groups; ``judged`` is without aborted samples."""
+
+    is_in_order: bool
+    numbers: IntArray
+    rollout: StepShape
+    judged_numbers: IntArray
+    judged: StepShape
+
+
+def _describe(
+    groups: Mapping[int, Group] | Sequence[Group], packing: PackingConfig, rank: int
+) -> tuple[_Brought, list[Numbered]]:
+    is_in_order = not isinstance(groups, Mapping)
+    by_number = dict(groups) if isinstance(groups, Mapping) else dict(enumerate(groups))
+    pairs = sorted(by_number.items(), key=lambda pair: pair[0])
+    judged = [(n, kept) for n, group in pairs for kept in without_aborted([group])]
+    shapes = [group_shape(group, packing.min_shared) for _, group in judged]
+    kept = [group for _, group in judged]
+    brought = _Brought(
+        is_in_order=is_in_order,
+        numbers=np.array([n for n, _ in pairs], dtype=np.int64),
+        rollout=StepShape.of([group for _, group in pairs], owner=rank),
+        judged_numbers=np.array([n for n, _ in judged], dtype=np.int64),
+        judged=StepShape.of(kept, shapes, packing.cost_model, rank),
+    )
+    return brought, [(n, group, shape) for (n, group), shape in zip(judged, shapes)]
+
+
+def _minibatches(
+    shape: StepShape, algorithm: GrpoConfig
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], int]:
+    """Groups of every optimizer step, the groups that none trains, and how many were skipped.
+
+    A minibatch without trained tokens has no loss. A step whose rewards cannot be whitened, as
+    fewer than two tokens are trained, has no advantages.
+    """
+    kept = list(range(len(shape.group_ids)))
+    if algorithm.skip_groups_without_spread:
+        kept = [group for group in kept if shape.has_spread[group]]
+    can_whiten = int(shape.loss_lens.sum()) >= 2
+    if algorithm.whitens and not can_whiten and "advantages" not in (shape.carried or ()):
+        kept = []
+    parts = split_evenly(kept, algorithm.num_minibatches)
+    trained = tuple(tuple(part) for part in parts if shape.is_trained[part].any())
+    count = len(shape.group_ids)
+    others = set(range(count)) - {group for part in trained for group in part}
+    return trained, tuple(sorted(others)), count - len(kept)
+
+
+def _owners(shape: StepShape, parts: Sequence[Sequence[int]], dp_size: int) -> IntArray:
+    """``[G]`` replica that packs each group: every part is divided evenly by itself."""
+    owners = np.zeros(len(shape.group_ids), dtype=np.int64)
+    for part in parts:
+        for rank, members in enumerate(balance_costs(shape.costs[list(part)].tolist(), dp_size)):
+            owners[[part[i] for i in members]] = rank
+    return owners
+
+
+def _move(held: Sequence[Numbered], owners: IntArray, replicas: Replicas) -> list[Numbered]:
+    """Groups that this replica packs, out of those that the replicas hold."""
+    packed = [entry for entry in held if owners[entry[0]] == replicas.rank]
+    if replicas.size > 1:
+        parts = [
+            _encode([e for e in held if owners[e[0]] == rank]) if rank != replicas.rank else b""
+            for rank in range(replicas.size)
+        ]
+        packed += [entry for part in replicas.exchange(parts) for entry in _decode(part)]
+    if replicas.num_ranks > 1:
+        content = replicas.share(_encode(packed) if replicas.leads else b"")
+        packed = packed if replicas.leads else _decode(content)
+    return packed
+
+
+def _encode(groups: Sequence[Numbered]) -> bytes:
+    """As ``_decode`` reads it: a few arrays instead of one per sample. Metadata stays behind."""
+    if not groups:
+        return b""
+    samples = [sample for _, group, _ in groups for sample in group.samples]
+    prompts = {id(sample.prompt_ids): sample.prompt_ids for sample in samples}
+    places = {key: i for i, key in enumerate(prompts)}
+    columns: dict[str, Any] = {"prompts": _flat(list(prompts.values()))}
+    for name in _TOKENS:
+        columns[name] = _flat([getattr(sample, name) for sample in samples])
+    for name in _VALUES:
+        given = [getattr(sample, name) for sample in samples]
+        columns[name] = (
+            [values is not None for values in given],
+            _flat([values for values in given if values is not None]),
+        )
+    columns["samples"] = [
+        (places[id(s.prompt_ids)], s.reward, s.status, s.sample_id, s.execution_id) for s in samples
+    ]
+    columns["groups"] = [(n, g.group_id, len(g.samples), shape) for n, g, shape in groups]
+    return pickle.dumps(columns, protocol=5)
+
+
+def _decode(content: bytes) -> list[Numbered]:
+    """Groups that another rank of this job has encoded."""
+    if not content:
+        return []
+    columns = pickle.loads(content)
+    prompts = _split(columns["prompts"])
+    tokens = {name: _split(columns[name]) for name in _TOKENS}
+    values: dict[str, list[Any]] = {}
+    for name in _VALUES:
+        is_given, flat = columns[name]
+        given = iter(_split(flat))
+        values[name] = [next(given) if is_own else None for is_own in is_given]
+    samples = iter(
+        Sample(
+            prompt_ids=prompts[prompt],
+            reward=reward,
+            status=status,
+            sample_id=sample_id,
+            execution_id=execution_id,
+            **{name: column[i] for name, column in (tokens | values).items()},
+        )
+        for i, (prompt, reward, status, sample_id, execution_id) in enumerate(columns["samples"])
+    )
+    return [
+        (number, Group(group_id, tuple(next(samples) for _ in range(count))), shape)
+        for number, group_id, count, shape in columns["groups"]
+    ]
+
+
+def _flat(tensors: Sequence[torch.Tensor]) -> tuple[Any, list[int]]:
+    joined = torch.cat(list(tensors)).numpy() if tensors else None
+    return joined, [len(tensor) for tensor in tensors]
+
+
+def _split(flat: tuple[Any, list[int]]) -> list[torch.Tensor]:
+    joined, lens = flat
+    return [] if joined is None else list(torch.split(torch.from_numpy(joined), lens))
+
+
+def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Items in order, in ``count`` runs as even as can be, or fewer so that none is empty."""
+    count = min(count, len(items))
+    bounds = [len(items) * i // count for i in range(count + 1)] if items else []
+    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:])]

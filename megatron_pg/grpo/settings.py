@@ -1,0 +1,93 @@
+"""The settings of a step: how it shares and packs, and what it optimises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..loss import PolicyLossConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixGroupConfig:
+    """How shared prefixes are found, packed and attended to.
+
+    Attributes:
+        attention_backend: of prefix-grouped attention, see ``available_backends``.
+        min_shared: share every common run of at least this many tokens; None shares the prompt.
+        max_tokens_per_microbatch: budget of a packed row in unique tokens.
+        prefix_resident: what becomes of a group that is larger than a row: "never" repeats its
+            prompt in each of its rows, "always" encodes it once and keeps it resident on every
+            pipeline stage, "auto" does what the cost model finds cheaper.
+        prefix_resident_mode: "retain" keeps the graph of resident prompts, "recompute" encodes them
+            once more in the backward pass.
+        max_resident_tokens: prompt tokens that are resident at once; more take several waves.
+            ``max_tokens_per_microbatch`` when None.
+        logprob_chunk_tokens: predictions whose logits exist at once.
+    """
+
+    attention_backend: str = "auto"
+    min_shared: int | None = None
+    max_tokens_per_microbatch: int = 8192
+    prefix_resident: Literal["auto", "always", "never"] = "auto"
+    prefix_resident_mode: Literal["retain", "recompute"] = "retain"
+    max_resident_tokens: int | None = None
+    logprob_chunk_tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """What is optimised; names follow verl where it has them, defaults need not.
+
+    ``policy`` clips above at DAPO's 0.28 and has no dual clip, unless told otherwise.
+
+    Attributes:
+        adv_estimator: see ``loss.ADVANTAGE_ESTIMATORS``.
+        norm_adv_by_std_in_grpo: divide by the group's standard deviation; False is Dr.GRPO.
+        std_floor: smallest standard deviation divided by.
+        skip_groups_without_spread: leave out groups whose rewards, as they were given, are all
+            equal. A step that is left without groups updates nothing and still counts as a step.
+        loss_agg_mode: see ``loss.AGGREGATION_MODES``.
+        loss_scale_factor: constant of "seq-mean-token-sum-norm".
+        ppo_epochs: passes over the groups of a step.
+        num_minibatches: optimizer steps per pass; whole groups in the order of the rollout, as
+            even as can be.
+        policy: see ``loss.PolicyLossConfig``.
+        use_kl_in_reward: subtract the KL to the reference from the reward.
+        kl_coef: of the KL in the reward.
+        kl_penalty: estimator of the KL in the reward.
+        overlong_buffer_len: DAPO's soft punishment of responses that end in the last tokens before
+            the longest allowed one; 0 is off.
+        overlong_penalty_factor: what is taken off the reward of a response of the longest length.
+    """
+
+    adv_estimator: str = "grpo"
+    norm_adv_by_std_in_grpo: bool = True
+    std_floor: float = 0.0
+    skip_groups_without_spread: bool = False
+    loss_agg_mode: str = "token-mean"
+    loss_scale_factor: float | None = None
+    ppo_epochs: int = 1
+    num_minibatches: int = 1
+    policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    use_kl_in_reward: bool = False
+    kl_coef: float = 0.001
+    kl_penalty: str = "k1"
+    overlong_buffer_len: int = 0
+    overlong_penalty_factor: float = 1.0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether some term compares with a reference model."""
+        return self.use_kl_in_reward or self.policy.kl_loss_coef != 0
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the policy that is updated differs from the one that the loss compares with."""
+        is_on_policy = self.ppo_epochs == 1 and self.num_minibatches == 1
+        return not is_on_policy or self.policy.importance_mode is not None
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened over the step."""
+        return self.adv_estimator.startswith("reinforce_plus_plus")

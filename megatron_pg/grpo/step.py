@@ -1,0 +1,194 @@
+"""One GRPO step over the model chunks of a rank: rows, logprobs, advantages, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from ..data import CostModel, Group
+from ..loss import kl_in_reward
+from .advantages import compute_advantages, shaped_rewards
+from .batch import StepBatch, pack_batch
+from .packing import PackingConfig, cost_model_of
+from .passes import HeadConfig, compute_logprobs, train_pass
+from .placement import Placement, place_groups, written_out
+from .replicas import MegatronReplicas, Ranks
+from .settings import GrpoConfig, PrefixGroupConfig
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class GrpoStep:
+    """GRPO over packed groups, for a training loop of one's own.
+
+    Equals the written-out step: every sample trained over its own tokens alone, one loss over the
+    groups of all replicas. Megatron's parallel state is initialized, the chunks' spec is wrapped by
+    ``with_prefix_grouped_attention``; every rank takes part in each call.
+
+    Args:
+        chunks: ``PrefixGroupedGPTModel`` chunks of the policy on this rank, as Megatron's schedules
+            take them.
+        vocab_size: entries of the vocabulary without padding.
+        algorithm: what is optimised.
+        settings: how groups are packed.
+        reference: chunks of the reference model, where a KL term compares with one.
+        temperature: of the logprobs; the sampling temperature.
+        max_response_tokens: longest response that sampling allows, read by the overlong penalty.
+        cost_model: of the model; made from the chunks' configuration when None.
+
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        *,
+        vocab_size: int,
+        algorithm: GrpoConfig | None = None,
+        settings: PrefixGroupConfig | None = None,
+        reference: Sequence[Any] | None = None,
+        temperature: float = 1.0,
+        max_response_tokens: int | None = None,
+        cost_model: CostModel | None = None,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.reference = None if reference is None else list(reference)
+        self.algorithm = algorithm or GrpoConfig()
+        settings = settings or PrefixGroupConfig()
+        config = get_model_config(self.chunks[0])
+        cost_model = cost_model or cost_model_of(config, vocab_size)
+        self.packing = PackingConfig.from_config(settings, config, cost_model)
+        self.head = HeadConfig(
+            temperature=temperature,
+            vocab_size=vocab_size,
+            chunk_tokens=settings.logprob_chunk_tokens,
+            resident_mode=settings.prefix_resident_mode,
+        )
+        self.max_response_tokens = max_response_tokens
+        self.ranks = Ranks.from_megatron()
+        self.replicas = MegatronReplicas(self.ranks)
+
+    def prepare(
+        self,
+        groups: Mapping[int, Group] | Sequence[Group],
+        phase: Phase = lambda name: nullcontext(),
+    ) -> StepBatch:
+        """Everything that ``backward`` needs: rows, old and reference logprobs, advantages.
+
+        Args:
+            groups: what this replica brings to the step; those of its first rank count. By number
+                within the step, or in order, after those of the replicas before.
+            phase: entered with the name of what is being done, "pack" or "logprobs".
+
+        Raises:
+            ValueError: on every rank: if a group fits in no row, if samples carry different kinds
+                of values, or if a KL term has nothing to compare with.
+        """
+        with phase("pack"):
+            batch = self.pack(self.place(groups))
+        with phase("logprobs"):
+            batch = self._with_logprobs(batch)
+        return self._with_advantages(batch)
+
+    def place(self, groups: Mapping[int, Group] | Sequence[Group]) -> Placement:
+        """Bring every group to the replica that packs it (see ``place_groups``)."""
+        return place_groups(groups, self.algorithm, self.packing, self.replicas)
+
+    def pack(self, placement: Placement) -> StepBatch:
+        """Rows and values of placed groups (see ``pack_batch``)."""
+        return pack_batch(placement, self.algorithm, self.packing, self.replicas)
+
+    def logprobs(self, batch: StepBatch, chunks: Sequence[Any] | None = None) -> Tensor:
+        """``[N]`` float64 logprobs of the batch's trained tokens, on every rank of the replica.
+
+        Args:
+            batch: of ``prepare`` or ``pack``.
+            chunks: of the model that predicts; the policy when None.
+        """
+        found: Tensor | None = None
+        for part in batch.parts(with_left_out=self.algorithm.use_kl_in_reward):
+            values = compute_logprobs(chunks or self.chunks, part.waves, self.head, self.ranks)
+            if self.ranks.is_last_stage:
+                own = batch.collect(part.rows, values)
+                found = own if found is None else found + own
+        if self.ranks.is_last_stage and found is None:
+            found = torch.zeros(batch.num_tokens, dtype=torch.float64)
+        return self.replicas.from_last_stage(found, batch.num_tokens)
+
+    def backward(self, batch: StepBatch, minibatch: int = 0) -> dict[str, float]:
+        """Gradients of a minibatch's loss, left in the gradient buffers of all ranks, finalized.
+
+        Returns:
+            The loss's metric sums over this replica's rows (see ``loss.metric_means`` and
+            ``total_over_replicas``); empty on ranks that do not predict.
+        """
+        waves = batch.minibatches[minibatch].waves
+        return train_pass(
+            self.chunks, waves, batch.values, self.algorithm.policy, self.head, self.ranks
+        )
+
+    def self_check(self, groups: Mapping[int, Group] | Sequence[Group], num_groups: int) -> float:
+        """Largest |logprob packed - logprob written out| over the first judged groups of a step."""
+        placed = place_groups(groups, GrpoConfig(), self.packing, self.replicas, num_groups)
+        packed = self.logprobs(self.pack(placed))
+        alone = self.logprobs(self.pack(written_out(placed)))
+        own = float((packed - alone).abs().max()) if len(packed) else 0.0
+        return max(self.replicas.gather(lambda: own))
+
+    def _with_logprobs(self, batch: StepBatch) -> StepBatch:
+        """Old and reference logprobs, recomputed where none came along."""
+        algorithm, values = self.algorithm, batch.values
+        carried = batch.shape.carried or ()
+        if algorithm.needs_reference and self.reference is None and "ref_logprobs" not in carried:
+            if batch.minibatches:
+                raise ValueError(
+                    "the KL to a reference needs its logprobs: pass reference=, or give every "
+                    "sample ref_logprobs"
+                )
+            return batch
+        needs_old = algorithm.needs_old_logprobs or algorithm.use_kl_in_reward
+        if needs_old and "old_logprobs" not in carried:
+            values = replace(values, old_logprobs=self.logprobs(batch))
+        if self.reference is not None and "ref_logprobs" not in carried:
+            values = replace(values, ref_logprobs=self.logprobs(batch, self.reference))
+        return replace(batch, values=values)
+
+    def _with_advantages(self, batch: StepBatch) -> StepBatch:
+        shape, algorithm = batch.shape, self.algorithm
+        rewards = shaped_rewards(shape, algorithm, self.max_response_tokens)
+        kl = self._kl_of_samples(batch) if algorithm.use_kl_in_reward else None
+        batch = replace(batch, kl_of_samples=kl)
+        is_own = "old_logprobs" not in (shape.carried or ())
+        if kl is not None and is_own and not algorithm.needs_old_logprobs:
+            # The policy is updated once: its ratio is 1 without them.
+            batch = replace(batch, values=replace(batch.values, old_logprobs=None))
+        if "advantages" in (shape.carried or ()) or not batch.minibatches:
+            return batch
+        if kl is not None:
+            rewards = rewards - kl
+        own = compute_advantages(shape, rewards, algorithm)[batch.sample_numbers]
+        advantages = torch.repeat_interleave(own, batch.counts)
+        return replace(batch, values=replace(batch.values, advantages=advantages))
+
+    def _kl_of_samples(self, batch: StepBatch) -> Tensor:
+        """``[N_all]`` ``kl_coef`` times the KL of every sample to the reference, on every rank."""
+        values = batch.values
+        found = torch.zeros(len(batch.shape.rewards), dtype=torch.float64)
+        if values.old_logprobs is None or values.ref_logprobs is None:
+            return found
+        own = kl_in_reward(
+            torch.zeros(len(batch.counts), dtype=torch.float64),
+            values.old_logprobs,
+            values.ref_logprobs,
+            batch.sample_ids,
+            kl_coef=self.algorithm.kl_coef,
+            kind=self.algorithm.kl_penalty,
+        )
+        for numbers, kl in self.replicas.gather(lambda: (batch.sample_numbers, -own)):
+            found[numbers] = kl
+        return found
