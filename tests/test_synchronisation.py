@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_pg.train.passes import microbatch_loss
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from megatron_pg import PrefixTree, pack_trees
 from megatron_pg.attention.backends.torch_cuda import TorchFlashKernel
 from megatron_pg.attention.merge import LseMergeAttention
 from megatron_pg.data import Group, Microbatch, Sample, pack_groups
+from megatron_pg.grpo import microbatch_loss
 from megatron_pg.loss import (
     POLICY_LOSSES,
     PolicyLossConfig,
@@ -28,7 +28,6 @@ from megatron_pg.loss import (
     vocab_parallel_logprobs,
 )
 from megatron_pg.mcore import PrefixGroupedSeqParams
-from megatron_pg.train.ranks import Ranks
 
 DEVICE = torch.device("meta")
 
@@ -94,12 +93,6 @@ def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
 
 
-def one_rank() -> Ranks:
-    return Ranks(
-        device=DEVICE, rank=0, world_size=1, dp_rank=0, dp_size=1, is_last_stage=True, tp_rank=0
-    )
-
-
 def test_the_watch_sees_what_waits():
     ids = torch.arange(3)
     for waits in (
@@ -163,7 +156,7 @@ def test_logprobs_and_loss(policy_loss, importance_mode):
         output = vocab_parallel_logprobs(
             rows, weight, batch.target_tokens, temperature=0.7, chunk_tokens=4, with_entropy=True
         )
-        loss, sums = microbatch_loss(output, batch, policy, one_rank())
+        loss, sums = microbatch_loss(output, batch, policy, DEVICE)
         loss.backward()
     assert watch.waits == [] and watch.num_copies > 8
     assert hidden.grad is not None and weight.grad is not None

@@ -1,6 +1,8 @@
 """The GRPO step as a library: groups in, gradients out, for any training loop on Megatron-Core."""
 
-from .batch import Minibatch, StepBatch
+from .advantages import compute_advantages
+from .batch import Minibatch, StepBatch, pack_batch
+from .messages import decode_groups, encode_groups
 from .packing import (
     PackingConfig,
     TokenCounts,
@@ -10,6 +12,7 @@ from .packing import (
     plan_all_replicas,
 )
 from .passes import HeadConfig, compute_logprobs, microbatch_loss, train_pass
+from .placement import Placement, place_groups
 from .replicas import MegatronReplicas, Ranks, Replicas, total_over_replicas
 from .settings import GrpoConfig, PrefixGroupConfig
 from .shape import StepShape
@@ -22,6 +25,7 @@ __all__ = [
     "MegatronReplicas",
     "Minibatch",
     "PackingConfig",
+    "Placement",
     "PrefixGroupConfig",
     "Ranks",
     "Replicas",
@@ -29,10 +33,15 @@ __all__ = [
     "StepShape",
     "TokenCounts",
     "active_ffn_hidden_size",
+    "compute_advantages",
     "compute_logprobs",
     "cost_model_of",
     "count_tokens",
+    "decode_groups",
+    "encode_groups",
     "microbatch_loss",
+    "pack_batch",
+    "place_groups",
     "plan_all_replicas",
     "total_over_replicas",
     "train_pass",

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 
 from ..data import (
     Group,
     GroupShape,
-    Sample,
     balance_costs,
     group_shape,
     without_aborted,
 )
+from .messages import Numbered, decode_groups, encode_groups
 from .packing import PackingConfig
 from .replicas import Replicas
 from .settings import GrpoConfig
 from .shape import IntArray, StepShape, join_shapes
 
 Item = TypeVar("Item")
-Numbered = tuple[int, Group, GroupShape]
-
-_TOKENS = ("response_ids", "loss_mask")
-_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,7 +76,7 @@ def place_groups(
     held: list[Numbered] = []
 
     def bring() -> _Brought:
-        brought, mine = _describe(groups if replicas.leads else (), packing, replicas.rank)
+        brought, mine = _describe(groups if replicas.leads else (), packing)
         held.extend(mine)
         return brought
 
@@ -152,7 +146,7 @@ class _Brought:
 
 
 def _describe(
-    groups: Mapping[int, Group] | Sequence[Group], packing: PackingConfig, rank: int
+    groups: Mapping[int, Group] | Sequence[Group], packing: PackingConfig
 ) -> tuple[_Brought, list[Numbered]]:
     is_in_order = not isinstance(groups, Mapping)
     by_number = dict(groups) if isinstance(groups, Mapping) else dict(enumerate(groups))
@@ -163,9 +157,9 @@ def _describe(
     brought = _Brought(
         is_in_order=is_in_order,
         numbers=np.array([n for n, _ in pairs], dtype=np.int64),
-        rollout=StepShape.of([group for _, group in pairs], owner=rank),
+        rollout=StepShape.of([group for _, group in pairs]),
         judged_numbers=np.array([n for n, _ in judged], dtype=np.int64),
-        judged=StepShape.of(kept, shapes, packing.cost_model, rank),
+        judged=StepShape.of(kept, shapes, packing.cost_model),
     )
     return brought, [(n, group, shape) for (n, group), shape in zip(judged, shapes)]
 
@@ -205,76 +199,16 @@ def _move(held: Sequence[Numbered], owners: IntArray, replicas: Replicas) -> lis
     packed = [entry for entry in held if owners[entry[0]] == replicas.rank]
     if replicas.size > 1:
         parts = [
-            _encode([e for e in held if owners[e[0]] == rank]) if rank != replicas.rank else b""
+            encode_groups([e for e in held if owners[e[0]] == rank])
+            if rank != replicas.rank
+            else b""
             for rank in range(replicas.size)
         ]
-        packed += [entry for part in replicas.exchange(parts) for entry in _decode(part)]
+        packed += [entry for part in replicas.exchange(parts) for entry in decode_groups(part)]
     if replicas.num_ranks > 1:
-        content = replicas.share(_encode(packed) if replicas.leads else b"")
-        packed = packed if replicas.leads else _decode(content)
+        content = replicas.share(encode_groups(packed) if replicas.leads else b"")
+        packed = packed if replicas.leads else decode_groups(content)
     return packed
-
-
-def _encode(groups: Sequence[Numbered]) -> bytes:
-    """As ``_decode`` reads it: a few arrays instead of one per sample. Metadata stays behind."""
-    if not groups:
-        return b""
-    samples = [sample for _, group, _ in groups for sample in group.samples]
-    prompts = {id(sample.prompt_ids): sample.prompt_ids for sample in samples}
-    places = {key: i for i, key in enumerate(prompts)}
-    columns: dict[str, Any] = {"prompts": _flat(list(prompts.values()))}
-    for name in _TOKENS:
-        columns[name] = _flat([getattr(sample, name) for sample in samples])
-    for name in _VALUES:
-        given = [getattr(sample, name) for sample in samples]
-        columns[name] = (
-            [values is not None for values in given],
-            _flat([values for values in given if values is not None]),
-        )
-    columns["samples"] = [
-        (places[id(s.prompt_ids)], s.reward, s.status, s.sample_id, s.execution_id) for s in samples
-    ]
-    columns["groups"] = [(n, g.group_id, len(g.samples), shape) for n, g, shape in groups]
-    return pickle.dumps(columns, protocol=5)
-
-
-def _decode(content: bytes) -> list[Numbered]:
-    """Groups that another rank of this job has encoded."""
-    if not content:
-        return []
-    columns = pickle.loads(content)
-    prompts = _split(columns["prompts"])
-    tokens = {name: _split(columns[name]) for name in _TOKENS}
-    values: dict[str, list[Any]] = {}
-    for name in _VALUES:
-        is_given, flat = columns[name]
-        given = iter(_split(flat))
-        values[name] = [next(given) if is_own else None for is_own in is_given]
-    samples = iter(
-        Sample(
-            prompt_ids=prompts[prompt],
-            reward=reward,
-            status=status,
-            sample_id=sample_id,
-            execution_id=execution_id,
-            **{name: column[i] for name, column in (tokens | values).items()},
-        )
-        for i, (prompt, reward, status, sample_id, execution_id) in enumerate(columns["samples"])
-    )
-    return [
-        (number, Group(group_id, tuple(next(samples) for _ in range(count))), shape)
-        for number, group_id, count, shape in columns["groups"]
-    ]
-
-
-def _flat(tensors: Sequence[torch.Tensor]) -> tuple[Any, list[int]]:
-    joined = torch.cat(list(tensors)).numpy() if tensors else None
-    return joined, [len(tensor) for tensor in tensors]
-
-
-def _split(flat: tuple[Any, list[int]]) -> list[torch.Tensor]:
-    joined, lens = flat
-    return [] if joined is None else list(torch.split(torch.from_numpy(joined), lens))
 
 
 def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:

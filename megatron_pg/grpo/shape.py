@@ -25,7 +25,6 @@ class StepShape:
 
     Attributes:
         group_ids: ``[G]`` names for messages.
-        owners: ``[G]`` replica that brought the group.
         num_samples: ``[G]``.
         costs: ``[G]`` of a pass over the group.
         rewards: ``[N]`` as they were given.
@@ -38,7 +37,6 @@ class StepShape:
     """
 
     group_ids: tuple[str, ...]
-    owners: IntArray
     num_samples: IntArray
     costs: FloatArray
     rewards: FloatArray
@@ -55,7 +53,6 @@ class StepShape:
         groups: Sequence[Group],
         shapes: Sequence[GroupShape] | None = None,
         cost_model: CostModel | None = None,
-        owner: int = 0,
     ) -> StepShape:
         """Of the groups that one replica brings.
 
@@ -63,7 +60,6 @@ class StepShape:
             groups: in the order of the rollout.
             shapes: what the samples of every group share; without them, costs are 0.
             cost_model: of ``costs``; the default model when None.
-            owner: the replica.
 
         Raises:
             ValueError: if some samples carry a kind of values and others do not.
@@ -74,7 +70,6 @@ class StepShape:
         costs = [shape.cost(cost_model) for shape in shapes] if shapes else [0.0] * len(groups)
         return cls(
             group_ids=tuple(group.group_id for group in groups),
-            owners=np.full(len(groups), owner, dtype=np.int64),
             num_samples=_ints(len(group.samples) for group in groups),
             costs=np.array(costs, dtype=np.float64),
             rewards=np.array([s.reward for s in samples], dtype=np.float64),
@@ -119,7 +114,7 @@ class StepShape:
         for field in fields(self):
             values = getattr(self, field.name)
             if isinstance(values, np.ndarray):
-                of_groups = field.name in ("owners", "num_samples", "costs")
+                of_groups = field.name in ("num_samples", "costs")
                 changed[field.name] = values[groups if of_groups else samples]
         return replace(self, **changed)  # type: ignore[arg-type]
 
@@ -138,7 +133,6 @@ class StepShape:
         return replace(
             self,
             group_ids=tuple(f"{name}/{i}" for name, count in names for i in range(count)),
-            owners=np.repeat(self.owners, self.num_samples),
             num_samples=ones,
             costs=np.zeros(len(ones)),
             executions=np.zeros_like(ones),

@@ -42,6 +42,9 @@ class GrpoStep:
         max_response_tokens: longest response that sampling allows, read by the overlong penalty.
         cost_model: of the model; made from the chunks' configuration when None.
 
+    Raises:
+        ValueError: if the chunks' configuration would scale the loss, or leave gradients unreduced.
+
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class GrpoStep:
         self.algorithm = algorithm or GrpoConfig()
         settings = settings or PrefixGroupConfig()
         config = get_model_config(self.chunks[0])
+        _check_trainable(config)
         cost_model = cost_model or cost_model_of(config, vocab_size)
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(
@@ -192,3 +196,21 @@ class GrpoStep:
         for numbers, kl in self.replicas.gather(lambda: (batch.sample_numbers, -own)):
             found[numbers] = kl
         return found
+
+
+def _check_trainable(config: Any) -> None:
+    problems = []
+    if not config.calculate_per_token_loss:
+        problems.append(
+            "calculate_per_token_loss=False divides the loss by the number of microbatches, which "
+            "packing changes; build the model with calculate_per_token_loss=True"
+        )
+    if config.finalize_model_grads_func is None:
+        problems.append(
+            "finalize_model_grads_func=None leaves gradients unreduced; set it to "
+            "megatron.core.distributed.finalize_model_grads"
+        )
+    if problems:
+        raise ValueError(
+            "the model's TransformerConfig cannot train packed rows: " + "; ".join(problems)
+        )

@@ -128,3 +128,14 @@ def test_two_node_launch_meets_across_hosts(two_hosts: tuple[str, str], tmp_path
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-4000:]
     steps = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(steps) == 2 and json.loads(steps[0])["pipeline/bubble"] > 0
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_a_loop_of_one_s_own_equals_the_written_out_loop(layout: str) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(sys.executable, *launcher, "examples/own_loop.py", layout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Three steps of both ranks; the example itself compares every weight.
+    assert done.stdout.count("2.67x, differ by ") == 6
+    assert len((ROOT / "examples" / "own_loop.py").read_text().splitlines()) <= 100

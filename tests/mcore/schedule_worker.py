@@ -26,6 +26,7 @@ from megatron_pg.data import (  # noqa: E402
     group_shape,
     make_wave,
     plan_waves,
+    token_values,
 )
 from megatron_pg.mcore import (  # noqa: E402
     Predictions,
@@ -88,6 +89,9 @@ def make_waves(case: harness.Case, mode: str) -> list[Wave]:
 
 
 def resident_step(groups: list[Group]) -> Any:
+    values = token_values([group_shape(g) for g in groups], dict(enumerate(groups)))
+    assert values.advantages is not None
+    advantages = values.advantages
     lens = torch.tensor([len(s.tokens) for g in groups for s in g.samples])
 
     def step(rows: Any, model: Any) -> Any:
@@ -112,7 +116,7 @@ def resident_step(groups: list[Group]) -> Any:
             logprobs, _ = output
             if is_prefix:
                 return logprobs.sum(), torch.tensor(0, dtype=torch.int), {}
-            weights = row.advantages.to(logprobs.dtype)
+            weights = advantages[row.token_numbers].to(logprobs.dtype)
             loss = -(logprobs[row.prediction_ids] * weights).sum()
             numbers = row.sample_numbers[row.sample_numbers >= 0]
             count = (lens[numbers] - 1).sum().int()

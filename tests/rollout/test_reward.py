@@ -8,7 +8,7 @@ import torch
 from megatron_pg.rollout import (
     CombinedReward,
     FormatReward,
-    load_reward,
+    load_callable,
     make_groups,
     math_verify_reward,
 )
@@ -23,15 +23,15 @@ def length_reward(prompt, response):
 NOT_CALLABLE = 3
 
 
-def test_load_reward_finds_functions_and_methods():
-    assert load_reward(f"{__name__}:length_reward") is length_reward
-    assert load_reward("math:pi.__add__")(1) > 4
+def test_load_callable_finds_functions_and_methods():
+    assert load_callable("reward", f"{__name__}:length_reward") is length_reward
+    assert load_callable("reward", "math:pi.__add__")(1) > 4
 
 
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        ("length_reward", "must have the form 'package.module:function'"),
+        ("length_reward", "must have the form 'package.module:name'"),
         (":f", "must have the form"),
         ("math:", "must have the form"),
         ("no_such_package.rewards:f", "no module named 'no_such_package'; put its folder"),
@@ -39,9 +39,9 @@ def test_load_reward_finds_functions_and_methods():
         (f"{__name__}:NOT_CALLABLE", "is a int, not a callable"),
     ],
 )
-def test_load_reward_refuses(path, complaint):
+def test_load_callable_refuses(path, complaint):
     with pytest.raises(ValueError, match=complaint):
-        load_reward(path)
+        load_callable("reward", path)
 
 
 def test_combined_reward_is_the_weighted_sum():

@@ -11,6 +11,7 @@ from megatron_pg.rollout import (
     GroupStream,
     RecordedRollouts,
     Response,
+    RolloutSource,
     SampledRollouts,
     SamplingParams,
 )
@@ -96,7 +97,7 @@ class _Task:
         return [make_prompt(number) for number in range(start, start + count)]
 
 
-class _Source:
+class _Source(RolloutSource):
     def __init__(self):
         self.seeds = []
         self.versions = []

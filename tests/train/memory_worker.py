@@ -9,19 +9,16 @@ from __future__ import annotations
 import resource
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
-from megatron_pg.train.batch import make_minibatch, packing_config  # noqa: E402
-from megatron_pg.train.passes import HeadConfig, train_pass  # noqa: E402
 
 from megatron_pg.data import Group, Sample  # noqa: E402
-from megatron_pg.loss import PolicyLossConfig  # noqa: E402
+from megatron_pg.grpo import GrpoStep, PrefixGroupConfig  # noqa: E402
 from megatron_pg.train import TrainConfig, parallel_run  # noqa: E402
-from megatron_pg.train.config import AlgorithmConfig, ModelConfig  # noqa: E402
+from megatron_pg.train.config import ModelConfig  # noqa: E402
 from megatron_pg.train.model import build_trained_model  # noqa: E402
 from megatron_pg.train.model_plan import plan_model  # noqa: E402
 
@@ -64,20 +61,21 @@ def address_space() -> int:
 def main() -> None:
     way, megabytes = sys.argv[1], int(sys.argv[2])
     config = TrainConfig(model=MODEL)
-    with parallel_run(config.parallel, 0) as ranks:
+    with parallel_run(config.parallel, 0):
         torch.set_num_threads(1)
-        plan = plan_model(config.model, config.parallel)
-        model = build_trained_model(config, plan, 1)
-        packing = packing_config(config, plan)
-        head = HeadConfig(temperature=1.0, vocab_size=VOCAB, chunk_tokens=512)
+        model = build_trained_model(config, plan_model(config.model, config.parallel), 1)
 
         def step(group: Group, max_tokens: int) -> float:
-            residency = replace(packing.residency, choice="always", max_resident_tokens=4096)
-            own = replace(packing, max_tokens=max_tokens, residency=residency)
-            advantages = torch.linspace(-1, 1, len(group.samples), dtype=torch.float64)
-            batch = make_minibatch([group], advantages, AlgorithmConfig(), own, ranks)
+            settings = PrefixGroupConfig(
+                max_tokens_per_microbatch=max_tokens,
+                prefix_resident="always",
+                max_resident_tokens=4096,
+                logprob_chunk_tokens=512,
+            )
+            own = GrpoStep(model.chunks, vocab_size=VOCAB, settings=settings)
+            batch = own.prepare([group])
             assert bool(batch.tokens.resident) == (max_tokens < 30_000)
-            return train_pass(model.chunks, batch.waves, PolicyLossConfig(), head, ranks)["loss"]
+            return own.backward(batch)["loss"]
 
         # Whatever a step sets up once.
         step(make_group(64, 16, 4), 72)

@@ -60,7 +60,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["rollout.group_across_files=1"], "rollout.group_across_files=1 must be true or false"),
         (["model.transformer=3"], "model.transformer=3 must be a mapping"),
         (["model.hf=3"], "model.hf=3 must be text or null"),
-        (["rollout.source=file"], "must be one of 'recorded', 'model', 'server'"),
+        (["rollout.source=file"], "must be one of recorded, model, server, module:name"),
         (["rollout.task=3"], "rollout.task must be a mapping, got 3"),
         # Ranges.
         (["run.num_steps=0"], "run.num_steps=0 must be at least 1"),

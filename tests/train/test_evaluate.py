@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_pg.rollout import RecordedRollouts  # noqa: E402
-from megatron_pg.train.config import RunConfig, TrainConfig  # noqa: E402
+from megatron_pg.train import parallel_run  # noqa: E402
+from megatron_pg.train.config import ParallelConfig, RunConfig, TrainConfig  # noqa: E402
 from megatron_pg.train.evaluate import evaluate  # noqa: E402
 from megatron_pg.train.shared_stream import SharedStream  # noqa: E402
 from tests.train import tiny  # noqa: E402
@@ -16,5 +17,6 @@ from tests.train import tiny  # noqa: E402
 def test_rollouts_that_hold_no_prompts_out_are_refused() -> None:
     recorded = RecordedRollouts(tiny.make_groups(), shuffle=False, seed=0)
     stream = SharedStream(recorded, is_first=True)
-    with pytest.raises(ValueError, match="run.eval_prompts=3 needs rollouts that are sampled"):
+    message = "run.eval_prompts=3: recorded rollouts have no prompts that could be held out"
+    with parallel_run(ParallelConfig(), 0), pytest.raises(ValueError, match=message):
         evaluate(TrainConfig(run=RunConfig(eval_prompts=3)), stream)

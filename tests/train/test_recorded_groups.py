@@ -9,13 +9,16 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.train.batch import count_executions  # noqa: E402
-from megatron_pg.train.prepare import compute_advantages  # noqa: E402
 
-from megatron_pg.data import Group, read_rollouts  # noqa: E402
-from megatron_pg.train.config import AlgorithmConfig  # noqa: E402
+from megatron_pg.data import Group, read_rollouts, without_aborted  # noqa: E402
+from megatron_pg.grpo import GrpoConfig, StepShape, compute_advantages  # noqa: E402
 from tests.data.samples import make_sample  # noqa: E402
 from tests.data.slime import PLAIN, SLIME, P, Q, save_slime, slime_sample  # noqa: E402
+
+
+def advantages(groups: list[Group], algorithm: GrpoConfig | None = None) -> torch.Tensor:
+    shape = StepShape.of(groups)
+    return compute_advantages(shape, torch.from_numpy(shape.rewards), algorithm or GrpoConfig())
 
 
 @pytest.mark.parametrize("case", SLIME)
@@ -23,7 +26,7 @@ def test_advantages_of_slime_s_groups(tmp_path, case):
     samples, _ = SLIME[case]
     groups = read_rollouts(save_slime(tmp_path / "7.pt", samples))
     rewards = torch.cat([g.rewards for g in groups])
-    got = compute_advantages(groups, rewards, AlgorithmConfig())
+    got = advantages(groups)
     # Two executions with rewards 1 and 0: half a point from the mean, a deviation of sqrt(1 / 2).
     want = (2 * rewards - 1) * 0.5**0.5
     assert torch.allclose(got, want, atol=2e-6) and len(rewards) == len(samples)
@@ -35,11 +38,11 @@ def test_an_aborted_sample_does_not_count(tmp_path):
     samples += [slime_sample(2, 9, Q, [4], 9.0, **aborted)]
     groups = read_rollouts(save_slime(tmp_path / "7.pt", samples))
     assert [len(g.samples) for g in groups] == [3, 2, 1]
-    got = compute_advantages(groups, torch.cat([g.rewards for g in groups]), AlgorithmConfig())
-    half = 0.5**0.5
-    assert torch.allclose(got, torch.tensor([half, 0, -half, -half, half, 0]).double(), atol=2e-6)
-    got = compute_advantages(groups[2:], groups[2].rewards, AlgorithmConfig())
-    assert got.tolist() == [0.0]
+    half, judged = 0.5**0.5, without_aborted(groups)
+    assert [len(g.samples) for g in judged] == [2, 2]
+    got = advantages(judged)
+    assert torch.allclose(got, torch.tensor([half, -half, -half, half]).double(), atol=2e-6)
+    assert StepShape.of(groups).statistics()["response_length/aborted"] == 2 / 6
 
 
 def executions(*parts: tuple[float, list[int]]) -> list[Group]:
@@ -61,20 +64,20 @@ PARTS = [(1.0, [1, 1]), (0.0, [5]), (0.5, [1, 1, 1])]
     "estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 )
 def test_parts_take_the_advantage_of_the_whole(estimator):
-    algorithm = AlgorithmConfig(adv_estimator=estimator)
+    algorithm = GrpoConfig(adv_estimator=estimator)
     whole, parts = executions(*ONE), executions(*PARTS)
-    want = compute_advantages(whole, whole[0].rewards, algorithm)
-    got = compute_advantages(parts, parts[0].rewards, algorithm)
+    want = advantages(whole, algorithm)
+    got = advantages(parts, algorithm)
     assert torch.equal(got, want[[0, 0, 1, 2, 2, 2]]) and want.unique().numel() == 3
     # Counted by samples they would be others.
     alone = [Group("g", tuple(replace(s, execution_id=None) for s in parts[0].samples))]
     if estimator in ("grpo", "rloo"):
-        assert not torch.allclose(compute_advantages(alone, alone[0].rewards, algorithm), got)
+        assert not torch.allclose(advantages(alone, algorithm), got)
 
 
 def test_executions_are_counted_over_groups():
     groups = executions(*ONE) + executions(*PARTS)
-    numbers, counts = count_executions(groups)
+    numbers, counts = StepShape.of(groups).count_executions()
     assert numbers.tolist() == [0, 1, 2, 3, 3, 4, 5, 5, 5] and counts.tolist() == [2, 5, 3] * 2
 
 
@@ -82,4 +85,4 @@ def test_parts_of_different_rewards_are_refused():
     groups = executions(*PARTS)
     shaped = groups[0].rewards - torch.arange(6)
     with pytest.raises(ValueError, match="one execution of group 'g' have different rewards"):
-        compute_advantages(groups, shaped, AlgorithmConfig())
+        compute_advantages(StepShape.of(groups), shaped, GrpoConfig())

@@ -15,18 +15,26 @@ from megatron_pg.rollout import (
     OpenAIServerSource,
     ReasoningGymTask,
     Response,
+    RolloutSource,
     SampledRollouts,
     SamplingParams,
 )
-from megatron_pg.train import evaluate as evaluation
-from megatron_pg.train.config import RolloutConfig, RunConfig, ServerConfig, TrainConfig
+from megatron_pg.train import parallel_run
+from megatron_pg.train.config import (
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    ServerConfig,
+    TrainConfig,
+)
+from megatron_pg.train.evaluate import evaluate
 from megatron_pg.train.shared_stream import SharedStream
 from megatron_pg.train.sources import Sampling, make_stream
 from tests.rollout.helpers import CharTokenizer, make_response
 
 RANKS = Ranks(
     device=torch.device("cpu"), rank=0, world_size=1, dp_rank=0, dp_size=1, is_last_stage=True,
-    tp_rank=0,
+    tp_rank=0, leads_replica=True,
 )  # fmt: skip
 PARAMS = SamplingParams(num_generations=2, max_response_tokens=4)
 ABORTED = Response(response_ids=torch.tensor([], dtype=torch.int64), text="", status="aborted")
@@ -49,7 +57,7 @@ def test_what_is_sampled_is_held_to_the_vocabulary_of_the_model(kind: Any) -> No
         assert (stream.source.vocab_size, stream.source.health_path) == (321, "/up")
 
 
-class Source:
+class Source(RolloutSource):
     """Answers prompt i with the i-th pair of responses."""
 
     def __init__(self, *answers: tuple[Response, ...]) -> None:
@@ -68,17 +76,18 @@ class Source:
     ],
 )
 def test_an_evaluation_leaves_aborted_responses_out(
-    monkeypatch: pytest.MonkeyPatch, answers: Any, mean: float | None, num_prompts: int
+    answers: Any, mean: float | None, num_prompts: int
 ) -> None:
-    monkeypatch.setattr(evaluation, "on_first_rank", lambda action, is_first: action())
     pairs = [tuple(make_response(text) if text else ABORTED for text in pair) for pair in answers]
     inputs = replace(sampling(), reward=lambda prompt, response: len(response.text))
-    sampled = SampledRollouts(inputs.task, Source(*pairs), inputs.reward, PARAMS)  # type: ignore[arg-type]
+    sampled = SampledRollouts(inputs.task, Source(*pairs), inputs.reward, PARAMS)
     stream = SharedStream(sampled, is_first=True)
     config = TrainConfig(run=RunConfig(eval_prompts=2, eval_generations=2))
-    if mean is None:
-        with pytest.raises(ValueError, match="every response to a held-out prompt was aborted"):
-            evaluation.evaluate(config, stream)
-        return
-    result = evaluation.evaluate(config, stream)
+    with parallel_run(ParallelConfig(), 0):
+        if mean is None:
+            message = "every response to a held-out prompt was aborted"
+            with pytest.raises(ValueError, match=message):
+                evaluate(config, stream)
+            return
+        result = evaluate(config, stream)
     assert (result.mean, result.num_prompts) == (mean, num_prompts)

@@ -8,9 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron_pg.train.passes import HeadConfig, train_pass
 
 from megatron_pg.data import (
     Group,
@@ -23,9 +20,10 @@ from megatron_pg.data import (
     part_shape,
     part_tree,
     plan_waves,
+    token_values,
 )
+from megatron_pg.grpo import HeadConfig, Ranks, train_pass
 from megatron_pg.loss import PolicyLossConfig
-from megatron_pg.train import Ranks
 from tools.bench.gpt import Dims, make_dims, megatron
 from tools.bench.ranks import on_two_ranks
 from tools.bench.registry import BenchmarkRow, Options, register
@@ -128,7 +126,7 @@ def _compare(
         "prompt repeated": _plan(case, groups, "never", mode, dims),
     }
     paths = {
-        name: partial(_run, trainer, _waves(plan, groups), mode, dims, options)
+        name: partial(_run, trainer, _waves(plan, groups), groups, mode, dims, options)
         for name, plan in plans.items()
     }
     error = trainer.check_equal(paths, "prompt repeated")
@@ -159,7 +157,7 @@ def _compare_memory(case: Case, dims: Dims, options: Options, trainer: Trainer) 
     whole = _plan(replace(case, max_tokens=whole_tokens), groups, "never", "retain", dims)
     plans = {"ours": ours, "one row": whole}
     paths = {
-        name: partial(_run, trainer, _waves(plan, groups), "retain", dims, options)
+        name: partial(_run, trainer, _waves(plan, groups), groups, "retain", dims, options)
         for name, plan in plans.items()
     }
     error = trainer.check_equal(paths, "one row")
@@ -196,7 +194,12 @@ def _waves(plans: list[PackPlan], groups: list[Group]) -> list[Wave]:
 
 
 def _run(
-    trainer: Trainer, waves: list[Wave], mode: Mode, dims: Dims, options: Options
+    trainer: Trainer,
+    waves: list[Wave],
+    groups: list[Group],
+    mode: Mode,
+    dims: Dims,
+    options: Options,
 ) -> float | None:
     """Loss on the last stage; gradients are left in the model."""
     head = HeadConfig(
@@ -205,16 +208,10 @@ def _run(
         chunk_tokens=dims.chunk_tokens,
         resident_mode=mode,
     )
-    ranks = Ranks(
-        device=options.device,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        dp_rank=0,
-        dp_size=1,
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-    )
-    sums = train_pass([trainer.model], waves, PolicyLossConfig(), head, ranks)
+    shapes = [group_shape(group) for group in groups]
+    values = token_values(shapes, dict(enumerate(groups)))
+    ranks = Ranks.from_megatron()
+    sums = train_pass([trainer.model], waves, values, PolicyLossConfig(), head, ranks)
     return sums.get("loss")
 
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
-    from tools.bench import attention, layer, logprob, memory, pack, resident, step  # noqa: F401
+    from tools.bench import attention, layer, logprob, memory, pack, prepare, resident, step  # noqa: F401
     from tools.bench.machine import describe_machine, keep_freed_memory
     from tools.bench.processes import rows_of_processes
     from tools.bench.registry import BENCHMARKS, BenchmarkMismatch, Options
