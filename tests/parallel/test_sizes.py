@@ -177,7 +177,7 @@ def test_derived_sizes() -> None:
     assert (sizes.expert_tp, replace(sizes, etp=1).expert_tp) == (2, 1)
     plain = replace(sizes, sp=False, vpp=None)
     assert (plain.row_multiple, plain.microbatch_multiple, plain.num_chunks) == (1, 1, 3)
-    assert replace(sizes, cp=4).row_multiple == 8
+    assert (replace(sizes, cp=4).row_multiple, replace(sizes, cp=4).model_size) == (8, 24)
 
 
 def test_sizes_are_read_under_megatrons_names() -> None:
@@ -190,6 +190,42 @@ def test_sizes_are_read_under_megatrons_names() -> None:
         for name, value in vars(megatron_arguments(sizes)).items()
         if name != "sequence_parallel"
     }
+
+
+def configuration(**changes: Any) -> Namespace:
+    settings = dict(
+        num_layers=12,
+        num_attention_heads=8,
+        num_query_groups=4,
+        ffn_hidden_size=24,
+        num_moe_experts=None,
+        moe_ffn_hidden_size=None,
+        moe_layer_freq=1,
+        moe_shared_expert_intermediate_size=None,
+    )
+    return Namespace(**settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, DENSE),
+        ({"num_query_groups": None}, replace(DENSE, num_query_groups=8)),
+        ({"num_layers_in_first_pipeline_stage": 2}, replace(DENSE, num_layers=None)),
+        ({"pipeline_model_parallel_layout": "Et|tL"}, replace(DENSE, num_layers=None)),
+        ({"num_moe_experts": 6}, EXPERTS),
+        (
+            {"num_moe_experts": 6, "moe_ffn_hidden_size": 10, "moe_layer_freq": [0, 1]},
+            replace(EXPERTS, widths=DENSE.widths, expert_widths={"moe_ffn_hidden_size": 10}),
+        ),
+        (
+            {"num_moe_experts": 6, "moe_shared_expert_intermediate_size": 9},
+            replace(EXPERTS, widths={"moe_shared_expert_intermediate_size": 9}),
+        ),
+    ],
+)
+def test_what_a_configuration_divides(changes: dict[str, Any], expected: ModelSizes) -> None:
+    assert ModelSizes.from_config(configuration(**changes)) == expected
 
 
 @pytest.fixture(scope="module")
