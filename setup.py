@@ -33,12 +33,8 @@ EXTRAS = {
     "math": ["math-verify>=0.8"],
     "convert": [
         "megatron_pg[megatron]",
-        # 0.47 needs a megatron-core newer than the one that Python 3.11 can install.
-        "nvidia-modelopt>=0.46.1,<0.47; python_version < '3.12'",
-        "nvidia-modelopt>=0.47; python_version >= '3.12'",
         "safetensors>=0.4",
         "transformers>=4.56",
-        "requests",
     ],
     "gguf": ["gguf>=0.10", "accelerate", "transformers>=4.56"],
     "te": ["transformer-engine[pytorch]>=2.9"],

@@ -29,7 +29,7 @@ MODEL=.cache/SmolLM2-135M-Instruct
 if [ ! -f "$MODEL/config.json" ]; then
     echo "== preparing SmolLM2-135M-Instruct (93 MB, once)"
     mkdir -p .cache
-    .venv/bin/python tools/prepare_smollm2.py --out "$MODEL"
+    .venv/bin/python examples/prepare_smollm2.py --out "$MODEL"
 fi
 
 echo "== training on two processes, one pipeline stage each"

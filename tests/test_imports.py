@@ -24,6 +24,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"mcore", "parallel"},
     "train": BOTTOM | {"mcore", "grpo", "rollout", "checkpoint"},
 }
+# Rooms within a package: each may import those before it, and modules of a room only by its door.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "checkpoint": (
+        *("files", "collective", "table", "description", "families", "arguments", "folders"),
+        *("load", "export", "one_rank", "sharded_state", "convert", "reshard", "verify"),
+        *("inspect", "bridge"),
+    ),
+}
 MEGATRON = {"mcore", "grpo", "checkpoint", "train"}
 
 
@@ -97,6 +105,25 @@ def test_public_names_only(folder: str) -> None:
             if name not in BEHIND_A_DOOR:
                 assert set(taken) <= public_names(name), f"{path} takes {taken} of {name}"
     assert len(taken_from) > 2
+
+
+def test_rooms() -> None:
+    crossings = 0
+    for package, rooms in ROOMS.items():
+        folder = PACKAGE / package
+        held = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+        assert held - {"__init__", "__pycache__"} == set(rooms), "each has its place"
+        for path in sorted(folder.rglob("*.py")):
+            room = path.relative_to(folder).with_suffix("").parts[0]
+            for name, _ in imports(path):
+                target = name.removeprefix(f"megatron_pg.{package}.").split(".")
+                if room == "__init__" or target[0] not in rooms or target[0] == room:
+                    continue
+                crossings += 1
+                order = rooms.index(target[0]), rooms.index(room)
+                assert order[0] < order[1], f"{path}: {room} may not import {target[0]}"
+                assert len(target) == 1, f"{path} imports {name}; take it from the room's __init__"
+    assert crossings > 50
 
 
 def test_imports_without_megatron() -> None:

@@ -38,3 +38,55 @@ def test_sizes() -> None:
 
     assert parallel.__all__ == ["MEGATRON_NAMES", "ModelSizes", "ParallelSizes"]
     assert all(hasattr(parallel, name) for name in parallel.__all__)
+
+
+def test_checkpoint_names() -> None:
+    from megatron_pg import checkpoint
+
+    assert checkpoint.__all__ == [
+        "CheckpointFiles",
+        "CheckpointSummary",
+        "FAMILIES",
+        "FileChecksum",
+        "HF_FOLDER",
+        "HfFolder",
+        "HfModel",
+        "LogitComparison",
+        "MegatronFolder",
+        "TRACKER",
+        "TorchDistReader",
+        "TorchDistWriter",
+        "WeightSource",
+        "compare_logits",
+        "compare_training_state",
+        "compare_weights",
+        "export_hf",
+        "file_checksum",
+        "find_iteration",
+        "has_tokenizer",
+        "hf_model_from_args",
+        "hf_to_megatron",
+        "hf_to_megatron_by_bridge",
+        "inspect_checkpoint",
+        "is_torch_dist",
+        "iter_hf_tensors",
+        "iteration_name",
+        "load_hf",
+        "load_sharded_state",
+        "load_weights",
+        "make_megatron_args",
+        "megatron_to_hf",
+        "megatron_to_hf_by_bridge",
+        "on_all_ranks",
+        "on_first_rank",
+        "open_weights",
+        "parse_dtype",
+        "parse_hf_config",
+        "parse_json",
+        "read_hf_config",
+        "read_tracker",
+        "reshard_checkpoint",
+        "write_hf_metadata_folder",
+        "write_manifest",
+    ]
+    assert all(hasattr(checkpoint, name) for name in checkpoint.__all__)

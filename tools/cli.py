@@ -21,13 +21,12 @@ _FLAGS = {
     "trust_pickle=True": "--trust-pickle",
     "weights_only=True": "--weights-only",
     "dtype=DTYPE": "--dtype DTYPE",
-    "the direct conversion": "--backend direct",
 }
 
 
 def dtype(name: str) -> torch.dtype:
     """``float32``, ``bfloat16``, ``float16`` (or fp32, bf16, fp16) for argparse."""
-    from megatron_pg.checkpoint.files import parse_dtype
+    from megatron_pg.checkpoint import parse_dtype
 
     try:
         found = parse_dtype(name)
@@ -35,17 +34,6 @@ def dtype(name: str) -> torch.dtype:
         raise argparse.ArgumentTypeError(str(error)) from error
     assert found is not None
     return found
-
-
-def add_backend(parser: argparse.ArgumentParser) -> None:
-    """``--backend``: whose mapping moves the weights."""
-    parser.add_argument(
-        "--backend",
-        default="direct",
-        metavar="NAME",
-        help="direct (ours, one tensor in memory at a time), modelopt or megatron-bridge (the "
-        "library's mapping at tp=1 with the model in memory, then resharded)",
-    )
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.cli import add_backend, dtype, progress_bar, report_errors
+from tools.cli import dtype, progress_bar, report_errors
 
 
 def main() -> None:
@@ -25,14 +24,20 @@ def main() -> None:
     parser.add_argument("--dtype", type=dtype, help="of the written weights (default: as stored)")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
-    add_backend(parser)
+    parser.add_argument(
+        "--bridge",
+        action="store_true",
+        help="by Megatron Bridge, for a family that is not held here (at tp=1, as stored)",
+    )
     args = parser.parse_args()
-    from megatron_pg.checkpoint import hf_to_megatron, hf_to_megatron_by
+    from megatron_pg.checkpoint import hf_to_megatron, hf_to_megatron_by_bridge
 
-    is_direct = args.backend == "direct"
-    convert = hf_to_megatron if is_direct else partial(hf_to_megatron_by, args.backend)
+    if args.bridge:
+        with report_errors():
+            print(f"wrote {hf_to_megatron_by_bridge(args.hf, args.out)}")
+        return
     with report_errors(), progress_bar("parameters") as progress:
-        folder = convert(
+        folder = hf_to_megatron(
             args.hf,
             args.out,
             tp_size=args.tp,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.cli import add_backend, dtype, progress_bar, report_errors
+from tools.cli import dtype, progress_bar, report_errors
 
 
 def main() -> None:
@@ -32,14 +31,24 @@ def main() -> None:
         help="unpickle legacy .pt files: this runs code that they may contain",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
-    add_backend(parser)
+    parser.add_argument(
+        "--bridge",
+        action="store_true",
+        help="by Megatron Bridge, for a family that is not held here; needs --hf-config",
+    )
     args = parser.parse_args()
-    from megatron_pg.checkpoint import megatron_to_hf, megatron_to_hf_by
+    if args.bridge and args.hf_config is None:
+        parser.error("--bridge needs --hf-config DIR")
+    from megatron_pg.checkpoint import megatron_to_hf, megatron_to_hf_by_bridge
 
-    is_direct = args.backend == "direct"
-    convert = megatron_to_hf if is_direct else partial(megatron_to_hf_by, args.backend)
+    if args.bridge:
+        options = dict(hf_config=args.hf_config, trust_pickle=args.trust_pickle)
+        with report_errors():
+            megatron_to_hf_by_bridge(args.megatron, args.out, **options)
+        print(f"wrote {args.out}")
+        return
     with report_errors(), progress_bar("tensors") as progress:
-        has_tokenizer = convert(
+        has_tokenizer = megatron_to_hf(
             args.megatron,
             args.out,
             hf_config=args.hf_config,

@@ -42,9 +42,9 @@ def main() -> None:
         compare_logits,
         compare_training_state,
         compare_weights,
+        is_torch_dist,
         open_weights,
     )
-    from megatron_pg.checkpoint.torch_dist import is_torch_dist
 
     with report_errors(), progress_bar("tensors") as progress:
         options = dict(hf_config=args.hf_config, trust_pickle=args.trust_pickle)

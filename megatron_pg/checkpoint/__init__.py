@@ -1,40 +1,46 @@
 """How weights get in and out: Hugging Face folders, Megatron checkpoints, their comparison."""
 
-from .collective import on_all_ranks
-from .compare import compare_training_state, compare_weights
+from .arguments import hf_model_from_args, make_megatron_args
+from .bridge import hf_to_megatron_by_bridge, megatron_to_hf_by_bridge
+from .collective import on_all_ranks, on_first_rank
 from .convert import hf_to_megatron, megatron_to_hf, open_weights
-from .files import has_tokenizer, parse_json
-from .gguf import gguf_to_hf, prepare_smollm2
-from .hf_config import HfModel
-from .hf_folder import HfFolder
-from .hf_parse import parse_hf_config, read_hf_config
-from .layout import (
+from .description import HfModel, parse_hf_config, read_hf_config
+from .export import export_hf, iter_hf_tensors
+from .families import FAMILIES
+from .files import parse_dtype, parse_json
+from .folders import (
     HF_FOLDER,
     TRACKER,
+    CheckpointFiles,
+    FileChecksum,
+    HfFolder,
+    MegatronFolder,
+    TorchDistReader,
+    TorchDistWriter,
+    WeightSource,
+    file_checksum,
     find_iteration,
+    has_tokenizer,
+    is_torch_dist,
     iteration_name,
     read_tracker,
     write_hf_metadata_folder,
+    write_manifest,
 )
-from .libraries import LIBRARIES, hf_to_megatron_by, megatron_to_hf_by
-from .logits import LogitComparison, compare_logits
-from .manifest import CheckpointFiles, FileChecksum, file_checksum, write_manifest
-from .megatron_args import hf_model_from_args, make_megatron_args
-from .megatron_folder import MegatronFolder, WeightSource
-from .model import export_hf, iter_hf_tensors, load_hf, load_weights
+from .inspect import CheckpointSummary, inspect_checkpoint
+from .load import load_hf, load_weights
 from .reshard import reshard_checkpoint
 from .sharded_state import load_sharded_state
-from .summary import CheckpointSummary, inspect_checkpoint
-from .torch_dist import TorchDistReader, TorchDistWriter
+from .verify import LogitComparison, compare_logits, compare_training_state, compare_weights
 
 __all__ = [
     "CheckpointFiles",
     "CheckpointSummary",
+    "FAMILIES",
     "FileChecksum",
     "HF_FOLDER",
     "HfFolder",
     "HfModel",
-    "LIBRARIES",
     "LogitComparison",
     "MegatronFolder",
     "TRACKER",
@@ -47,12 +53,12 @@ __all__ = [
     "export_hf",
     "file_checksum",
     "find_iteration",
-    "gguf_to_hf",
     "has_tokenizer",
     "hf_model_from_args",
     "hf_to_megatron",
-    "hf_to_megatron_by",
+    "hf_to_megatron_by_bridge",
     "inspect_checkpoint",
+    "is_torch_dist",
     "iter_hf_tensors",
     "iteration_name",
     "load_hf",
@@ -60,12 +66,13 @@ __all__ = [
     "load_weights",
     "make_megatron_args",
     "megatron_to_hf",
-    "megatron_to_hf_by",
+    "megatron_to_hf_by_bridge",
     "on_all_ranks",
+    "on_first_rank",
     "open_weights",
+    "parse_dtype",
     "parse_hf_config",
     "parse_json",
-    "prepare_smollm2",
     "read_hf_config",
     "read_tracker",
     "reshard_checkpoint",

@@ -1,4 +1,4 @@
-"""Work that every rank does for itself and that fails on all of them or on none."""
+"""Work of one rank or of all that fails on all ranks or on none."""
 
 from __future__ import annotations
 
@@ -19,20 +19,41 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         ValueError: or NotImplementedError or OSError, as on the first rank that failed.
         RuntimeError: where another rank failed for a reason that is not the user's.
     """
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as problem:  # raised below, on every rank
-        error = problem
-    told: Exception | None = error
-    is_users = isinstance(error, (ValueError, NotImplementedError, OSError))
-    is_known = type(error).__module__.split(".")[0] in ("builtins", "megatron_pg")
-    if error is not None and not (is_users and is_known):
-        # Others may hold what does not travel.
-        told = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    result, error = _attempt(action)
     errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, told)
+    dist.all_gather_object(errors, _told(error))
     first = next((rank for rank, problem in enumerate(errors) if problem is not None), None)
     if first is not None:
         raise error if first == dist.get_rank() and error is not None else errors[first]
     return result  # type: ignore[return-value]
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """What ``action`` returns on rank 0, on every rank; its error is raised on every rank.
+
+    Raises:
+        ValueError: or NotImplementedError or OSError, as on rank 0.
+        RuntimeError: on other ranks, where it failed for a reason that is not the user's.
+    """
+    result, error = _attempt(action) if dist.get_rank() == 0 else (None, None)
+    shared: list[Any] = [result, _told(error)]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[1] is not None:
+        raise error or shared[1]
+    return shared[0]  # type: ignore[no-any-return]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # raised on every rank
+        return None, error
+
+
+def _told(error: Exception | None) -> Exception | None:
+    """What the other ranks raise: other errors may hold what does not travel."""
+    is_users = isinstance(error, (ValueError, NotImplementedError, OSError))
+    is_known = type(error).__module__.split(".")[0] in ("builtins", "megatron_pg")
+    if error is None or (is_users and is_known):
+        return error
+    return RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")

@@ -9,16 +9,26 @@ from pathlib import Path
 
 import torch
 
-from .files import atomic_folder, has_tokenizer, require_absent
-from .hf_folder import HfFolder
-from .hf_writer import MAX_SHARD_BYTES, HfWriter, make_file_plan, write_hf_metadata
-from .layout import iteration_name, refuse_both_kinds, write_hf_metadata_folder, write_tracker
-from .mapping import Mapping
-from .megatron_args import make_megatron_args
-from .megatron_folder import MegatronFolder, WeightSource, common_state
-from .shards import make_shard
-from .torch_dist import TorchDistWriter
-from .torch_dist_shards import torch_dist_places
+from .arguments import make_megatron_args
+from .files import atomic_folder, check_absent
+from .folders import (
+    MAX_SHARD_BYTES,
+    HfFolder,
+    HfWriter,
+    MegatronFolder,
+    TorchDistWriter,
+    WeightSource,
+    check_one_kind,
+    common_state,
+    has_tokenizer,
+    iteration_name,
+    make_weight_files,
+    write_hf_metadata,
+    write_hf_metadata_folder,
+    write_tracker,
+    written_places,
+)
+from .table import make_shard
 
 # Called with (done, total) after every tensor.
 Progress = Callable[[int, int], None]
@@ -70,7 +80,7 @@ def hf_to_megatron(
         dtype=dtype,
     )
     check_dtypes(source, args.padded_vocab_size, dtype)
-    require_absent(out)
+    check_absent(out)
     target = out / iteration_name(None)
     if dry_run:
         return target
@@ -93,11 +103,11 @@ def check_dtypes(source: WeightSource, padded_vocab_size: int, dtype: torch.dtyp
     """
     if dtype is not None:
         return
-    mapping = Mapping(source.model, padded_vocab_size)
+    table = source.model.weight_table(padded_vocab_size)
     first: dict[str, str] = {}
-    for name in mapping.megatron_names():
-        for piece in mapping.shard(name).pieces:
-            together = first.setdefault(torch_dist_places(name)[0][0], piece.name)
+    for name in table.megatron_names():
+        for piece in table.shard(name).pieces:
+            together = first.setdefault(written_places(name, has_experts=False)[0][0], piece.name)
             if source.dtypes[piece.name] != source.dtypes[together]:
                 raise ValueError(
                     f"{source.path}: {together} is {source.dtypes[together]}, {piece.name} "
@@ -118,18 +128,14 @@ def write_megatron_weights(
     Dtypes that differ within a tensor of the checkpoint are refused by ``check_dtypes``.
     """
     model = source.model
-    mapping = Mapping(model, padded_vocab_size)
-    names = mapping.megatron_names()
+    table = model.weight_table(padded_vocab_size)
+    names = table.megatron_names()
     lead = {1: (model.num_layers,), 2: (model.num_layers, model.num_experts or 0)}
     for done, name in enumerate(names, 1):
-        shard = mapping.shard(name)
+        shard = table.shard(name)
         stored = dtype or source.dtypes[shard.pieces[0].name]
         tensor = make_shard(shard, source.read, stored, name)
-        places = [place for place in torch_dist_places(name) if place[1] or "layers" not in name]
-        if model.num_experts is None:
-            places = places[:1]
-        # In front of experts the norm is no linear layer's: specs differ in its name.
-        for key, index in places if "pre_mlp" in name else places[:1]:
+        for key, index in written_places(name, has_experts=model.num_experts is not None):
             shape = (*lead.get(len(index), ()), *shard.shape)
             writer.add(key, tensor, shape, (*index, *(0 for _ in shard.shape)))
             linear = re.fullmatch(r"(.+\.linear_\w+)\.weight", key)
@@ -176,7 +182,7 @@ def megatron_to_hf(
     """
     out = Path(out_dir)
     source = MegatronFolder(megatron_dir, hf_config=hf_config, trust_pickle=trust_pickle)
-    require_absent(out)
+    check_absent(out)
     if not dry_run:
         write_hf(source, out, source.hf_config, dtype, max_shard_bytes, progress)
     return source.hf_config is not None and has_tokenizer(source.hf_config)
@@ -192,16 +198,16 @@ def write_hf(
 ) -> None:
     """Write any source as a Hugging Face folder, atomically."""
     dtypes = dict.fromkeys(source.shapes, dtype) if dtype else source.dtypes
-    plan = make_file_plan(source.shapes, dtypes, max_shard_bytes)
+    files = make_weight_files(source.shapes, dtypes, max_shard_bytes)
     with atomic_folder(out) as partial:
-        writer = HfWriter(partial, plan, dtypes)
+        writer = HfWriter(partial, files, dtypes)
         for done, name in enumerate(source.shapes, 1):
             writer.add(name, source.read(name))
             if progress:
                 progress(done, len(source.shapes))
         writer.finish()
         model = replace(source.model, dtype=dtype) if dtype else source.model
-        write_hf_metadata(partial, plan, model, hf_config)
+        write_hf_metadata(partial, files, model, hf_config)
 
 
 def open_weights(
@@ -216,6 +222,6 @@ def open_weights(
     """
     path = Path(path)
     if (path / "config.json").is_file():
-        refuse_both_kinds(path)
+        check_one_kind(path)
         return HfFolder(path)
     return MegatronFolder(path, hf_config=hf_config, trust_pickle=trust_pickle)

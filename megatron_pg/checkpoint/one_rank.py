@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..mcore import build_gpt_chunks, cpu
-from .hf_config import HfModel
+from .description import HfModel
 
 
 @contextmanager

@@ -10,15 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contents import is_optimizer_state, is_per_rank
+from .arguments import check_layout, make_megatron_args
 from .convert import Progress, write_megatron_weights
-from .description import Chunk, StoredTensor
-from .files import atomic_folder, require_absent
-from .layout import iteration_name, write_hf_metadata_folder, write_tracker
-from .megatron_args import check_layout, make_megatron_args
-from .megatron_folder import MegatronFolder
-from .shards import refuse_not_finite
-from .torch_dist import COMMON_STATE, TorchDistReader, TorchDistWriter, is_torch_dist
+from .files import atomic_folder, check_absent
+from .folders import (
+    COMMON_STATE,
+    Chunk,
+    MegatronFolder,
+    StoredTensor,
+    TorchDistReader,
+    TorchDistWriter,
+    is_optimizer_state,
+    is_per_rank,
+    is_torch_dist,
+    iteration_name,
+    write_hf_metadata_folder,
+    write_tracker,
+)
+from .table import EMBEDDING, HEAD, check_finite
 
 _NOT_RESHARDABLE = "optimizer.distributed.dp_group_idx"
 # A damaged number would fill memory with rows of padding.
@@ -79,7 +88,7 @@ def reshard_checkpoint(
             "weights_only=True, or save as torch_dist"
         )
     kept = _kept(reader, weights_only) if reader else {}
-    require_absent(out)
+    check_absent(out)
     if dry_run:
         return out / name
     with atomic_folder(out) as partial:
@@ -186,7 +195,7 @@ def _copy(
 def _check_finite(reader: TorchDistReader, key: str, chunk: Chunk, part: Tensor) -> None:
     """Weights are refused as everywhere; what an optimizer holds is its own business."""
     if not is_optimizer_state(key):
-        refuse_not_finite(part, f"{reader.folder / chunk.file}: tensor {key}")
+        check_finite(part, f"{reader.folder / chunk.file}: tensor {key}")
 
 
 def _copy_objects(reader: TorchDistReader, writer: TorchDistWriter, weights_only: bool) -> None:
@@ -206,7 +215,7 @@ def _copy_records(reader: TorchDistReader, folder: Path) -> None:
 
 def is_vocabulary(key: str) -> bool:
     """Whether a tensor (or an optimizer's copy of it) has one row per token of the vocabulary."""
-    return key.endswith(("embedding.word_embeddings.weight", "output_layer.weight"))
+    return key.endswith((EMBEDDING, HEAD))
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:

@@ -20,8 +20,7 @@ from megatron.core.dist_checkpointing.validation import (
 )
 
 from .collective import on_all_ranks
-from .extra_state import is_extra_state
-from .torch_dist import COMMON_STATE, TorchDistReader
+from .folders import COMMON_STATE, TorchDistReader, is_extra_state
 
 
 def load_sharded_state(sharded_state: dict[str, Any], reader: TorchDistReader) -> dict[str, Any]:

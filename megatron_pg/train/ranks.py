@@ -74,10 +74,3 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(
         seed, inference_rng_tracker=not torch.cuda.is_available(), force_reset_rng=True
     )
-
-
-def from_first_rank(value: Any) -> Any:
-    """The first rank's object, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..checkpoint import on_all_ranks
+from ..checkpoint import on_all_ranks, on_first_rank
 from ..data import Group
 from ..rollout import GroupStream, WeightExporter
-from .ranks import from_first_rank
 
 T = TypeVar("T")
 
@@ -53,7 +52,7 @@ class SharedStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream, as the first rank knows it."""
-        return dict(on_first_rank(lambda: self._own().state_dict(), self.is_first))
+        return dict(on_first_rank(lambda: self._own().state_dict()))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken."""
@@ -71,8 +70,3 @@ class SharedStream:
     def _own(self) -> GroupStream:
         assert self.stream is not None
         return self.stream
-
-
-def on_first_rank(action: Callable[[], Any], is_first: bool) -> Any:
-    """What ``action`` returns on rank 0, on every rank; its error is raised on every rank."""
-    return from_first_rank(on_all_ranks(lambda: action() if is_first else None))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import has_tokenizer
+from ..checkpoint import has_tokenizer, on_first_rank
 from ..data import (
     Group,
     carried_fields,
@@ -33,7 +33,7 @@ from .config_checks import needs_reference_message, raise_problems
 from .model_plan import ModelPlan
 from .model_source import ModelSource
 from .positions import BoundedPrompts, recorded_position_problems
-from .shared_stream import SharedStream, on_first_rank
+from .shared_stream import SharedStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def share_recording(
         own.append(read_recording(config, plan, packing))
         return own[0].fields
 
-    fields = on_first_rank(read, ranks.rank == 0)
+    fields = on_first_rank(read)
     return own[0] if own else Recording(groups=(), fields=fields)
 
 
@@ -167,7 +167,7 @@ def _make_source(
         api_key=server.api_key,
         reload=server.reload,
         export_dir=server.export_dir or str(Path(config.run.out) / "export"),
-        on_first=lambda action: on_first_rank(action, ranks.rank == 0),
+        on_first=on_first_rank,
     )
 
 

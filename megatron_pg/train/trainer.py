@@ -79,7 +79,7 @@ class Trainer:
             is_async=config.run.async_save,
         )
         with ExitStack() as held:
-            self.warnings = held.enter_context(hold_folders(config, ranks.rank == 0))
+            self.warnings = held.enter_context(hold_folders(config))
             newest = self._find_checkpoint()
             self._build()
             if newest is not None:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_pg.checkpoint import parse_hf_config
-from megatron_pg.checkpoint.mapping import Mapping
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MODEL_TYPES = {
@@ -49,7 +48,7 @@ def make_config(architecture: str, **settings: Any) -> dict[str, Any]:
 
 def make_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = Mapping(parse_hf_config(config)).hf_shapes()
+    shapes = parse_hf_config(config).weight_table().hf_shapes()
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 

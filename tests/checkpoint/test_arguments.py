@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_pg.checkpoint import (
+    FAMILIES,
     HfModel,
     MegatronFolder,
     hf_model_from_args,
@@ -21,7 +22,7 @@ from megatron_pg.checkpoint import (
     open_weights,
     reshard_checkpoint,
 )
-from megatron_pg.checkpoint.megatron_args import check_args
+from megatron_pg.checkpoint.arguments import check_args
 
 pytestmark = pytest.mark.megatron
 
@@ -66,9 +67,8 @@ def stock(**changes: Any) -> Namespace:
     return Namespace(**DEFAULTS | LLAMA | changes)
 
 
-def a_model(**changes: Any) -> HfModel:
+def a_model(architecture: str = "LlamaForCausalLM", **changes: Any) -> HfModel:
     sizes = dict(
-        architecture="LlamaForCausalLM",
         num_layers=4,
         hidden_size=32,
         ffn_hidden_size=48,
@@ -79,7 +79,7 @@ def a_model(**changes: Any) -> HfModel:
         vocab_size=100,
         max_sequence_length=128,
     )
-    return HfModel(**sizes | changes)
+    return FAMILIES[architecture](**sizes | changes)
 
 
 MODELS = {

@@ -22,7 +22,6 @@ from megatron_pg.checkpoint import (
     inspect_checkpoint,
     load_weights,
     megatron_to_hf,
-    megatron_to_hf_by,
     open_weights,
     read_hf_config,
     reshard_checkpoint,
@@ -239,7 +238,6 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
     "reshard_checkpoint": lambda models, out: reshard_checkpoint(
         models / "llama-megatron", out, tp_size=1, pp_size=2
     ),
-    "modelopt": lambda models, out: megatron_to_hf_by("modelopt", models / "llama-megatron", out),
 }
 
 
@@ -247,8 +245,6 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
 @pytest.mark.parametrize("max_bytes", [100, 3_000, 40_000, 200_000])
 def test_disk_full(writer: str, max_bytes: int, models: Path, tmp_path: Path) -> None:
     """No file may grow further, wherever that happens: in tensors, description or arguments."""
-    if writer == "modelopt":
-        pytest.importorskip("modelopt.torch.export")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, before[1]))
     try:
@@ -256,8 +252,7 @@ def test_disk_full(writer: str, max_bytes: int, models: Path, tmp_path: Path) ->
             WRITERS[writer](models, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    if writer != "modelopt":
-        assert f"{tmp_path / 'out'}: writing failed" in str(caught.value)
+    assert f"{tmp_path / 'out'}: writing failed" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,8 +273,6 @@ def test_output(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("writer", WRITERS)
 def test_place_that_cannot_be_written(writer: str, models: Path) -> None:
     """Not even by root."""
-    if writer == "modelopt":
-        pytest.importorskip("modelopt.torch.export")
     with pytest.raises(ValueError, match="/proc.*(writing failed|no permission)"):
         WRITERS[writer](models, Path("/proc/out"))
 

@@ -21,19 +21,15 @@ from megatron_pg.checkpoint import (
     compare_weights,
     export_hf,
     hf_to_megatron,
-    hf_to_megatron_by,
-    libraries,
     load_weights,
     make_megatron_args,
     megatron_to_hf,
-    megatron_to_hf_by,
     open_weights,
     parse_hf_config,
     reshard_checkpoint,
 )
-from megatron_pg.checkpoint.mapping import Mapping
 from megatron_pg.checkpoint.one_rank import build_gpt, one_rank
-from megatron_pg.checkpoint.shards import make_shard
+from megatron_pg.checkpoint.table import WeightTable, make_shard
 from tests.checkpoint.folders import (
     assert_same_bits,
     make_config,
@@ -103,7 +99,6 @@ def pretrained(checkpoint: Path, out: Path) -> None:
 WAYS: dict[str, Callable[[Path, Path], Any]] = {
     "megatron_to_hf": megatron_to_hf,
     "dry run": lambda checkpoint, out: megatron_to_hf(checkpoint, out, dry_run=True),
-    "modelopt": lambda checkpoint, out: megatron_to_hf_by("modelopt", checkpoint, out),
     "reshard": lambda checkpoint, out: reshard_checkpoint(checkpoint, out, tp_size=1, pp_size=2),
     "pretrained": pretrained,
     "verify": lambda checkpoint, out: list(
@@ -120,8 +115,6 @@ WAYS: dict[str, Callable[[Path, Path], Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", BEYOND)
 def test_model_beyond_the_table(case: str, way: str, beyond: Path, tmp_path: Path) -> None:
-    if way == "modelopt":
-        pytest.importorskip("modelopt.torch.export")
     with refused(str(beyond / case), BEYOND[case][2], "hf_config="):
         WAYS[way](beyond / case, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -147,28 +140,6 @@ def test_running_model_beyond_the_table(case: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-class Forgetful:
-    """A library that fills all parameters but one."""
-
-    def load(self, gpt_model: Any, hf_dir: Path, dtype: torch.dtype) -> None:
-        with torch.no_grad():
-            for name, parameter in gpt_model.named_parameters():
-                if name != "decoder.layers.1.mlp.linear_fc2.weight":
-                    parameter.zero_()
-
-    def export(self, gpt_model: Any, hf_dir: Path, out: Path, dtype: torch.dtype) -> None:
-        raise AssertionError("not reached")
-
-
-def test_library_that_leaves_a_tensor_out(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(libraries.LIBRARIES, "forgetful", Forgetful)
-    config = make_config("LlamaForCausalLM")
-    write_folder(tmp_path / "hf", config, make_weights(config))
-    with refused(str(tmp_path / "hf"), "leaves out decoder.layers.1.mlp.linear_fc2.weight"):
-        hf_to_megatron_by("forgetful", tmp_path / "hf", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
 # Legacy: rank (tp, pp) -> content of its file.
 Ranks = dict[tuple[int, int], dict[str, Any]]
 NORM = "decoder.layers.0.input_layernorm.weight"
@@ -177,7 +148,7 @@ NORM = "decoder.layers.0.input_layernorm.weight"
 def legacy_ranks(hf: Path, tp_size: int = 2, pp_size: int = 2, chunks: int = 1) -> Ranks:
     """As Megatron-LM's --ckpt-format torch cuts a model of ``pp_size * chunks`` equal parts."""
     source = HfFolder(hf)
-    mapping = Mapping(source.model, source.model.padded_vocab_size(tp_size, 8))
+    table = source.model.weight_table(source.model.padded_vocab_size(tp_size, 8))
     args = make_megatron_args(source.model, tp_size=tp_size, make_vocab_size_divisible_by=8)
     layers = source.model.num_layers // (pp_size * chunks)
     ranks: Ranks = {}
@@ -188,16 +159,16 @@ def legacy_ranks(hf: Path, tp_size: int = 2, pp_size: int = 2, chunks: int = 1) 
                 part = chunk * pp_size + pp
                 key = f"model{chunk}" if chunks > 1 else "model"
                 ranks[tp, pp][key] = {
-                    local: make_shard(mapping.shard(name, tp, tp_size), source.read, dtype, name)
-                    for name, local in _of_part(mapping, part, layers, pp_size * chunks)
-                    for dtype in [source.dtypes[mapping.shard(name).pieces[0].name]]
+                    local: make_shard(table.shard(name, tp, tp_size), source.read, dtype, name)
+                    for name, local in _of_part(table, part, layers, pp_size * chunks)
+                    for dtype in [source.dtypes[table.shard(name).pieces[0].name]]
                 }
     return ranks
 
 
-def _of_part(mapping: Mapping, part: int, layers: int, count: int) -> Iterator[tuple[str, str]]:
+def _of_part(table: WeightTable, part: int, layers: int, count: int) -> Iterator[tuple[str, str]]:
     """Name over the whole model, and within its part."""
-    for name in mapping.megatron_names():
+    for name in table.megatron_names():
         if name.startswith("decoder.layers."):
             _, _, layer, leaf = name.split(".", 3)
             if int(layer) // layers == part:

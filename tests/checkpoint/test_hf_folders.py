@@ -17,16 +17,14 @@ from megatron_pg.checkpoint import (
     export_hf,
     has_tokenizer,
     hf_to_megatron,
-    hf_to_megatron_by,
     inspect_checkpoint,
     load_hf,
     megatron_to_hf,
-    megatron_to_hf_by,
     open_weights,
     parse_hf_config,
     reshard_checkpoint,
 )
-from megatron_pg.checkpoint.hf_writer import make_file_plan
+from megatron_pg.checkpoint.folders.huggingface.writing import make_weight_files
 from megatron_pg.checkpoint.one_rank import build_gpt, one_rank
 from tests.checkpoint.folders import (
     INDEX,
@@ -105,8 +103,8 @@ def test_head_of_another_dtype(tmp_path: Path) -> None:
 def test_files_are_filled_by_each_tensors_size() -> None:
     shapes = {"a": (10,), "b": (10,), "c": (10,)}
     dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.bfloat16}
-    plan = make_file_plan(shapes, dtypes, max_shard_bytes=40)
-    assert list(plan.files.values()) == [("a",), ("b", "c")] and plan.total_bytes == 80
+    files = make_weight_files(shapes, dtypes, max_shard_bytes=40)
+    assert list(files.names.values()) == [("a",), ("b", "c")] and files.total_bytes == 80
 
 
 def test_dtype_that_is_asked_for(tmp_path: Path) -> None:
@@ -120,20 +118,6 @@ def test_dtype_that_is_asked_for(tmp_path: Path) -> None:
     for folder in ("back", "a/huggingface"):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["torch_dtype"] == "float16"
-
-
-def test_library_keeps_one_dtype(tmp_path: Path) -> None:
-    """So it refuses two, rather than cast one of them, and takes the one asked for."""
-    pytest.importorskip("modelopt.torch.export")
-    mixed_moe(tmp_path / "hf")
-    hf_to_megatron(tmp_path / "hf", tmp_path / "a")
-    for convert, source in ((hf_to_megatron_by, "hf"), (megatron_to_hf_by, "a")):
-        with refused(str(tmp_path / source), "mlp.gate.weight", "float32", "dtype="):
-            convert("modelopt", tmp_path / source, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-    megatron_to_hf_by("modelopt", tmp_path / "a", tmp_path / "theirs", dtype=torch.bfloat16)
-    megatron_to_hf(tmp_path / "a", tmp_path / "ours", dtype=torch.bfloat16)
-    assert_same_bits(read_weights(tmp_path / "theirs"), read_weights(tmp_path / "ours"))
 
 
 FIELDS = {

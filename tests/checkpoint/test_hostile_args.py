@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_pg.checkpoint import HfModel, hf_model_from_args, make_megatron_args
-from megatron_pg.checkpoint.megatron_args import check_args
+from megatron_pg.checkpoint.arguments import check_args
 from tests.checkpoint.test_arguments import (
     CHANGING,
     CHANGING_EXPERTS,

@@ -20,9 +20,8 @@ from megatron_pg.checkpoint import (
     read_hf_config,
     reshard_checkpoint,
 )
-from megatron_pg.checkpoint.mapping import Mapping
-from megatron_pg.checkpoint.megatron_args import make_megatron_args
-from megatron_pg.checkpoint.torch_dist_shards import TorchDistShards
+from megatron_pg.checkpoint.arguments import make_megatron_args
+from megatron_pg.checkpoint.folders.torch_dist.shards import TorchDistShards
 from tests.checkpoint.folders import make_config, make_weights, write_folder
 from tests.checkpoint.poison import replace_records, serialised
 
@@ -128,7 +127,7 @@ def test_legacy_model_is_refused(source: Path, tmp_path: Path, name: str) -> Non
     shards = TorchDistShards(source / "megatron" / "release", trust_pickle=False)
     model = read_hf_config(source / "hf")
     rows = shards.shape("embedding.word_embeddings.weight")[0]
-    names = Mapping(model, rows).megatron_names()
+    names = model.weight_table(rows).megatron_names()
     rank = dict(args=make_megatron_args(model), iteration=0)
     tensors = {name: shards.read(name)[0] for name in names}
     file = tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt"
@@ -180,7 +179,7 @@ def test_many_parts_are_compared_in_order(tmp_path: Path) -> None:
             looked += 1
             return super().__getitem__(index)
 
-    from megatron_pg.checkpoint.description import _first_flaw
+    from megatron_pg.checkpoint.folders.torch_dist.description import _first_flaw
 
     boxes = [(Offsets((i,)), (1,)) for i in range(num_parts)]
     assert _first_flaw(boxes, (num_parts,)) is None

@@ -20,7 +20,6 @@ from megatron_pg.checkpoint import (
     hf_to_megatron,
     inspect_checkpoint,
     megatron_to_hf,
-    megatron_to_hf_by,
     open_weights,
     reshard_checkpoint,
     write_manifest,
@@ -51,17 +50,10 @@ def to_hf(folder: Path, out: Path) -> None:
     same_weights(open_weights(out), folder.parent / "hf")
 
 
-def to_hf_by_modelopt(folder: Path, out: Path) -> None:
-    pytest.importorskip("modelopt.torch.export")
-    megatron_to_hf_by("modelopt", folder, out)
-    same_weights(open_weights(out), folder.parent / "hf")
-
-
 COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
     "inspect": lambda folder, out: inspect_checkpoint(folder),
     "verify": verify,
     "megatron_to_hf": to_hf,
-    "modelopt": to_hf_by_modelopt,
     "pretrained": lambda folder, out: same_weights(open_weights(folder), folder.parent / "hf"),
     "reshard": lambda folder, out: reshard_checkpoint(folder, out, tp_size=1, pp_size=2),
     "reshard weights": lambda folder, out: reshard_checkpoint(

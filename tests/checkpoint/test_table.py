@@ -1,4 +1,4 @@
-"""The table of shards: at sizes that no test machine has, and against another library."""
+"""The table of shards: at sizes that no test machine has, and in running models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_pg.checkpoint import HfFolder, load_hf
-from megatron_pg.checkpoint.mapping import Mapping
-from megatron_pg.checkpoint.model import iter_hf_tensors
-from megatron_pg.checkpoint.shards import make_shard, merge_shards
+from megatron_pg.checkpoint.table import make_shard, merge_shards
 from megatron_pg.mcore import cpu
 from tests.checkpoint import tiny
 from tests.checkpoint.tiny import FAMILIES, Layout
@@ -28,10 +26,10 @@ pytestmark = pytest.mark.megatron
 def test_shards_partition_the_folder(name: str, tp_size: int, models: Path) -> None:
     """Every element is in the shards of some rank, and merging them gives it back."""
     folder = HfFolder(models / name)
-    mapping = Mapping(folder.model, folder.model.padded_vocab_size(tp_size, 16))
+    table = folder.model.weight_table(folder.model.padded_vocab_size(tp_size, 16))
     seen = {}
-    for key in mapping.megatron_names():
-        specs = [mapping.shard(key, rank, tp_size) for rank in range(tp_size)]
+    for key in table.megatron_names():
+        specs = [table.shard(key, rank, tp_size) for rank in range(tp_size)]
         shards = [make_shard(spec, folder.read, torch.float32, key) for spec in specs]
         seen |= merge_shards(specs, shards, folder.shapes)
     assert seen.keys() == folder.shapes.keys()
@@ -95,36 +93,13 @@ def round_trip_over_ranks(path: Path, layout: Layout) -> None:
             finally:
                 parallel_state.destroy_model_parallel()
                 dist.destroy_process_group()
-    mapping = Mapping(folder.model, folder.model.padded_vocab_size(tp_size, tiny.DIVISIBLE_BY))
+    table = folder.model.weight_table(folder.model.padded_vocab_size(tp_size, tiny.DIVISIBLE_BY))
     seen = {}
     for key, shards in parameters.items():
-        specs = [mapping.shard(key, rank, tp_size) for rank in range(tp_size)]
+        specs = [table.shard(key, rank, tp_size) for rank in range(tp_size)]
         seen |= merge_shards(specs, [shards[rank] for rank in range(tp_size)], folder.shapes)
     assert seen.keys() == folder.shapes.keys()
     assert all(torch.equal(seen[key], folder.read(key)) for key in seen)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3", "qwen3_moe"])
-def test_as_modelopt(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At tp=1, modelopt's import gives the same parameters."""
-    export = pytest.importorskip("modelopt.torch.export")
-    monkeypatch.setattr(tiny, "DIVISIBLE_BY", 1)
-    folder = HfFolder(models / name)
-    with cpu.emulate_cuda():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            tiny.initialize(Layout())
-            ours, theirs = (
-                tiny.build(folder.model, Layout(), packed=packed)[0] for packed in (1, 0)
-            )
-            load_hf([ours], folder.path)
-            export.import_mcore_gpt_from_hf(theirs, str(folder.path), dtype=torch.float32)
-            for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-                assert torch.equal(a, b), key
-            assert dict(iter_hf_tensors([ours], folder.model)).keys() == folder.shapes.keys()
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
 
 
 def test_model_of_another_configuration(models: Path) -> None:

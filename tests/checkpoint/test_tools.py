@@ -29,8 +29,7 @@ from megatron_pg.checkpoint import (
     read_hf_config,
     reshard_checkpoint,
 )
-from megatron_pg.checkpoint.mapping import Mapping
-from megatron_pg.checkpoint.shards import make_shard
+from megatron_pg.checkpoint.table import make_shard
 from tests.checkpoint.round_trip import same_weights
 from tests.checkpoint.tiny import FAMILIES, Family, save_hf
 from tests.utils import ROOT
@@ -128,9 +127,9 @@ def test_advice_in_flags(models: Path, tmp_path: Path, tool, capsys) -> None:
     (tmp_path / "release/manifest.json").unlink()
     assert tool("verify_checkpoint", tmp_path / "release", models / "llama") == 2
     assert "--hf-config DIR" in capsys.readouterr().err
-    arguments = ("--hf", models / "llama", "--out", tmp_path / "out", "--backend", "mbridge")
+    arguments = ("--hf", models / "llama", "--out", tmp_path / "out", "--bridge")
     assert tool("hf_to_megatron", *arguments) == 2
-    assert "or --backend direct" in capsys.readouterr().err
+    assert "LlamaForCausalLM is held here" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite(models: Path, tmp_path: Path, tool, capsys) -> None:
@@ -170,10 +169,10 @@ def test_optimizer_state_that_is_not_compared(models: Path, tmp_path: Path, tool
     legacy = tmp_path / "iter_0000001"
     (legacy / "mp_rank_00").mkdir(parents=True)
     source = MegatronFolder(a)
-    mapping = Mapping(source.model, source.mapping.padded_vocab_size)
+    table = source.table
     state = {
-        name: make_shard(mapping.shard(name), source.read, torch.float32, name)
-        for name in mapping.megatron_names()
+        name: make_shard(table.shard(name), source.read, torch.float32, name)
+        for name in table.megatron_names()
     }
     file = legacy / "mp_rank_00/model_optim_rng.pt"
     torch.save({"model": state, "args": source.args, "optimizer": {}}, file)

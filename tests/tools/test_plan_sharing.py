@@ -384,6 +384,30 @@ def test_both_kinds_of_config_say_the_same(tmp_path: Path) -> None:
     assert read_model(tmp_path) == read_model(tmp_path / "args.json")
 
 
+@pytest.mark.megatron
+def test_families_that_training_holds_are_counted_by_their_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to what is counted without Megatron-Core, and of unknown type all the same."""
+    pytest.importorskip("megatron.core")
+    from megatron_pg.checkpoint import FAMILIES
+    from tests.checkpoint.folders import make_config
+
+    counted = {}
+    for held in (True, False):
+        if not held:
+            monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
+        for architecture in FAMILIES:
+            (tmp_path / "config.json").write_text(json.dumps(make_config(architecture)))
+            counted[architecture, held] = read_model(tmp_path)
+    for architecture in FAMILIES:
+        ours, generic = counted[architecture, True], counted[architecture, False]
+        assert ours == generic and ours.max_positions == generic.max_positions
+    monkeypatch.undo()
+    monkeypatch.setattr("tools.sharing.model.GATED", set())
+    assert read_model(tmp_path) == ours
+
+
 # Where transformers' own defaults are no model of full attention, or no model at all.
 OF_TYPE = {
     "deepseek_v2": dict(num_experts_per_tok=6),

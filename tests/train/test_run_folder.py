@@ -45,7 +45,9 @@ def in_fork(action: Callable[[], Any]) -> int:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank without a process group."""
-    monkeypatch.setattr("megatron_pg.train.shared_stream.from_first_rank", lambda value: value)
+    monkeypatch.setattr(
+        "megatron_pg.train.checkpoints.run_folder.on_first_rank", lambda action: action()
+    )
 
 
 def test_a_second_run_is_told_who_is_there(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_a_file_system_without_locks_is_said(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    with hold_folders(TrainConfig(run=RunConfig(out=str(tmp_path))), True) as (warning,):
+    with hold_folders(TrainConfig(run=RunConfig(out=str(tmp_path)))) as (warning,):
         assert "file system without locks" in warning and str(tmp_path) in warning
 
 
@@ -191,10 +193,10 @@ def test_every_folder_of_a_run_is_held(shared: str, tmp_path: Path) -> None:
         rollout = RolloutConfig(source="server", server=ServerConfig(export_dir=export))
         return TrainConfig(rollout=rollout, run=RunConfig(out=out))
 
-    with hold_folders(config(1), True):
+    with hold_folders(config(1)):
         with (
             pytest.raises(ValueError, match=rf"{shared}=\S+ is in use by another run"),
-            hold_folders(config(2), True),
+            hold_folders(config(2)),
         ):
             pass
         # Nothing of the refused run stays held, or is left.
@@ -202,7 +204,7 @@ def test_every_folder_of_a_run_is_held(shared: str, tmp_path: Path) -> None:
             {f"{name}{'' if name == shared else '_1'}" for name in ("run.out", shared)}
             | {f"{n}_1" for n in ("run.out", "rollout.server.export_dir") if n != shared}
         )
-    with hold_folders(config(2), True):
+    with hold_folders(config(2)):
         pass
 
 
@@ -211,7 +213,7 @@ def test_checkpoints_that_cannot_be_written_are_refused_at_the_start(tmp_path: P
     (tmp_path / "checkpoints").write_text("")
     with (
         pytest.raises(ValueError, match="checkpoints cannot be written"),
-        hold_folders(TrainConfig(run=RunConfig(out=str(tmp_path))), True),
+        hold_folders(TrainConfig(run=RunConfig(out=str(tmp_path)))),
     ):
         pass
     FolderLock(tmp_path, "run.out").release()
@@ -273,7 +275,7 @@ def test_weights_may_be_exported_into_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(out)
     rollout = RolloutConfig(source="server", server=ServerConfig(export_dir=str(tmp_path / "link")))
     config = TrainConfig(rollout=rollout, run=RunConfig(out=str(out)))
-    with hold_folders(config, is_first=True):
+    with hold_folders(config):
         assert (out / LOCK).is_file()
     assert not out.exists()
 

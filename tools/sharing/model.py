@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_pg.data import CostModel, MemoryModel
 from megatron_pg.parallel import ModelSizes
 from tools.sharing.layers import Attention, hf_attention, hf_mlps, megatron_attention, megatron_mlps
-from tools.sharing.support import training_refusal
+from tools.sharing.support import training_model
 
-# Counted as transformers builds them (see the tests). Models of these types have a gate as third
-# matrix of their MLPs,
+if TYPE_CHECKING:
+    from megatron_pg.checkpoint import HfModel
+
+# Of families that training does not hold, and of all where Megatron-Core is missing: counted as
+# transformers builds them (see the tests). Models of these types have a gate as third matrix of
+# their MLPs,
 GATED = {
     *("bitnet", "cohere", "deepseek_v2", "deepseek_v3", "ernie4_5", "flex_olmo", "gemma", "glm"),
     *("glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "granite", "granitemoe"),
@@ -133,8 +137,11 @@ def read_model(path: Path) -> ModelDims:
         raise ValueError(f"{file} is no JSON ({error}); save the model's config anew") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object; save the model's config anew")
-    whole, values = values, values.get("text_config", values)
+    held, refusal = training_model(values, str(file))
+    values = values.get("text_config", values)
     is_hf = "num_hidden_layers" in values or "n_layer" in values
+    if held is not None and is_hf:
+        values, is_hf = _arguments(held), False
     try:
         dims = _from_hf(values) if is_hf else _from_megatron(values)
         _check_sizes(dims)
@@ -151,7 +158,13 @@ def read_model(path: Path) -> ModelDims:
             "hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, vocab_size, "
             "swiglu"
         ) from error
-    return replace(dims, training_refusal=training_refusal(whole, str(file)))
+    return replace(dims, training_refusal=refusal)
+
+
+def _arguments(model: HfModel) -> dict[str, Any]:
+    """A family that training holds is counted by its own description."""
+    sizes = dict(vocab_size=model.vocab_size, max_position_embeddings=model.max_sequence_length)
+    return model.megatron_arguments() | sizes
 
 
 def _from_hf(values: dict[str, Any]) -> ModelDims:

@@ -20,14 +20,13 @@ from ...checkpoint import (
     file_checksum,
     iteration_name,
     on_all_ranks,
+    on_first_rank,
     read_tracker,
     write_hf_metadata_folder,
     write_manifest,
 )
 from ..model import TrainedModel
 from ..model_plan import Origin
-from ..ranks import from_first_rank
-from ..shared_stream import on_first_rank
 from .progress import Progress
 from .run_folder import write_atomically
 from .write import CheckpointWrite
@@ -65,7 +64,7 @@ class Checkpoints:
         self.wait()
         step, text = progress.step, progress.to_json()
         # A name of its own: a rank of a killed run may still be writing under the old one.
-        partial = self.folder / from_first_rank(f"{_PARTIAL}{step}-{uuid.uuid4().hex[:8]}")
+        partial = self.folder / on_first_rank(lambda: f"{_PARTIAL}{step}-{uuid.uuid4().hex[:8]}")
         if dist.get_rank() == 0:
             self._remove_partial()
             partial.mkdir(parents=True)
@@ -105,7 +104,7 @@ class Checkpoints:
             ValueError: naming the file, on every rank: a tracker that names no checkpoint, or
                 checkpoints without a tracker that says which of them is the newest.
         """
-        name: str | None = on_first_rank(self._newest, dist.get_rank() == 0)
+        name: str | None = on_first_rank(self._newest)
         if name is None:
             return None
         path = self.folder / name
@@ -158,7 +157,7 @@ class Checkpoints:
         own = on_all_ranks(lambda: _checksums(partial, _files_of(partial, rank)))
         dist.all_gather_object(parts, own)
         known = {name: checksum for part in parts for name, checksum in part.items()}
-        on_first_rank(lambda: self._complete_and_rename(partial, step, progress, known), rank == 0)
+        on_first_rank(lambda: self._complete_and_rename(partial, step, progress, known))
 
     def _complete_and_rename(
         self, partial: Path, step: int, progress: str, checksums: Mapping[str, FileChecksum]

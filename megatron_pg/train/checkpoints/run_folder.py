@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ...checkpoint import on_first_rank
 from ..config import TrainConfig
-from ..shared_stream import on_first_rank
 
 LOCK = "run.lock"
 _CANNOT = "cannot be written"
@@ -157,7 +157,7 @@ class FolderLock:
 
 
 @contextmanager
-def hold_folders(config: TrainConfig, is_first: bool) -> Iterator[list[str]]:
+def hold_folders(config: TrainConfig) -> Iterator[list[str]]:
     """Hold what a run writes for the ``with`` block; every rank takes part, the first one holds.
 
     Returns:
@@ -183,7 +183,7 @@ def hold_folders(config: TrainConfig, is_first: bool) -> Iterator[list[str]]:
             if export_dir is not None and not _is_same(export_dir, config.run.out):
                 hold(export_dir, "rollout.server.export_dir")
 
-        on_first_rank(hold_all, is_first)
+        on_first_rank(hold_all)
         yield warnings
 
 

@@ -1,0 +1,174 @@
+"""What a decoder is: its sizes, what Megatron-Core builds of it, and which weights it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...parallel import ModelSizes
+from ..table import (
+    EMBEDDING,
+    HEAD,
+    Row,
+    columns,
+    gated_mlp,
+    grouped_qkv,
+    vocabulary,
+    whole,
+)
+
+# What this package, Megatron-LM's arguments and TransformerConfig call alike.
+_SHARED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Llama without biases; a family says where it differs.
+
+    Attributes:
+        qk_layernorm: whether queries and keys are normalised per head.
+        num_experts: of every layer; None where layers have one MLP.
+        moe_ffn_hidden_size: width of an expert.
+        moe_router_topk: experts that a token goes through.
+    """
+
+    qk_layernorm: ClassVar[bool] = False
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    layernorm_epsilon: float
+    vocab_size: int
+    max_sequence_length: int
+    rotary_base: float = 10000.0
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    tied: bool = False
+    add_bias_linear: bool = False
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return self.add_bias_linear
+
+    def in_megatron(self) -> dict[str, Any]:
+        """What ``TransformerConfig`` and Megatron-LM's arguments say under one name."""
+        return {name: getattr(self, name) for name in _SHARED}
+
+    # What Megatron-Core builds.
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What parallel ranks divide."""
+        return ModelSizes(
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            num_layers=self.num_layers,
+            widths={} if self.num_experts else {"ffn_hidden_size": self.ffn_hidden_size},
+            expert_widths={"moe_ffn_hidden_size": self.moe_ffn_hidden_size or 0},
+            num_moe_experts=self.num_experts,
+        )
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Keyword arguments of ``TransformerConfig`` that the architecture fixes.
+
+        Parallel sizes, ``params_dtype``, recompute and fusions stay the caller's.
+        """
+        return dict(
+            **self.in_megatron(),
+            layernorm_epsilon=self.layernorm_epsilon,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """Keyword arguments of ``get_gpt_layer_local_spec`` (and of its siblings)."""
+        return dict(qk_layernorm=self.qk_layernorm)
+
+    def gpt_model(
+        self, *, tp_size: int = 1, make_vocab_size_divisible_by: int = 1
+    ) -> dict[str, Any]:
+        """Keyword arguments of ``GPTModel``; the vocabulary is padded for ``tp_size`` ranks."""
+        return dict(
+            vocab_size=self.padded_vocab_size(tp_size, make_vocab_size_divisible_by),
+            max_sequence_length=self.max_sequence_length,
+            position_embedding_type="rope",
+            rotary_base=self.rotary_base,
+            share_embeddings_and_output_weights=self.tied,
+            rope_scaling=self.rope_type == "llama3",
+            rope_scaling_factor=self.rope_factor,
+            seq_len_interpolation_factor=self.rope_factor if self.rope_type == "linear" else None,
+        )
+
+    def padded_vocab_size(self, tp_size: int = 1, make_vocab_size_divisible_by: int = 1) -> int:
+        """Vocabulary rounded up to ``make_vocab_size_divisible_by * tp_size``, as Megatron-LM.
+
+        Raises:
+            ValueError: if one of the two is below 1.
+        """
+        if tp_size < 1 or make_vocab_size_divisible_by < 1:
+            raise ValueError(
+                f"tp_size={tp_size} and make_vocab_size_divisible_by="
+                f"{make_vocab_size_divisible_by} must be at least 1"
+            )
+        multiple = make_vocab_size_divisible_by * tp_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    # Which weights there are. ``ours`` and ``theirs`` are prefixes of names.
+
+    def weights(self, padded_vocab_size: int) -> Iterator[Row]:
+        """The rows of the weight table."""
+        shape = self.vocab_size, self.hidden_size
+        yield vocabulary(EMBEDDING, "model.embed_tokens.weight", shape, padded_vocab_size)
+        for layer in range(self.num_layers):
+            yield from self.layer_weights(f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        yield whole("decoder.final_layernorm.weight", "model.norm.weight", (self.hidden_size,))
+        if not self.tied:
+            yield vocabulary(HEAD, "lm_head.weight", shape, padded_vocab_size)
+
+    def layer_weights(self, ours: str, theirs: str) -> Iterator[Row]:
+        """Rows of one layer."""
+        hidden = (self.hidden_size,)
+        yield whole(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", hidden)
+        yield from self.attention_weights(f"{ours}self_attention.", f"{theirs}self_attn.")
+        norm = f"{theirs}post_attention_layernorm.weight"
+        yield whole(f"{ours}pre_mlp_layernorm.weight", norm, hidden)
+        yield from self.mlp_weights(f"{ours}mlp.", f"{theirs}mlp.")
+
+    def attention_weights(self, ours: str, theirs: str) -> Iterator[Row]:
+        """Rows of one layer's attention."""
+        heads, width, hidden = self.num_attention_heads, self.kv_channels, self.hidden_size
+        sizes = dict(num_heads=heads, num_groups=self.num_query_groups, width=width)
+        for kind, rest in ("weight", (hidden,)), ("bias", ()):
+            if kind == "weight" or self.add_qkv_bias:
+                tensors = [f"{theirs}{part}_proj.{kind}" for part in "qkv"]
+                yield grouped_qkv(f"{ours}linear_qkv.{kind}", tensors, **sizes, rest=rest)
+        out = f"{theirs}o_proj."
+        yield columns(f"{ours}linear_proj.weight", f"{out}weight", (hidden, heads * width))
+        if self.add_bias_linear:
+            yield whole(f"{ours}linear_proj.bias", f"{out}bias", (hidden,))
+        if self.qk_layernorm:
+            for part in "qk":
+                norm = f"{theirs}{part}_norm.weight"
+                yield whole(f"{ours}{part}_layernorm.weight", norm, (width,))
+
+    def mlp_weights(self, ours: str, theirs: str) -> Iterator[Row]:
+        """Rows of one layer's MLP."""
+        sizes = self.hidden_size, self.ffn_hidden_size
+        return gated_mlp(ours, theirs, *sizes, has_bias=self.add_bias_linear)

@@ -1,0 +1,183 @@
+"""A decoder in Hugging Face's terms and in those of Megatron-LM's arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..table import WeightTable
+from .argument_values import NEED, ArgumentValues
+from .config_values import ConfigValues
+from .decoder import Decoder
+from .rope import read_rope, read_rope_arguments, rope_arguments, rope_json
+
+# Beyond every model of these architectures; they keep a damaged number from filling memory.
+MAX_LAYERS, MAX_EXPERTS = 1000, 1000
+# field -> key of config.json
+_CONFIG_KEYS = dict(
+    num_layers="num_hidden_layers",
+    hidden_size="hidden_size",
+    ffn_hidden_size="intermediate_size",
+    num_attention_heads="num_attention_heads",
+    num_query_groups="num_key_value_heads",
+    kv_channels="head_dim",
+    layernorm_epsilon="rms_norm_eps",
+    vocab_size="vocab_size",
+    max_sequence_length="max_position_embeddings",
+    tied="tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfModel(Decoder):
+    """A decoder-only model that Hugging Face's ``config.json`` and ``GPTModel`` both describe.
+
+    Equals the model of ``transformers``: building ``GPTModel`` from ``transformer_config()``,
+    ``spec()`` and ``gpt_model()`` and loading the folder's weights gives the same logits.
+
+    A family is a subclass, registered by its architecture.
+
+    Attributes:
+        architecture: Hugging Face's name, by which ``register`` knows the family.
+        model_type: transformers' word for it.
+        own_defaults: keys for which transformers has a default that is no other key's value.
+    """
+
+    architecture: ClassVar[str]
+    model_type: ClassVar[str]
+    own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
+
+    def weight_table(self, padded_vocab_size: int | None = None) -> WeightTable:
+        """Which rows of which tensors make up which parameter.
+
+        Args:
+            padded_vocab_size: rows of Megatron's embedding over all ranks; None: not padded.
+        """
+        return WeightTable(self.weights(padded_vocab_size or self.vocab_size), self.architecture)
+
+    # What config.json says, and back.
+
+    @classmethod
+    def read_config(cls, values: ConfigValues) -> dict[str, Any]:
+        """Fields (but the dtype) from a ``config.json``; what is wrong is left in ``values``.
+
+        Raises:
+            ValueError: of ``read_rope``.
+            NotImplementedError: likewise.
+        """
+        fields = dict(
+            num_layers=values.size("num_hidden_layers", MAX_LAYERS),
+            ffn_hidden_size=values.size("intermediate_size"),
+            layernorm_epsilon=values.number("rms_norm_eps", 1e-20, 1.0),
+            vocab_size=values.size("vocab_size"),
+            max_sequence_length=values.size("max_position_embeddings"),
+            tied=values.flag("tie_word_embeddings"),
+            add_bias_linear=cls.read_bias(values),
+            **cls._read_heads(values),
+        )
+        values.require(*cls.own_defaults)
+        values.must("hidden_act", "silu")
+        values.must("partial_rotary_factor", 1.0, None)
+        values.must("layer_types", None, ["full_attention"] * fields["num_layers"])
+        window, is_used = values.size("sliding_window", default=None), cls.uses_window(values)
+        if window is not None and is_used and window < fields["max_sequence_length"]:
+            values.refused.append(f"sliding_window={window} (must be null)")
+        return fields | read_rope(values)
+
+    @classmethod
+    def _read_heads(cls, values: ConfigValues) -> dict[str, Any]:
+        heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
+        groups = values.size("num_key_value_heads", default=heads)
+        width = values.size("head_dim", default=None)
+        if heads % groups:
+            values.problems.append(
+                f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
+            )
+        if width is None and hidden % heads:
+            values.problems.append(
+                f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and there is "
+                "no head_dim"
+            )
+        return dict(
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=width or hidden // heads,
+        )
+
+    @classmethod
+    def read_bias(cls, values: ConfigValues) -> bool:
+        """Whether all linear layers have biases: Megatron-Core's only other way is qkv alone."""
+        for key in ("attention_bias", "mlp_bias"):
+            if values.flag(key):
+                values.refused.append(f"{key}=True (must be false for {cls.architecture})")
+        return False
+
+    @classmethod
+    def uses_window(cls, values: ConfigValues) -> bool:
+        """Whether ``sliding_window`` counts: a switch says so, where there is one."""
+        values.flag("use_sliding_window")
+        return bool(values.get("use_sliding_window", True))
+
+    def config_json(self) -> dict[str, Any]:
+        """A ``config.json`` for this model."""
+        return dict(
+            architectures=[self.architecture],
+            model_type=self.model_type,
+            hidden_act="silu",
+            **{key: getattr(self, field) for field, key in _CONFIG_KEYS.items()},
+            torch_dtype=str(self.dtype).removeprefix("torch."),
+            **rope_json(self.rope_type, self.rope_factor, self.rotary_base),
+        )
+
+    # What Megatron-LM's arguments say, and back.
+
+    @classmethod
+    def is_of_arguments(cls, read: ArgumentValues) -> bool:
+        """Whether layers are such as these arguments describe, where they name no architecture."""
+        return False
+
+    @classmethod
+    def read_arguments(cls, read: ArgumentValues) -> dict[str, Any]:
+        """Fields (but the dtype) from Megatron-LM's arguments.
+
+        Raises:
+            ValueError: an argument is missing, or no value of its kind.
+        """
+        # Held against the model afterwards, for families without experts too.
+        read.size("num_experts", None, MAX_EXPERTS)
+        heads = read.size("num_attention_heads")
+        groups = read.size("num_query_groups") if read.get("group_query_attention") else heads
+        if heads % groups:
+            raise ValueError(
+                f"{read.where}: args have num_attention_heads={heads}, no multiple of "
+                f"num_query_groups={groups}; {NEED}"
+            )
+        return dict(
+            num_layers=read.size("num_layers", high=MAX_LAYERS),
+            hidden_size=read.size("hidden_size"),
+            ffn_hidden_size=read.size("ffn_hidden_size"),
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=read.size("kv_channels", None) or read.size("hidden_size") // heads,
+            layernorm_epsilon=read.number("norm_epsilon", None) or read.number("layernorm_epsilon"),
+            vocab_size=read.size("vocab_size", None) or read.size("padded_vocab_size"),
+            max_sequence_length=read.size("max_position_embeddings"),
+            tied=not read.get("untie_embeddings_and_output_weights"),
+            add_bias_linear=bool(read.get("add_bias_linear")),
+            **read_rope_arguments(read),
+        )
+
+    def megatron_arguments(self) -> dict[str, Any]:
+        """Megatron-LM's arguments for it: those that decide what the same weights compute."""
+        return dict(
+            **self.in_megatron(),
+            normalization="RMSNorm",
+            norm_epsilon=self.layernorm_epsilon,
+            apply_layernorm_1p=False,
+            swiglu=True,
+            squared_relu=False,
+            untie_embeddings_and_output_weights=not self.tied,
+            num_experts=self.num_experts,
+            **rope_arguments(self.rope_type, self.rope_factor, self.rotary_base),
+        )

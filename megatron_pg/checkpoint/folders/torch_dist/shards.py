@@ -1,0 +1,174 @@
+"""The model's parameters in a torch_dist checkpoint, by local-spec names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...table import FUSED_NORMS, check_finite, is_same
+from ..contents import is_extra_state, is_optimizer_state, is_per_rank, loose_tensors
+from .reading import COMMON_STATE, TorchDistReader
+
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+
+# A tensor's key and an index into its leading axes (layer, expert).
+Place = tuple[str, tuple[int, ...]]
+
+
+def torch_dist_places(name: str) -> list[Place]:
+    """Keys under which a parameter may lie, with its index: layers stacked, or each on its own.
+
+    ``decoder.layers.3.mlp.linear_fc2.weight`` -> ``("decoder.layers.mlp.linear_fc2.weight", (3,))``
+    """
+    layer, leaves = _leaves(name)
+    if layer is None:
+        return leaves
+    alone = [(f"decoder.layers.{layer}.{leaf}", index) for leaf, index in leaves]
+    return [*_stacked(layer, leaves), *alone]
+
+
+def written_places(name: str, *, has_experts: bool) -> list[Place]:
+    """Keys under which a parameter is written, with its index.
+
+    In front of experts the norm is no linear layer's: specs differ in its name, so that it is
+    written under both.
+    """
+    layer, leaves = _leaves(name)
+    if layer is None:
+        return leaves
+    is_twofold = has_experts and name.endswith(".pre_mlp_layernorm.weight")
+    return _stacked(layer, leaves if is_twofold else leaves[:1])
+
+
+def _leaves(name: str) -> tuple[int | None, list[Place]]:
+    """Layer of a parameter and its names within it, that of a fused norm first."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if not match:
+        return None, [(name, ())]
+    layer, leaf = int(match[1]), match[2]
+    expert = _EXPERT.fullmatch(leaf)
+    if expert:
+        return layer, [(f"mlp.experts.experts.{expert[2]}", (int(expert[1]),))]
+    fused = [name for name, norm in FUSED_NORMS.items() if norm == leaf]
+    return layer, [(name, ()) for name in (*fused, leaf)]
+
+
+def _stacked(layer: int, leaves: list[Place]) -> list[Place]:
+    return [(f"decoder.layers.{leaf}", (layer, *index)) for leaf, index in leaves]
+
+
+class TorchDistShards:
+    """As ``LegacyShards``: every parameter is one shard, the whole of it.
+
+    Raises:
+        ValueError: naming the file: not torch_dist, damaged, missing or not trusted.
+    """
+
+    tp_size = 1
+
+    def __init__(self, folder: Path, *, trust_pickle: bool) -> None:
+        self.folder = folder
+        self.reader = TorchDistReader(folder)
+        self.common = self.reader.read_common(trust_pickle=trust_pickle)
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self._places(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        key, index = self._place(name)
+        return self.reader.tensors[key].shape[len(index) :]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which a parameter is stored."""
+        return self.reader.tensors[self._place(name)[0]].dtype
+
+    def read(self, name: str) -> list[Tensor]:
+        """The parameter, as a list of one."""
+        return [self.reader.read(*self._place(name))]
+
+    def file(self, name: str) -> Path:
+        """A file in which (the first part of) a parameter lies."""
+        key, index = self._place(name)
+        for chunk in self.reader.tensors[key].chunks:
+            box = zip(index, chunk.offsets, chunk.sizes)
+            if all(start <= i < start + size for i, start, size in box):
+                return self.folder / chunk.file
+        return self.folder
+
+    def check_copies(self, names: Sequence[str]) -> None:
+        """A parameter that lies in several places, a norm under both specs' keys, is one value.
+
+        Raises:
+            ValueError: naming the places that differ, or values that are not finite.
+        """
+        for name in names:
+            first, *others = self._places(name) or [self._place(name)]
+            for other in others:
+                copies = self.reader.read(*first), self.reader.read(*other)
+                if copies[0].dtype == copies[1].dtype:
+                    # NaN differs from itself.
+                    for copy in copies:
+                        check_finite(copy, f"{self.file(name)}: tensor {name}")
+                if not is_same(*copies):
+                    raise ValueError(
+                        f"{self.folder}: {name} is stored as {first[0]} (dtype {copies[0].dtype}) "
+                        f"and as {other[0]} (dtype {copies[1].dtype}), and they differ; save the "
+                        "model with one spec"
+                    )
+
+    def unread(self, names: Sequence[str]) -> list[str]:
+        """What of the model lies beside the parameters ``names``.
+
+        Raises:
+            ValueError: naming file and key: an extra state that is not empty.
+        """
+        read: dict[str, set[tuple[int, ...]]] = {}
+        for name in names:
+            for key, index in self._places(name):
+                read.setdefault(key, set()).add(index)
+        unread = []
+        for key, tensor in self.reader.tensors.items():
+            if is_optimizer_state(key) or is_per_rank(key):
+                continue
+            if key not in read:
+                unread.append(key)
+                continue
+            count, depth = len(read[key]), len(next(iter(read[key])))
+            if count != math.prod(tensor.shape[:depth]):
+                stacked = " x ".join(map(str, tensor.shape[:depth]))
+                unread.append(f"{key} ({stacked} layers or experts, the configuration has {count})")
+        return [*unread, *loose_tensors(self.common), *self._objects()]
+
+    def _objects(self) -> Iterator[str]:
+        """Objects that are no training state; an extra state must be empty."""
+        for key in self.reader.objects:
+            if is_optimizer_state(key) or is_per_rank(key) or key == COMMON_STATE:
+                continue
+            if is_extra_state(key):
+                self.reader.read_object(key)
+            else:
+                yield key
+
+    def _places(self, name: str) -> list[Place]:
+        """Where a parameter is stored; several places hold copies."""
+        found = []
+        for key, index in torch_dist_places(name):
+            stored = self.reader.tensors.get(key)
+            if stored is None or len(index) > len(stored.shape):
+                continue
+            # An index beyond the end is a layer that was not saved.
+            if all(i < size for i, size in zip(index, stored.shape)):
+                found.append((key, index))
+        return found
+
+    def _place(self, name: str) -> Place:
+        places = self._places(name)
+        if not places:
+            raise ValueError(f"{self.folder}: no tensor {torch_dist_places(name)[0][0]} for {name}")
+        return places[0]

@@ -1,0 +1,95 @@
+"""Tensors in and out of shards, by the rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .rows import Shard
+
+
+class Read(Protocol):
+    """Reads indices ``[start, stop)`` of a Hugging Face tensor along ``dim``."""
+
+    def __call__(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """The slice, on the CPU."""
+
+
+def copy_into_shard(target: Tensor, shard: Shard, read: Read, name: str) -> None:
+    """Fill a shard in place from the Hugging Face tensors that it is made of.
+
+    Raises:
+        ValueError: if the target has another shape than the table gives it, or a dtype that does
+            not hold the values.
+    """
+    if tuple(target.shape) != shard.shape:
+        raise ValueError(
+            f"parameter {name} is {list(target.shape)} on this rank, by config.json and the "
+            f"parallel sizes it must be {list(shard.shape)}"
+        )
+    position = 0
+    for piece in shard.pieces:
+        width = piece.stop - piece.start
+        source = read(piece.name, shard.dim, piece.start, piece.stop)
+        target.narrow(shard.dim, position, width).copy_(cast(source, target.dtype, piece.name))
+        position += width
+    if shard.padding:
+        target.narrow(shard.dim, position, shard.padding).zero_()
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        ValueError: if a value becomes infinite, being beyond the dtype's range.
+    """
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        check_finite(result, f"tensor {name} as {str(dtype).removeprefix('torch.')}")
+    return result
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and values."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and infinite weights, which no model computes with.
+
+    Raises:
+        ValueError: saying how many values of ``what`` are not finite.
+    """
+    finite = tensor.isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{what}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite; take "
+            "a checkpoint from before, or a dtype that holds them"
+        )
+
+
+def make_shard(shard: Shard, read: Read, dtype: torch.dtype, name: str) -> Tensor:
+    """A new tensor with the content of a shard."""
+    target = torch.empty(shard.shape, dtype=dtype)
+    copy_into_shard(target, shard, read, name)
+    return target
+
+
+def merge_shards(
+    specs: Sequence[Shard], shards: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The whole Hugging Face tensors that all shards of one Megatron parameter hold."""
+    merged: dict[str, Tensor] = {}
+    for spec, tensor in zip(specs, shards, strict=True):
+        position = 0
+        for piece in spec.pieces:
+            width = piece.stop - piece.start
+            if piece.name not in merged:
+                merged[piece.name] = tensor.new_empty(shapes[piece.name])
+            target = merged[piece.name].narrow(spec.dim, piece.start, width)
+            target.copy_(tensor.narrow(spec.dim, position, width))
+            position += width
+    return merged
