@@ -179,7 +179,7 @@ def test_many_parts_are_compared_in_order(tmp_path: Path) -> None:
             looked += 1
             return super().__getitem__(index)
 
-    from megatron_pg.checkpoint.folders.torch_dist.description import _first_flaw
+    from megatron_pg.checkpoint.folders.torch_dist.metadata import _first_flaw
 
     boxes = [(Offsets((i,)), (1,)) for i in range(num_parts)]
     assert _first_flaw(boxes, (num_parts,)) is None

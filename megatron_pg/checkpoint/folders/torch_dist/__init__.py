@@ -1,7 +1,7 @@
 """Megatron's torch_dist folders: tensors of the whole model, whatever layout wrote them."""
 
-from .description import Chunk, StoredTensor
 from .manifest import CheckpointFiles, FileChecksum, file_checksum, write_manifest
+from .metadata import Chunk, StoredTensor
 from .reading import COMMON_STATE, TorchDistReader, is_torch_dist
 from .shards import TorchDistShards, written_places
 from .writing import TorchDistWriter

@@ -19,8 +19,8 @@ from torch import Tensor
 from ...files import parse_json
 from ..contents import is_empty, is_extra_state
 from ..torch_files import load_torch_file, named_entries, problem_of, unpickling_reason
-from .description import Chunk, Index, Record, read_description
 from .manifest import CheckpointFiles
+from .metadata import Chunk, Index, Record, read_metadata
 
 BACKEND = {
     "sharded_backend": "torch_dist",
@@ -70,7 +70,7 @@ class TorchDistReader:
                 "known; restore the file, or save with a Megatron-Core that this version supports"
             )
         path = self.folder / ".metadata"
-        self.tensors, self.objects = read_description(self.files.read(path.name), path)
+        self.tensors, self.objects = read_metadata(self.files.read(path.name), path)
         sizes: dict[str, int] = {}
         for record in self._records():
             sizes[record.file] = max(sizes.get(record.file, 0), record.start + record.length)

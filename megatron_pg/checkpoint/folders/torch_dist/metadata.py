@@ -120,9 +120,7 @@ def _take_dtype(properties: Any, state: Any) -> None:
     properties.dtype = state[0]
 
 
-def read_description(
-    content: bytes, path: Path
-) -> tuple[dict[str, StoredTensor], dict[str, Record]]:
+def read_metadata(content: bytes, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Record]]:
     """Tensors and objects by key, from the bytes of ``.metadata``.
 
     Every tensor is covered by its chunks exactly once, no two records share bytes, and none is
