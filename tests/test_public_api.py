@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import megatron_pg
 
 
@@ -18,6 +20,17 @@ def test_megatron_free_names() -> None:
     assert all(hasattr(megatron_pg, name) for name in megatron_pg.__all__)
 
 
+def test_attention_names() -> None:
+    from megatron_pg import attention
+
+    contract = {"AttentionBackend", "AttentionInputs", "AttentionKind", "ResidentKV"}
+    contract |= {"available_backends", "prefix_grouped_attention", "select_backend"}
+    assert contract <= set(attention.__all__)
+    assert all(hasattr(attention, name) for name in attention.__all__)
+    first = list(inspect.signature(attention.prefix_grouped_attention).parameters)[:6]
+    assert first == ["q", "k", "v", "layout", "softmax_scale", "backend"]
+
+
 def test_megatron_names() -> None:
     from megatron_pg import mcore
 
@@ -25,6 +38,8 @@ def test_megatron_names() -> None:
         "PrefixGroupedSeqParams",
         "SequenceParallelLayerNorm",
         "SequenceParallelRMSNorm",
+        "attention_backends",
+        "count_attention_calls",
         "cpu",
         "validate_config",
         "with_prefix_grouped_attention",

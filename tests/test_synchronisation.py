@@ -6,6 +6,7 @@ operator passes a dispatcher where copies that would be waited for can be seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_pg import PrefixTree, pack_trees
-from megatron_pg.attention.backends.torch_cuda import TorchFlashKernel
-from megatron_pg.attention.merge import LseMergeAttention
+from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
+from megatron_pg.attention import ATTENTION_BACKENDS
+from megatron_pg.attention.merge import KernelPass, KernelPasses
 from megatron_pg.data import Group, Microbatch, Sample, pack_groups
 from megatron_pg.grpo import microbatch_loss
 from megatron_pg.loss import (
@@ -118,24 +119,37 @@ def test_attention(padded):
     conversation = PrefixTree.from_sequences([[1, 2, 3, 4, 5], [1, 2, 3, 6], [1, 7, 8], [1, 7, 9]])
     trees = [PrefixTree.from_group(9, [4, 4, 5]), conversation]
     layout = pack_trees(trees, 64 if padded else 1)
-    with CopiesToDevice() as plan:
+    with CopiesToDevice() as first_pass:
         params = PrefixGroupedSeqParams.from_layout(layout, DEVICE)
         rotary = params.gather_rotary(torch.zeros(params.max_seqlen_q, 1, 1, 64, device=DEVICE))
-        run_layer(params)
+        passes = run_layer(params)
+        mask = params.row_mask
     with CopiesToDevice() as next_layer:
         run_layer(params)
-    assert plan.waits == [] and next_layer.waits == []
-    assert plan.num_copies > 0 and next_layer.num_copies == 0
+    with CopiesToDevice() as next_pass:
+        params = PrefixGroupedSeqParams.from_layout(layout, DEVICE)
+        run_layer(params)
+        assert params.row_mask is mask
+    assert first_pass.waits == next_layer.waits == next_pass.waits == []
+    assert first_pass.num_copies > len(passes)
+    assert next_layer.num_copies == next_pass.num_copies == 0
     assert rotary.shape == (layout.total_tokens, 1, 1, 64)
-    assert len(params.plan.passes) > 2 and any(p.q_rows is not None for p in params.plan.passes)
+    assert len(passes) > 2 and any(p.q_rows is not None for p in passes)
 
 
-def run_layer(params: PrefixGroupedSeqParams) -> None:
-    tokens = params.layout.total_tokens
-    q, k, v = (on_device(tokens, heads, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
-    out = LseMergeAttention.apply(q, k, v, params.plan, TorchFlashKernel(), 0.125, ())
+def run_layer(params: PrefixGroupedSeqParams) -> Sequence[KernelPass]:
+    """One layer forward and backward as on CUDA; the passes that it ran."""
+    flash, layout = ATTENTION_BACKENDS["flash"], params.layout
+    q, k, v = (
+        on_device(layout.total_tokens, heads, 64, dtype=torch.bfloat16) for heads in (8, 2, 2)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(flash), "refusal", lambda self, inputs: None)
+        out = prefix_grouped_attention(q, k, v, layout, backend=flash)
     out.backward(torch.ones_like(out))
     assert all(x.grad.shape == x.shape for x in (q, k, v))
+    (prepared,) = (x for x in vars(layout)["_derived"].values() if isinstance(x, KernelPasses))
+    return prepared.passes
 
 
 @pytest.mark.parametrize("policy_loss", sorted(POLICY_LOSSES))

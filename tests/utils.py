@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 needs_cpu_fused = pytest.mark.skipif(
     "cpu_fused"
     not in available_backends(AttentionInputs(torch.device("cpu"), torch.float32, 64, 1, 1)),
-    reason="cpu_fused needs AVX-512 and a C++ compiler",
+    reason="cpu_fused needs AVX-512 and GCC",
 )
 CPU_BACKENDS = ["reference", "cpu", pytest.param("cpu_fused", marks=needs_cpu_fused)]
 

@@ -1,25 +1,26 @@
 """How a tree attends: plan, merge and backends."""
 
-from .backends import ATTENTION_BACKENDS, AttentionInputs
+from .backends import ATTENTION_BACKENDS, AttentionBackend, AttentionInputs
 from .interface import (
     available_backends,
     check_backend_name,
-    check_softmax_scale,
     prefix_grouped_attention,
     select_backend,
 )
+from .kinds import AttentionKind
 from .merge import merge_implementation
 from .plan import AttentionPlan, make_attention_plan
 from .resident import ResidentKV
 
 __all__ = [
     "ATTENTION_BACKENDS",
+    "AttentionBackend",
     "AttentionInputs",
+    "AttentionKind",
     "AttentionPlan",
     "ResidentKV",
     "available_backends",
     "check_backend_name",
-    "check_softmax_scale",
     "make_attention_plan",
     "merge_implementation",
     "prefix_grouped_attention",

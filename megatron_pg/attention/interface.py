@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +9,8 @@ from torch import Tensor
 
 from ..tree import PackedLayout
 from .backends import ATTENTION_BACKENDS, AttentionBackend, AttentionInputs
-from .plan import AttentionPlan, make_attention_plan
+from .kinds import AttentionKind
+from .plan import make_attention_plan
 from .resident import ResidentKV
 
 
@@ -19,31 +18,37 @@ def prefix_grouped_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: PackedLayout | AttentionPlan,
+    layout: PackedLayout,
     softmax_scale: float | None = None,
-    backend: str = "auto",
+    backend: str | AttentionBackend = "auto",
     resident: Sequence[ResidentKV] = (),
+    kind: AttentionKind | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention of every sample over its own path in the tree, each shared token computed once.
 
     Equals causal attention over the written-out samples: for every sample i, rows
     ``layout.sample_indices(i)`` of the output are what causal attention gives on those rows of
     q, k and v; the gradient of a shared row is the sum over its samples. A padding row returns
-    its own value.
+    its own value. What a backend makes of the layout is made by the first call and kept with it.
 
     Args:
         q: ``[total_tokens, num_heads, head_dim]`` queries, positions already encoded.
         k: ``[total_tokens, num_kv_heads, head_dim]`` keys; num_heads is a multiple of
             num_kv_heads (GQA, MQA).
-        v: ``[total_tokens, num_kv_heads, head_dim]`` values.
-        layout: where every token stands, or a plan made from it once for many calls.
+        v: ``[total_tokens, num_kv_heads, value_dim]`` values, of head_dim unless ``kind`` says
+            otherwise.
+        layout: where every token stands.
         softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
-        backend: a name from ``available_backends()`` or "auto" (see ``select_backend``).
+        backend: a name from ``available_backends()``, "auto" (see ``select_backend``), or what
+            ``select_backend`` gave.
         resident: keys and values of the prefix rows that ``layout.resident_spans`` name. The
             backward pass adds to their ``dk`` and ``dv``.
+        kind: window, sink, softcap or value size of the layer, in place of ``softmax_scale``.
+        sink: ``[num_heads]`` logits, exactly when ``kind.has_sink``.
 
     Returns:
-        ``[total_tokens, num_heads, head_dim]``, differentiable once in q, k and v.
+        ``[total_tokens, num_heads, value_dim]``, differentiable once in q, k, v and sink.
 
     Raises:
         ValueError: on shapes, dtypes or devices that do not fit, a scale that is not finite or not
@@ -51,47 +56,72 @@ def prefix_grouped_attention(
 
     Source: shared-prefix forward of Prefix Grouper (arXiv 2506.05433), generalised to trees.
     """
-    if not isinstance(layout, PackedLayout | AttentionPlan):
+    if not isinstance(layout, PackedLayout):
+        raise ValueError(f"layout is {type(layout).__name__}; pass what pack_trees gives")
+    if kind is None:
+        kind = AttentionKind(softmax_scale=softmax_scale)
+    elif softmax_scale is not None:
+        raise ValueError(f"softmax_scale={softmax_scale} beside {kind}; say it in the kind alone")
+    _check_tensors(q, k, v, layout.total_tokens, kind)
+    _check_sink(q, sink, kind)
+    inputs = AttentionInputs.of(q, k, kind)
+    if isinstance(backend, str):
+        backend = select_backend(inputs, backend)
+    elif (reason := backend.refusal(inputs)) is not None:
         raise ValueError(
-            f"layout is {type(layout).__name__}; pass what pack_trees or make_attention_plan gives"
+            f"attention backend {backend.name!r}, chosen before, {reason}; choose it for the "
+            "device and dtype that it is called with (a model: build it with those)"
         )
-    total_tokens = (layout.layout if isinstance(layout, AttentionPlan) else layout).total_tokens
-    _check_tensors(q, k, v, total_tokens)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    check_softmax_scale(softmax_scale)
-    chosen = select_backend(AttentionInputs.of(q, k), backend)
-    plan = layout if isinstance(layout, AttentionPlan) else make_attention_plan(layout, q.device)
-    if plan.device != q.device:
-        raise ValueError(
-            f"the attention plan was made for {plan.device}, q is on {q.device}; "
-            "pass device=q.device when it is made"
-        )
-    _check_resident(k, plan, resident)
-    return chosen(q, k, v, plan, float(softmax_scale), resident)
+    _check_resident(k, v, layout, resident)
+    prepared = _prepared(layout, backend, q.device, kind)
+    return backend(q, k, v, prepared, kind, sink, resident)
 
 
-def _check_resident(k: Tensor, plan: AttentionPlan, resident: Sequence[ResidentKV]) -> None:
-    if len(resident) < plan.num_prefix_rows:
+def _prepared(
+    layout: PackedLayout, backend: AttentionBackend, device: torch.device, kind: AttentionKind
+) -> object:
+    """What the backend makes of the row: once for all kinds that see the same keys."""
+    return layout.derived(
+        (backend, device, kind.window),
+        lambda: backend.prepare(make_attention_plan(layout, kind.window), device),
+    )
+
+
+def _check_sink(q: Tensor, sink: Tensor | None, kind: AttentionKind) -> None:
+    if kind.has_sink != (sink is not None):
         raise ValueError(
-            f"the layout continues {plan.num_prefix_rows} resident prefix row(s), {len(resident)} "
+            f"has_sink={kind.has_sink} of the kind, sink {'given' if sink is not None else 'None'}"
+            "; a sink takes AttentionKind(has_sink=True) and sink="
+        )
+    if sink is not None and (sink.shape != q.shape[1:2] or sink.device != q.device):
+        raise ValueError(
+            f"sink has shape {tuple(sink.shape)} on {sink.device}, must be one number for each of "
+            f"q's {q.shape[1]} heads on {q.device}"
+        )
+
+
+def _check_resident(
+    k: Tensor, v: Tensor, layout: PackedLayout, resident: Sequence[ResidentKV]
+) -> None:
+    num_rows = 1 + max((spans.row for spans in layout.resident_spans), default=-1)
+    if len(resident) < num_rows:
+        raise ValueError(
+            f"the layout continues {num_rows} resident prefix row(s), {len(resident)} "
             "given; pass resident=, one per prefix row"
         )
-    for p in plan.passes:
-        if p.prefix_row is None:
-            continue
-        kept = resident[p.prefix_row]
-        for name, x in (("keys", kept.k), ("values", kept.v)):
-            fits = (x.shape[1:], x.dtype, x.device) == (k.shape[1:], k.dtype, k.device)
-            if not fits or len(x) < p.kv_end:
+    for spans in layout.resident_spans:
+        kept, kv_end = resident[spans.row], int(spans.kv_spans[-1, 1])
+        for name, x, own in (("keys", kept.k, k), ("values", kept.v, v)):
+            fits = (x.shape[1:], x.dtype, x.device) == (own.shape[1:], own.dtype, own.device)
+            if not fits or len(x) < kv_end:
                 raise ValueError(
-                    f"resident[{p.prefix_row}] holds {x.dtype} {name} of shape {tuple(x.shape)} on "
-                    f"{x.device}; the row has {k.dtype} {name} of shape {tuple(k.shape)} on "
-                    f"{k.device} and sees {p.kv_end} of its tokens"
+                    f"resident[{spans.row}] holds {x.dtype} {name} of shape {tuple(x.shape)} on "
+                    f"{x.device}; the row has {own.dtype} {name} of shape {tuple(own.shape)} on "
+                    f"{own.device} and sees {kv_end} of its tokens"
                 )
             if x.stride(-1) != 1:
                 raise ValueError(
-                    f"{name} of resident[{p.prefix_row}] have strides {x.stride()}, the last must "
+                    f"{name} of resident[{spans.row}] have strides {x.stride()}, the last must "
                     "be 1; call contiguous()"
                 )
 
@@ -129,16 +159,6 @@ def check_backend_name(backend: str) -> None:
         )
 
 
-def check_softmax_scale(softmax_scale: float) -> None:
-    """Raise ValueError unless the scale is a number that kernels take.
-
-    They mask before they scale, so that hidden keys are seen with a factor of 0 or below.
-    """
-    is_number = isinstance(softmax_scale, numbers.Real)
-    if not is_number or not math.isfinite(softmax_scale) or softmax_scale <= 0:
-        raise ValueError(f"softmax_scale={softmax_scale!r} must be finite and above 0")
-
-
 def available_backends(inputs: AttentionInputs | None = None) -> list[str]:
     """Names of the backends that can run, fastest first.
 
@@ -152,7 +172,7 @@ def available_backends(inputs: AttentionInputs | None = None) -> list[str]:
     return [name for name, b in ATTENTION_BACKENDS.items() if b.refusal(inputs) is None]
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, total_tokens: int, kind: AttentionKind) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got {type(x).__name__}")
@@ -169,10 +189,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> None:
             )
     if not q.dtype.is_floating_point:
         raise ValueError(f"q has dtype {q.dtype}, attention needs a floating-point type")
-    if k.shape != v.shape or k.shape[2] != q.shape[2]:
+    value_dim = q.shape[2] if kind.value_dim is None else kind.value_dim
+    if k.shape[1] != v.shape[1] or k.shape[2] != q.shape[2] or v.shape[2] != value_dim:
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must have equal shapes and q's head_dim "
-            f"{q.shape[2]}"
+            f"{q.shape[2]}; values of another size take AttentionKind(value_dim=...)"
         )
     if 0 in (q.shape[1], q.shape[2], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(

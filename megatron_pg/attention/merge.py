@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import merge_plain
+from ..tree import IntArray
+from .kernels import merge_plain
 from .padding import padding_dv, padding_out
 from .plan import AttentionPass, AttentionPlan
 from .resident import ResidentKV, accumulation_dtype
@@ -23,8 +26,11 @@ class VarlenKernel(Protocol):
     the spans are neither read nor meaningful in what is returned.
     """
 
+    def arguments(self, attention_pass: AttentionPass, device: torch.device) -> Any:
+        """What the kernel takes for a pass besides tensors, made once per row."""
+
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, attention_pass: AttentionPass, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: Any, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """``(out [Tq, Hq, D], lse [Hq, Tq])``, lse natural, in fp32 (fp64 for fp64)."""
 
@@ -36,13 +42,63 @@ class VarlenKernel(Protocol):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        attention_pass: AttentionPass,
+        arguments: Any,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)`` with probabilities ``exp(scores - lse)`` and ``rowsum(dout * out)``.
 
         out and lse are the merged ones, so each pass returns its exact share of the gradient.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class KernelPass:
+    """A pass as it is run.
+
+    Attributes:
+        queries, keys: slices of the row that the kernel gets.
+        q_rows, kv_rows: int64 rows of these slices that lie in a span; None when all do.
+        prefix_row: as in ``AttentionPass``.
+        arguments: of the kernel.
+    """
+
+    queries: slice
+    keys: slice
+    q_rows: Tensor | None
+    kv_rows: Tensor | None
+    prefix_row: int | None
+    arguments: Any
+
+
+@dataclass(frozen=True, eq=False)
+class KernelPasses:
+    """A plan as it is run; the first pass covers all ``unique_tokens``."""
+
+    unique_tokens: int
+    passes: tuple[KernelPass, ...]
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, kernel: VarlenKernel, device: torch.device) -> KernelPasses:
+        """Prepare a row's passes for a kernel and a device."""
+        passes = tuple(
+            KernelPass(
+                queries=slice(p.q_begin, p.q_end),
+                keys=slice(p.kv_begin, p.kv_end),
+                q_rows=_rows(p.q_spans, p.q_end - p.q_begin, device),
+                kv_rows=_rows(p.kv_spans, p.kv_end - p.kv_begin, device),
+                prefix_row=p.prefix_row,
+                arguments=kernel.arguments(p, device),
+            )
+            for p in plan.passes
+        )
+        return cls(plan.layout.unique_tokens, passes)
+
+
+def _rows(spans: IntArray, num_rows: int, device: torch.device) -> Tensor | None:
+    if np.diff(spans).sum() == num_rows:
+        return None
+    rows = np.concatenate([np.arange(start, end) for start, end in spans])
+    return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
 class MergeFunctions(Protocol):
@@ -71,7 +127,7 @@ def merge_implementation(device: torch.device | str) -> Literal["triton", "plain
 
 def _merge_functions(device: torch.device) -> MergeFunctions:
     if merge_implementation(device) == "triton":
-        from . import merge_triton
+        from .kernels import merge_triton
 
         return merge_triton
     return merge_plain
@@ -86,31 +142,32 @@ class LseMergeAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: AttentionPlan,
+        row: KernelPasses,
         kernel: VarlenKernel,
         softmax_scale: float,
         resident: Sequence[ResidentKV],
     ) -> Tensor:
         # Kernels read a head's numbers side by side.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        tokens = plan.unique_tokens
-        first, *others = plan.passes
+        tokens = row.unique_tokens
+        first, *others = row.passes
         merge = _merge_functions(q.device)
-        out, lse = kernel.forward(q[:tokens], k[:tokens], v[:tokens], first, softmax_scale)
+        out, lse = kernel.forward(
+            q[:tokens], k[:tokens], v[:tokens], first.arguments, softmax_scale
+        )
         if others:
             out = out.to(accumulation_dtype(q.dtype))
         for p in others:
-            queries, keys = slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end)
             pass_k, pass_v = _keys_and_values(k, v, p, resident)
             pass_out, pass_lse = kernel.forward(
-                q[queries], pass_k[keys], pass_v[keys], p, softmax_scale
+                q[p.queries], pass_k[p.keys], pass_v[p.keys], p.arguments, softmax_scale
             )
-            merge.merge_out_lse(out[queries], lse[:, queries], pass_out, pass_lse, p.q_rows)
+            merge.merge_out_lse(out[p.queries], lse[:, p.queries], pass_out, pass_lse, p.q_rows)
         out = out.to(q.dtype)
         if tokens < len(q):
             out = torch.cat([out, padding_out(v[tokens:], q.shape[1])])
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.kernel, ctx.softmax_scale = plan, kernel, softmax_scale
+        ctx.row, ctx.kernel, ctx.softmax_scale = row, kernel, softmax_scale
         ctx.resident = resident
         return out
 
@@ -118,43 +175,30 @@ class LseMergeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        plan, kernel, softmax_scale = ctx.plan, ctx.kernel, ctx.softmax_scale
-        tokens, dtype = plan.unique_tokens, accumulation_dtype(q.dtype)
+        row: KernelPasses = ctx.row
+        kernel: VarlenKernel = ctx.kernel
+        tokens, dtype = row.unique_tokens, accumulation_dtype(q.dtype)
         merge = _merge_functions(q.device)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        dq, dk, dv = (
-            grad.to(dtype)
-            for grad in kernel.backward(
-                dout[:tokens],
-                q[:tokens],
-                k[:tokens],
-                v[:tokens],
-                out[:tokens],
-                lse,
-                plan.passes[0],
-                softmax_scale,
-            )
-        )
-        for p in plan.passes[1:]:
-            queries, keys = slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end)
-            pass_k, pass_v = _keys_and_values(k, v, p, ctx.resident)
-            pass_dq, pass_dk, pass_dv = kernel.backward(
-                dout[queries],
-                q[queries],
-                pass_k[keys],
-                pass_v[keys],
-                out[queries],
-                lse[:, queries],
-                p,
-                softmax_scale,
-            )
-            merge.add_rows(dq[queries], pass_dq, p.q_rows)
+
+        def shares(p: KernelPass, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+            rows = p.queries
+            return kernel.backward(
+                dout[rows], q[rows], keys[p.keys], values[p.keys], out[rows], lse[:, rows],
+                p.arguments, ctx.softmax_scale,
+            )  # fmt: skip
+
+        first, *others = row.passes
+        dq, dk, dv = (grad.to(dtype) for grad in shares(first, k, v))
+        for p in others:
+            pass_dq, pass_dk, pass_dv = shares(p, *_keys_and_values(k, v, p, ctx.resident))
+            merge.add_rows(dq[p.queries], pass_dq, p.q_rows)
             total_dk, total_dv = (
                 (dk, dv) if p.prefix_row is None else ctx.resident[p.prefix_row].grads()
             )
-            merge.add_rows(total_dk[keys], pass_dk, p.kv_rows)
-            merge.add_rows(total_dv[keys], pass_dv, p.kv_rows)
+            merge.add_rows(total_dk[p.keys], pass_dk, p.kv_rows)
+            merge.add_rows(total_dv[p.keys], pass_dv, p.kv_rows)
         grads = [grad.to(q.dtype) for grad in (dq, dk, dv)]
         if tokens < len(q):
             dvalue = padding_dv(dout[tokens:], v.shape[1])
@@ -164,10 +208,10 @@ class LseMergeAttention(torch.autograd.Function):
 
 
 def _keys_and_values(
-    k: Tensor, v: Tensor, attention_pass: AttentionPass, resident: Sequence[ResidentKV]
+    k: Tensor, v: Tensor, p: KernelPass, resident: Sequence[ResidentKV]
 ) -> tuple[Tensor, Tensor]:
     """What the pass's key spans index: the row's own keys and values, or a prefix row's."""
-    if attention_pass.prefix_row is None:
+    if p.prefix_row is None:
         return k, v
-    kept = resident[attention_pass.prefix_row]
+    kept = resident[p.prefix_row]
     return kept.k, kept.v

@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tree import PackedLayout, PrefixTree, ResidentSpans, pack_trees
+from ..tree import IntArray, PackedLayout, PrefixTree, ResidentSpans, pack_trees
 from .bins import fill_bins, level_bins
 from .cost import CostModel
-from .shape import GroupShape, IntArray, select_samples
+from .shape import GroupShape, select_samples
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from ..tree import PrefixTree
+from ..tree import IntArray, PrefixTree
 from .cost import CostModel
 from .types import Group, Sample
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,8 @@
 from . import cpu
 from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
-from .core_attention import AttentionCalls, count_attention_calls
 from .generation.generate import GeneratedResponse, generate
+from .layers import AttentionCalls, attention_backends, count_attention_calls
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,
@@ -29,6 +29,7 @@ __all__ = [
     "ScheduledRow",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "attention_backends",
     "build_gpt_chunks",
     "count_attention_calls",
     "cpu",

@@ -11,9 +11,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from ..loss import gather_predictors, vocab_parallel_logprobs
-from .core_attention import PrefixGroupedCoreAttention
+from .layers import PrefixGroupedCoreAttention, PrefixGroupedSelfAttention
 from .params import PositionedSeqParams, PrefixGroupedSeqParams, check_row_length
-from .self_attention import PrefixGroupedSelfAttention
 
 
 class PrefixGroupedGPTModel(GPTModel):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..attention import AttentionPlan, make_attention_plan
 from ..parallel import ParallelSizes
 from ..tree import PackedLayout
 from .predictions import Predictions
@@ -60,6 +59,22 @@ class PositionedSeqParams(PackedSeqParams):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.position_ids)} tokens)"
+
+    @property
+    def row_mask(self) -> Tensor | None:
+        """What layers get in the place of a padding mask: None for rows that nothing shares."""
+        return None
+
+    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the row's tokens in one layer.
+
+        Args:
+            core: the layer's ``PrefixGroupedCoreAttention``.
+            query: ``[tokens, num_heads, head_dim]`` of this rank, positions encoded.
+            key: ``[tokens, num_query_groups, head_dim]``.
+            value: as key.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its tokens attend to")
 
     def gather_rotary(self, table: Any) -> Any:
         """Rows of a rotary table ``[max_seqlen_q, 1, 1, D]`` by logical position.
@@ -110,21 +125,20 @@ class WrappedRow:
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class PrefixGroupedSeqParams(PositionedSeqParams):
-    """Layout, plan and positions of one packed row, for ``GPTModel(..., packed_seq_params=)``.
+    """Layout and positions of one packed row, for ``GPTModel(..., packed_seq_params=)``.
 
     A call argument, never a global: under recompute and interleaved schedules each microbatch
-    keeps its own.
+    keeps its own. Cheap to make for every pass over a row: what a row has on the device, and what
+    attention makes of it, is kept with the layout and made once.
 
     Attributes:
         layout: where every token stands.
-        plan: the passes of attention, made once and used by every layer.
         predictions: what ``PrefixGroupedGPTModel`` returns on the last stage instead of logits.
         prefix_kv: keeps the row's keys and values, when it is a prefix row.
         resident: kept by the prefix rows that ``layout.resident_spans`` name.
     """
 
     layout: PackedLayout
-    plan: AttentionPlan
     predictions: Predictions | None = None
     prefix_kv: PrefixKV | None = None
     resident: tuple[PrefixKV, ...] = ()
@@ -139,7 +153,8 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         config: TransformerConfig | None = None,
         prefix_kv: PrefixKV | None = None,
         resident: Sequence[PrefixKV] = (),
-    ) -> PrefixGroupedSeqParams:
+        **own_fields: Any,
+    ) -> Self:
         """Prepare one microbatch for the device its tokens live on.
 
         Args:
@@ -149,6 +164,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             config: when given, the row's length is checked against its parallel layout.
             prefix_kv: see the class; the resident schedule hands it out.
             resident: see the class; the resident schedule hands it out.
+            own_fields: what a subclass has beyond these.
 
         Raises:
             ValueError: if sequence parallelism cannot split the row evenly.
@@ -163,12 +179,44 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             layout=layout,
-            plan=make_attention_plan(layout, device),
-            position_ids=layout.position_ids.to(device, non_blocking=True),
+            position_ids=layout.derived(
+                ("position_ids", device),
+                lambda: layout.position_ids.to(device, non_blocking=True),
+            ),
             predictions=predictions,
             prefix_kv=prefix_kv,
             resident=tuple(resident),
+            **own_fields,
         )
+
+    @property
+    def row_mask(self) -> Tensor:
+        """``[num_samples, total_tokens, 1]`` bool on the device: sample s holds token t.
+
+        Sums over samples are the layout's multiplicity, 0 on padding; sums over tokens are the
+        samples' lengths. It reaches routers and MLPs that have a true ``reads_row_mask`` as their
+        ``padding_mask``, from which its third dimension tells it.
+        """
+        device = self.position_ids.device
+        return self.layout.derived(
+            ("row_mask", device),
+            lambda: _membership(self.layout).to(device, non_blocking=True),
+        )
+
+    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See the base; the row's keys and values are kept if it is a prefix row."""
+        if self.prefix_kv is not None:
+            key, value = self.prefix_kv.keep(core, key, value)
+        resident = [kept.of(core) for kept in self.resident]
+        out: Tensor = core.attend(query, key, value, self.layout, resident)
+        return out
+
+
+def _membership(layout: PackedLayout) -> Tensor:
+    samples = torch.repeat_interleave(torch.arange(layout.num_samples), layout.sample_lens)
+    members = torch.zeros(layout.num_samples, layout.total_tokens, 1, dtype=torch.bool)
+    members[samples, layout.logical_to_packed] = True
+    return members
 
 
 def check_row_length(total_tokens: int, config: TransformerConfig) -> None:

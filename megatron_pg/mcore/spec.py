@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from inspect import signature
+from types import MethodType
 from typing import Any, TypeVar
 
 from megatron.core.extensions import transformer_engine
@@ -14,10 +15,17 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..attention import check_backend_name
-from .core_attention import PrefixGroupedCoreAttention, prefix_grouped_core_attention
-from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_attention
+from .layers import (
+    PrefixGroupedCoreAttention,
+    PrefixGroupedLayer,
+    PrefixGroupedSelfAttention,
+    prefix_grouped_core_attention,
+    prefix_grouped_layer,
+    prefix_grouped_self_attention,
+)
 
 # Without Transformer Engine its attention is no class.
 _SOFTMAX_ATTENTION = tuple(
@@ -34,7 +42,9 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
 
     Equals the given spec for ordinary batches, with the same state-dict keys. The self-attention
     and core-attention classes are replaced by subclasses of themselves (local, Transformer Engine
-    or your own), so norms, projections, MLP and MoE stay what they were.
+    or your own), so norms, projections, MLP and MoE stay what they were. The layer's class
+    is replaced too where the class of its MLP, or of a part of it such as a router, has a true
+    ``reads_row_mask``: it then gets its microbatch's ``row_mask`` as ``padding_mask``.
 
     Args:
         spec: a layer's ``ModuleSpec``, a block's ``ModuleSpec`` or ``TransformerBlockSubmodules``.
@@ -69,32 +79,51 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
             f"{get_module(spec).__name__} has no self_attention submodule; prefix grouping "
             "supports transformer layers, not state-space or linear-attention layers"
         )
-    for part in fields(spec.submodules):
-        if part.name != "self_attention":
-            for name in _row_readers(getattr(spec.submodules, part.name)):
-                raise NotImplementedError(
-                    f"{part.name} of {get_module(spec).__name__} is {name}, whose call takes a "
-                    "row; prefix grouping supports layers whose self_attention alone mixes tokens"
-                )
-    attention = _wrap_attention(spec.submodules.self_attention, backend)
+    parts = {part.name: getattr(spec.submodules, part.name) for part in fields(spec.submodules)}
+    attention = _wrap_attention(parts.pop("self_attention"), backend)
+    for part, classes in {name: list(_classes(part)) for name, part in parts.items()}.items():
+        for cls in filter(_takes_a_row, classes):
+            raise NotImplementedError(
+                f"{part} of {get_module(spec).__name__} is {cls.__name__}, whose call takes a "
+                "row; prefix grouping supports layers whose self_attention alone mixes tokens"
+            )
+        if any(getattr(cls, "reads_row_mask", False) for cls in classes):
+            spec = _wrap_layer(spec)
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
-def _row_readers(spec: Any) -> Iterator[str]:
-    """Names of the classes in (a part of) a spec whose call takes ``packed_seq_params``."""
+def _classes(spec: Any) -> Iterator[type]:
+    """All classes in (a part of) a spec."""
     if isinstance(spec, type):
-        call = getattr(spec, "forward", None)
-        if call is not None and "packed_seq_params" in signature(call).parameters:
-            yield spec.__name__
+        yield spec
     elif isinstance(spec, ModuleSpec):
-        yield from _row_readers([get_module(spec), spec.submodules])
+        yield from _classes([get_module(spec), spec.submodules])
+    elif isinstance(spec, MethodType):
+        yield from _classes(spec.__self__)
     elif isinstance(spec, partial):
-        yield from _row_readers([spec.func, *spec.args, *spec.keywords.values()])
+        yield from _classes([spec.func, *spec.args, *spec.keywords.values()])
     elif isinstance(spec, list | tuple):
         for part in spec:
-            yield from _row_readers(part)
+            yield from _classes(part)
     elif is_dataclass(spec):
-        yield from _row_readers([getattr(spec, part.name) for part in fields(spec)])
+        yield from _classes([getattr(spec, part.name) for part in fields(spec)])
+
+
+def _takes_a_row(cls: type) -> bool:
+    call = getattr(cls, "forward", None)
+    return call is not None and "packed_seq_params" in signature(call).parameters
+
+
+def _wrap_layer(spec: ModuleSpec) -> ModuleSpec:
+    cls: Any = _class_of("the layer", spec)
+    if not issubclass(cls, TransformerLayer):
+        raise NotImplementedError(
+            f"a part of {cls.__name__} reads the row mask, but the layer is no TransformerLayer, "
+            "which hands padding_mask to its MLP; derive it from that"
+        )
+    if issubclass(cls, PrefixGroupedLayer):
+        return spec
+    return replace(spec, module=prefix_grouped_layer(cls))
 
 
 def _class_of(name: str, spec: Any) -> type:

@@ -1,5 +1,6 @@
 """What is shared: prefix trees and the packed row."""
 
+from .checks import IntArray
 from .layout import PackedLayout
 from .mask import dense_mask, resident_mask
 from .pack import pack_trees
@@ -7,6 +8,7 @@ from .resident import ResidentSpans
 from .tree import PrefixTree
 
 __all__ = [
+    "IntArray",
     "PackedLayout",
     "PrefixTree",
     "ResidentSpans",

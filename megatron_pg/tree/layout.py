@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from .checks import IntArray, as_integers
 from .resident import ResidentSpans
 from .tree import PrefixTree
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +80,6 @@ class PackedLayout:
     @property
     def logical_tokens(self) -> int:
         return self.forest.logical_tokens
-
-    @property
-    def padding_tokens(self) -> int:
-        return self.total_tokens - self.unique_tokens
 
     @property
     def reuse_ratio(self) -> float:
@@ -151,16 +149,6 @@ class PackedLayout:
         """
         return self.predictor_of[self.target_ids]
 
-    @cached_property
-    def target_of(self) -> Tensor:
-        """``[total_tokens]`` int64: the token's place in ``target_ids``; -1 when it has none."""
-        has_predictor = self.predictor_of >= 0
-        return torch.where(has_predictor, has_predictor.cumsum(0) - 1, -1)
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.target_ids)
-
     @property
     def sample_lens(self) -> Tensor:
         """``[num_samples]`` int64: tokens of every written-out sample."""
@@ -177,22 +165,6 @@ class PackedLayout:
         path = self.forest.segment_path(int(self.forest.sample_segments[sample]))
         starts, ends = self.forest.segment_starts[path], self.forest.segment_ends[path]
         return torch.from_numpy(np.concatenate([np.arange(s, e) for s, e in zip(starts, ends)]))
-
-    def token_samples(self, index: int) -> Tensor:
-        """Samples whose path holds the token at packed ``index``, ascending; empty on padding.
-
-        Raises:
-            IndexError: if the row has no such token.
-        """
-        if not 0 <= index < self.total_tokens:
-            raise IndexError(f"token {index} of a row with {self.total_tokens} tokens")
-        segment = int(self.segment_ids[index])
-        if segment < 0:
-            return torch.empty(0, dtype=torch.int64)
-        # Pre-order: the descendants of a segment are the segments that start inside its subtree.
-        end = np.searchsorted(self.forest.segment_starts, self.forest.segment_subtree_ends[segment])
-        ends = self.forest.sample_segments
-        return torch.from_numpy(np.nonzero((ends >= segment) & (ends < end))[0])
 
     @cached_property
     def logical_to_packed(self) -> Tensor:
@@ -229,15 +201,6 @@ class PackedLayout:
         self._check_rows("logical", logical, self.logical_tokens)
         out = logical.new_zeros(self.total_tokens, *logical.shape[1:])
         return out.index_add(0, self.logical_to_packed.to(logical.device), logical)
-
-    def split_samples(self, logical: Tensor) -> tuple[Tensor, ...]:
-        """``[logical_tokens, ...]`` as one tensor per sample, in the caller's order.
-
-        Raises:
-            ValueError: if ``logical`` has another number of rows.
-        """
-        self._check_rows("logical", logical, self.logical_tokens)
-        return torch.split(logical, self.sample_lens.tolist())
 
     def pack_tokens(self, sequences: Sequence[Any], pad_id: int = 0) -> Tensor:
         """``[total_tokens]`` int64 row that holds the written-out ``sequences`` once.
@@ -284,6 +247,25 @@ class PackedLayout:
         row = torch.zeros(self.total_tokens, dtype=torch.int64)
         row[: self.unique_tokens] = torch.from_numpy(self.forest.token_ids)
         return row
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What ``make()`` gave when ``key`` was first asked for; it lives as long as the layout.
+
+        For what other packages make of a row once, and read in every pass over it, in every layer,
+        epoch and model chunk: copies on a device, tables of kernels. It must not refer to the
+        layout, so that both go when nothing else holds the layout.
+        """
+        kept: dict[Hashable, Any] = self.__dict__.setdefault("_derived", {})
+        if key not in kept:
+            # A row may be evaluated first and trained then.
+            with torch.inference_mode(False):
+                kept[key] = make()
+        value: Derived = kept[key]
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is derived, which may lie on a device."""
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
     @property
     def _subtree_lens(self) -> IntArray:

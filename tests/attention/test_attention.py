@@ -19,7 +19,6 @@ from megatron_pg import (
 )
 from megatron_pg.attention import (
     AttentionInputs,
-    make_attention_plan,
     merge_implementation,
     select_backend,
 )
@@ -236,15 +235,6 @@ def test_the_same_inputs_give_the_same_bits() -> None:
         assert all(torch.equal(first, other) for other in others), name
 
 
-def test_one_plan_serves_many_calls() -> None:
-    layout = deep_layout()
-    plan = make_attention_plan(layout)
-    inputs, _ = make_inputs(layout, 4, 4, dim=8)
-    a = prefix_grouped_attention(*inputs, plan)
-    b = prefix_grouped_attention(*inputs, layout)
-    assert torch.equal(a, b)
-
-
 def test_auto_says_what_it_picked() -> None:
     inputs = AttentionInputs(torch.device("cpu"), torch.float32, 64, 4, 2)
     assert select_backend(inputs).name == available_backends(inputs)[0]
@@ -302,10 +292,7 @@ def rows() -> int:
         (lambda: {"backend": "triton"}, "attention backend 'triton' is unknown"),
         (lambda: {"backend": "flash"}, "flash needs tensors on cuda"),
         (lambda: {"backend": "flash_attn"}, "flash_attn needs tensors on cuda"),
-        (
-            lambda: {"layout": make_attention_plan(deep_layout(), "meta")},
-            "plan was made for meta, q is on cpu",
-        ),
+        (lambda: {"layout": deep_layout().forest}, "layout is PrefixTree; pass what pack_trees"),
         (
             lambda: {n: torch.zeros(rows(), 2, 8, dtype=torch.int64) for n in "qkv"},
             "needs a floating-point type",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
 import torch
@@ -11,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_pg import PackedLayout, PrefixTree, pack_trees
-from megatron_pg.attention import make_attention_plan
+from megatron_pg import PackedLayout, PrefixTree, pack_trees, prefix_grouped_attention
 from megatron_pg.attention.backends import cpu
-from megatron_pg.attention.backends.cpu import CpuBackend, CpuFlashKernel, split_causal_pass
-from megatron_pg.attention.merge import LseMergeAttention
+from megatron_pg.attention.backends.cpu import CpuBackend
+from megatron_pg.attention.backends.cpu_spans import span_batches, split_causal_pass
 from megatron_pg.attention.plan import AttentionPass
 from tests.strategies import forests
 from tests.utils import assert_close
@@ -28,7 +25,7 @@ def causal_pass(lens: list[int], gap: int = 0) -> AttentionPass:
     starts = np.cumsum([0] + [n + gap for n in lens])[:-1]
     spans = np.stack([starts, starts + np.array(lens)], axis=1)
     end = int(spans[-1, 1])
-    return AttentionPass(True, 0, end, 0, end, spans, spans, torch.device("cpu"))
+    return AttentionPass(True, 0, end, 0, end, spans, spans)
 
 
 def covered(parts: tuple[AttentionPass, ...]) -> Tensor:
@@ -71,15 +68,14 @@ def test_the_blocks_of_a_span() -> None:
     assert (halves.q_spans.tolist(), halves.kv_spans.tolist()) == ([[8, 16]], [[0, 8]])
     # Equal spans side by side stay one batched call a part.
     batched = split_causal_pass(causal_pass([16] * 3), min_block=4)
-    assert [[b.num_spans for b in p.span_batches] for p in batched] == [[12], [6], [3]]
+    assert [[b.num_spans for b in span_batches(p)] for p in batched] == [[12], [6], [3]]
     (whole,) = split_causal_pass(causal_pass([7]), min_block=4)
     assert whole.q_spans.tolist() == [[0, 7]]
 
 
 def attend(layout: PackedLayout, inputs: list[Tensor], dout: Tensor, min_block: int):
     leaves = [x.detach().requires_grad_() for x in inputs]
-    kernel, plan = CpuFlashKernel(min_block), make_attention_plan(layout)
-    out = LseMergeAttention.apply(*leaves, plan, kernel, 0.37, ())
+    out = prefix_grouped_attention(*leaves, layout, 0.37, CpuBackend(min_block))
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -123,7 +119,7 @@ def test_the_backend_splits_long_ragged_spans(heads, monkeypatch: pytest.MonkeyP
         cpu, "_flash_forward", lambda *a, **kw: calls.append(a[4]) or right(*a, **kw)
     )
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = CpuBackend()(*leaves, make_attention_plan(layout), 0.37)
+    out = prefix_grouped_attention(*leaves, layout, 0.37, "cpu")
     for name, g, w in zip(NAMES, [out, *torch.autograd.grad(out, leaves, dout)], want):
         assert_close(name, g, w, 1e-12)
     assert calls.count(False) > 3, "rectangles were computed"
@@ -140,17 +136,3 @@ def test_16_bit_parts_merge_in_fp32(dtype: torch.dtype) -> None:
         assert s.dtype == dtype
         yardstick = (w.double() - e).abs().max()
         assert (s.double() - e).abs().max() <= 1.5 * yardstick > 0, name
-
-
-def test_parts_are_made_once_a_plan_and_go_with_it() -> None:
-    layout = pack_trees([PrefixTree.from_group(40, [30, 20])])
-    (q, k, v), _ = make_inputs(layout.total_tokens, 2, 2)
-    kernel, plan = CpuFlashKernel(4), make_attention_plan(layout)
-    for _ in range(2):
-        LseMergeAttention.apply(q, k, v, plan, kernel, 0.37, ())
-    (parts,) = kernel._parts_of.values()
-    LseMergeAttention.apply(q, k, v, plan, kernel, 0.37, ())
-    assert list(kernel._parts_of.values()) == [parts] and kernel._parts_of[plan.passes[0]] is parts
-    del plan
-    gc.collect()
-    assert not kernel._parts_of

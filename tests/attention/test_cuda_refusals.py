@@ -195,8 +195,9 @@ def test_passes_of_one_query_are_not_taken_for_decoding(monkeypatch, install, ba
     ] * 2
     # The first token sees keys 0..2 of the prefix row, the second 5..7: a gap of two keys.
     spans = ResidentSpans(0, np.array([[0, 1], [1, 2]]), np.array([[0, 3], [5, 8]]))
-    passes = make_attention_plan(pack_trees(lone, 1, [spans])).passes
-    assert passes[-1].varlen.cu_seqlens_q.diff().tolist() == [1, 0, 1]
+    chosen, cpu = ATTENTION_BACKENDS[backend], torch.device("cpu")
+    passes = chosen.prepare(make_attention_plan(pack_trees(lone, 1, [spans])), cpu).passes
+    assert passes[-1].arguments.cu_seqlens_q.diff().tolist() == [1, 0, 1]
     bounds: list[int] = []
 
     def forward(q, k, v, cu_q, cu_kv, max_q, max_kv, *args, **kwargs):
@@ -208,7 +209,7 @@ def test_passes_of_one_query_are_not_taken_for_decoding(monkeypatch, install, ba
     monkeypatch.setattr("flash_attn.flash_attn_interface._flash_attn_varlen_forward", forward)
     x = torch.zeros(8, 2, 8)
     for p in passes:
-        ATTENTION_BACKENDS[backend].kernel.forward(x[: p.q_end - p.q_begin], x, x, p, 1.0)
+        chosen.forward(x[p.queries], x, x, p.arguments, 1.0)
     assert bounds == [2, 2]
-    longer = make_attention_plan(pack_trees([PrefixTree.from_group(3, [4, 5])])).passes
-    assert [p.varlen.bound_q for p in longer] == [5, 9]
+    longer = make_attention_plan(pack_trees([PrefixTree.from_group(3, [4, 5])]))
+    assert [p.arguments.max_seqlen_q for p in chosen.prepare(longer, cpu).passes] == [5, 9]

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees, prefix_grouped_attention
-from megatron_pg.attention import (
-    AttentionInputs,
-    ResidentKV,
-    available_backends,
-    make_attention_plan,
-)
+from megatron_pg.attention import AttentionInputs, ResidentKV, available_backends
 from megatron_pg.tree import ResidentSpans
 from tests.attention.test_attention import NAMES, written_out_attention
 from tests.hostile import assert_both_occur, refused, seeds
@@ -101,10 +96,9 @@ def test_what_is_accepted_is_right(seed: int) -> None:
     dtype, scale = inputs[0].dtype, rng.choice([None, 1, 0.37, np.float32(2.5)])
     wanted = tuple(rng.random() < 0.7 for _ in range(3))
     dout = odd_strides(rng, torch.randn(inputs[0].shape).to(dtype))
-    given = make_attention_plan(layout) if rng.random() < 0.5 else layout
     before = [x.clone() for x in inputs]
     got = results(
-        lambda *x: prefix_grouped_attention(*x, given, scale, backend), inputs, dout, wanted
+        lambda *x: prefix_grouped_attention(*x, layout, scale, backend), inputs, dout, wanted
     )
     used = inputs[0].shape[2] ** -0.5 if scale is None else float(scale)
     want = results(
@@ -132,7 +126,7 @@ def test_values_that_are_not_finite_stay_in_their_samples(seed: int) -> None:
     inputs = [x.contiguous() for x in inputs]
     token = rng.randrange(layout.unique_tokens)
     value = rng.choice([float("nan"), float("inf"), -float("inf")])
-    touched = {int(s) for s in layout.token_samples(token)}
+    touched = {i for i in range(layout.num_samples) if token in layout.sample_indices(i)}
     clean = [i for i in range(layout.num_samples) if i not in touched]
     rows = torch.zeros(layout.total_tokens, dtype=torch.bool)
     for i in clean:

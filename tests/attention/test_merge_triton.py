@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
-from megatron_pg.attention import make_attention_plan, merge, merge_plain
+from megatron_pg.attention import ATTENTION_BACKENDS, make_attention_plan, merge
+from megatron_pg.attention.kernels import merge_plain
 from tests.utils import assert_close, assert_close_to_control
 
 triton = pytest.importorskip(
@@ -34,7 +35,7 @@ DTYPES = [
 
 def load_kernels(device: str) -> ModuleType:
     """A copy of the module for the device: Triton decides when it decorates the kernels."""
-    spec = importlib.util.find_spec("megatron_pg.attention.merge_triton")
+    spec = importlib.util.find_spec("megatron_pg.attention.kernels.merge_triton")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +238,8 @@ def test_attention_merges_with_either(monkeypatch) -> None:
         PrefixTree.from_group(7, [3, 2, 4]),
     ]
     layout = pack_trees(trees, 8)
-    passes = make_attention_plan(layout).passes[1:]
+    plan, cpu = make_attention_plan(layout), torch.device("cpu")
+    passes = ATTENTION_BACKENDS["cpu"].prepare(plan, cpu).passes[1:]
     assert any(p.q_rows is not None for p in passes) and any(p.q_rows is None for p in passes)
     assert any(p.kv_rows is not None for p in passes)
     q, k, v = (torch.randn(layout.total_tokens, heads, 16) for heads in (4, 2, 2))
@@ -268,4 +270,4 @@ def test_attention_takes_what_merge_implementation_names(monkeypatch) -> None:
     assert merge._merge_functions(torch.device("cpu")) is merge_plain
     monkeypatch.setattr(merge, "merge_implementation", lambda device: "triton")
     chosen = merge._merge_functions(torch.device("cpu"))
-    assert chosen.__name__ == "megatron_pg.attention.merge_triton"
+    assert chosen.__name__ == "megatron_pg.attention.kernels.merge_triton"

@@ -1,4 +1,4 @@
-"""Plans: every visible pair in exactly one pass, in the form that kernels take."""
+"""Plans: every visible pair in exactly one pass; what kernels are told of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from hypothesis import given, settings
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.attention import AttentionPlan, make_attention_plan
+from megatron_pg.attention.backends.cpu_spans import span_batches
+from megatron_pg.attention.backends.cuda_flash import VarlenArguments
+from megatron_pg.attention.backends.torch_cuda import TorchFlashBackend
 from megatron_pg.tree import dense_mask
 from tests.strategies import forests
+from tests.utils import ROOT
 
 
 def covered(plan: AttentionPlan, from_batches: bool) -> torch.Tensor:
@@ -23,7 +27,7 @@ def covered(plan: AttentionPlan, from_batches: bool) -> torch.Tensor:
                     (b.q_start + i * b.q_step, b.q_start + i * b.q_step + b.q_len),
                     (b.kv_start + i * b.kv_step, b.kv_start + i * b.kv_step + b.kv_len),
                 )
-                for b in p.span_batches
+                for b in span_batches(p)
                 for i in range(b.num_spans)
             ]
         for (qs, qe), (ks, ke) in spans:
@@ -60,8 +64,11 @@ def test_passes_cover_the_mask_once(forest: tuple[PackedLayout, list[list[int]]]
 @given(forests())
 def test_cu_seqlens_say_the_same(forest: tuple[PackedLayout, list[list[int]]]) -> None:
     layout, _ = forest
-    for p in make_attention_plan(layout).passes:
-        args = p.varlen
+    plan = make_attention_plan(layout)
+    prepared = TorchFlashBackend().prepare(plan, torch.device("cpu"))
+    assert prepared.unique_tokens == layout.unique_tokens
+    for p, made in zip(plan.passes, prepared.passes, strict=True):
+        args = made.arguments
         cu_q, cu_kv = args.cu_seqlens_q.tolist(), args.cu_seqlens_kv.tolist()
         assert cu_q[0] == cu_kv[0] == 0
         assert (cu_q[-1], cu_kv[-1]) == (p.q_end - p.q_begin, p.kv_end - p.kv_begin)
@@ -73,10 +80,12 @@ def test_cu_seqlens_say_the_same(forest: tuple[PackedLayout, list[list[int]]]) -
         ]
         spans = list(zip(map(tuple, p.q_spans.tolist()), map(tuple, p.kv_spans.tolist())))
         assert meeting == spans
-        assert args.max_seqlen_q == max(np.diff(cu_q)) and args.max_seqlen_kv == max(np.diff(cu_kv))
+        assert args.max_seqlen_q == max(*np.diff(cu_q), 2)
+        assert args.max_seqlen_kv == max(np.diff(cu_kv)) and args.causal == p.causal
+        assert (made.queries, made.keys) == (slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end))
         for rows, spans_of, n in (
-            (p.q_rows, p.q_spans, cu_q[-1]),
-            (p.kv_rows, p.kv_spans, cu_kv[-1]),
+            (made.q_rows, p.q_spans, cu_q[-1]),
+            (made.kv_rows, p.kv_spans, cu_kv[-1]),
         ):
             inside = [i for s, e in spans_of.tolist() for i in range(s, e)]
             assert inside == (list(range(n)) if rows is None else rows.tolist())
@@ -85,16 +94,17 @@ def test_cu_seqlens_say_the_same(forest: tuple[PackedLayout, list[list[int]]]) -
 def test_a_star_takes_two_dense_passes() -> None:
     plan = make_attention_plan(pack_trees([PrefixTree.from_group(10, [4] * 8)]))
     causal, cross = plan.passes
-    assert [b.num_spans for b in causal.span_batches] == [1, 8]
+    assert [b.num_spans for b in span_batches(causal)] == [1, 8]
     assert (cross.q_begin, cross.q_end, cross.kv_begin, cross.kv_end) == (10, 42, 0, 10)
-    assert cross.q_rows is None and cross.kv_rows is None
-    assert cross.varlen.cu_seqlens_q.tolist() == [0, 32]
-    assert cross.varlen.cu_seqlens_kv.tolist() == [0, 10]
+    _, made = TorchFlashBackend().prepare(plan, torch.device("cpu")).passes
+    assert made.q_rows is None and made.kv_rows is None
+    assert made.arguments.cu_seqlens_q.tolist() == [0, 32]
+    assert made.arguments.cu_seqlens_kv.tolist() == [0, 10]
 
 
 def test_gaps_between_trees_become_empty_sequences() -> None:
     plan = make_attention_plan(pack_trees([PrefixTree.from_group(2, [2, 1])] * 2))
-    args = plan.passes[1].varlen
+    args = VarlenArguments.of(plan.passes[1], torch.device("cpu"))
     assert args.cu_seqlens_q.tolist() == [0, 3, 5, 5, 8]
     assert args.cu_seqlens_kv.tolist() == [0, 2, 2, 5, 7]
 
@@ -105,3 +115,23 @@ def test_what_forks_nowhere_takes_one_pass() -> None:
     layout = pack_trees([PrefixTree.from_group(5, [7]), conversation])
     (causal,) = make_attention_plan(layout).passes
     assert causal.q_spans.tolist() == [[0, 12], [12, 21]]
+
+
+def test_the_figure_of_the_readme_is_what_is_computed() -> None:
+    samples = ["AAAABB", "AAAACCCDD", "AAAACCCE"]
+    layout = pack_trees([PrefixTree.from_sequences([list(map(ord, s)) for s in samples])])
+    figure = [[" "] * layout.total_tokens for _ in range(layout.total_tokens)]
+    for number, p in enumerate(make_attention_plan(layout).passes):
+        for (q_start, q_end), (kv_start, kv_end) in zip(p.q_spans.tolist(), p.kv_spans.tolist()):
+            for i in range(q_end - q_start):
+                for j in range(min(i + 1, kv_end - kv_start) if p.causal else kv_end - kv_start):
+                    row = figure[p.q_begin + q_start + i]
+                    row[p.kv_begin + kv_start + j] = str(number)
+    drawn = (ROOT / "megatron_pg" / "attention" / "README.md").read_text().splitlines()
+    names = "".join(map(chr, layout.token_ids.tolist()))
+    first = next(i for i, line in enumerate(drawn) if line.startswith("  queries"))
+    for line, name, cells in zip(drawn[first:], names, figure, strict=False):
+        assert line[11:].split("0, 1, 2:")[0].split("blank:")[0].rstrip() == (
+            f"{name}         {' '.join(cells)}".rstrip()
+        )
+    assert len(figure) == 12 and names == "AAAABBCCCDDE"

@@ -135,7 +135,7 @@ def packed_logprobs(chunk: Any, prompt: Tensor, group: Any, temperature: float) 
     with torch.no_grad():
         logprobs, _ = chunk(tokens[None], params.position_ids[None], None, packed_seq_params=params)
     places = [layout.sample_indices(i)[len(prompt) :] for i in range(len(responses))]
-    return [logprobs[layout.target_of[place]] for place in places]
+    return [logprobs[torch.searchsorted(layout.target_ids, place)] for place in places]
 
 
 def load_full_state(chunks: list[Any], full: dict[str, Tensor]) -> None:

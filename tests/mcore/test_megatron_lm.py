@@ -18,7 +18,7 @@ from megatron_pg.mcore import (
     gpt_config_from_args,
 )
 from megatron_pg.mcore.builder import _stock_spec
-from megatron_pg.mcore.self_attention import PrefixGroupedSelfAttention
+from megatron_pg.mcore.layers import PrefixGroupedSelfAttention
 from tests.mcore import harness
 from tests.mcore.test_spec import Arguments, run
 

@@ -18,14 +18,16 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_pg.attention import AttentionInputs, available_backends, interface
 from megatron_pg.mcore import (
     PrefixGroupedGPTModel,
     PrefixGroupedSeqParams,
+    attention_backends,
     count_attention_calls,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
-from megatron_pg.mcore.core_attention import prefix_grouped_core_attention
+from megatron_pg.mcore.layers import prefix_grouped_core_attention
 from tests.mcore import harness
 from tests.utils import assert_close
 
@@ -152,6 +154,27 @@ def test_stock_model_with_a_wrapped_spec_returns_logits(one_rank) -> None:
     calls = count_attention_calls(model)
     assert calls.prefix_grouped == config.num_layers
     assert calls.ordinary == config.num_layers * len(row.sequences)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+def test_the_backend_is_chosen_when_the_model_is_built(one_rank, monkeypatch, backend) -> None:
+    config = harness.make_config(harness.Case())
+    block = with_sequence_parallel_norms(get_gpt_layer_local_spec(), config)
+    model = build(with_prefix_grouped_attention(block, backend), config)
+    core = model.decoder.layers[0].self_attention.core_attention
+    first = available_backends(AttentionInputs(torch.device("cpu"), torch.float64, 8, 4, 2))[0]
+    assert attention_backends(model) == (first if backend == "auto" else backend,)
+
+    def chosen_again(*args: object) -> None:
+        raise AssertionError("a layer's call chooses a backend")
+
+    monkeypatch.setattr(interface, "select_backend", chosen_again)
+    row = harness.make_rows(3, 4)
+    assert run(model, row).shape == (1, row.layout.total_tokens, 64)
+    other = torch.zeros(row.layout.total_tokens, 4, 8, dtype=torch.float8_e5m2)
+    if backend != "reference":
+        with pytest.raises(ValueError, match="chosen before, takes .*build it with those"):
+            core.attend(other, other, other, row.layout, ())
 
 
 def test_siblings_are_isolated_through_the_whole_model(one_rank) -> None:

@@ -26,7 +26,7 @@ FIELDS = {"benchmark", "shape", "baseline", "ratio", "bound", "share", "machine"
 MEGATRON_FREE = ("attention", "pack", "layout")
 # The tools' own modules need Megatron-Core as soon as all benchmarks are registered.
 pytest.importorskip("megatron.core")
-from megatron_pg.mcore import core_attention  # noqa: E402
+from megatron_pg.mcore.layers import core_attention  # noqa: E402
 from tools.bench.run import main  # noqa: E402
 
 
@@ -193,8 +193,8 @@ def test_a_wrong_result_stops_without_a_speed_up(
 ) -> None:
     right = attention.prefix_grouped_attention
 
-    def wrong_when_packed(q, k, v, plan):
-        return right(q, k, v, plan) * (1.001 if plan.layout.num_trees == 1 else 1.0)
+    def wrong_when_packed(q, k, v, layout):
+        return right(q, k, v, layout) * (1.001 if layout.num_trees == 1 else 1.0)
 
     monkeypatch.setattr(attention, "prefix_grouped_attention", wrong_when_packed)
     file = tmp_path / "rows.json"
@@ -216,7 +216,6 @@ def test_a_wrong_model_stops_without_a_speed_up(
 
     def wrong_when_packed(q, k, v, layout, *more, **named):
         out = right(q, k, v, layout, *more, **named)
-        layout = getattr(layout, "layout", layout)
         is_ours = layout.resident_spans if "resident" in name else layout.num_trees == 1
         is_wrong.append(bool(is_ours))
         return out * (1.1 if is_wrong[-1] else 1.0)

@@ -25,11 +25,9 @@ def test_row_equals_its_samples(forest: tuple[PackedLayout, list[list[int]]]) ->
         # Every token's predictor is the token before it on the sample's own path.
         assert layout.predictor_of[index[0]] == -1
         assert torch.equal(layout.predictor_of[index[1:]], index[:-1])
-        targets = layout.target_of[index[1:]]
+        targets = torch.searchsorted(layout.target_ids, index[1:])
         assert torch.equal(layout.target_ids[targets], index[1:])
         assert torch.equal(layout.predictor_ids[targets], index[:-1])
-        for position in range(len(sample)):
-            assert i in layout.token_samples(int(index[position])).tolist()
     assert torch.equal(layout.multiplicity, multiplicity)
     assert layout.num_samples == len(samples)
     assert layout.logical_tokens == int(multiplicity.sum())
@@ -59,7 +57,7 @@ def test_expand_and_reduce_are_transposes(forest: tuple[PackedLayout, list[list[
     layout, samples = forest
     packed = torch.randn(layout.total_tokens, 2, dtype=torch.float64, requires_grad=True)
     logical = layout.expand(packed)
-    parts = layout.split_samples(logical)
+    parts = torch.split(logical, layout.sample_lens.tolist())
     for i, part in enumerate(parts):
         assert torch.equal(part, packed[layout.sample_indices(i)])
     cotangent = torch.randn_like(logical)
@@ -73,14 +71,14 @@ def test_last_shared_token_predicts_one_token_per_child() -> None:
     layout = pack_trees([PrefixTree.from_group(3, [2, 1, 2])])
     predicted = layout.target_ids[layout.predictor_ids == 2]
     assert predicted.tolist() == [3, 5, 6]
-    assert layout.num_targets == layout.unique_tokens - 1
+    assert len(layout.target_ids) == layout.unique_tokens - 1
 
 
 def test_prompts_that_hold_the_pad_token() -> None:
     sequences = [[0, 0, 5], [0, 0, 0, 7]]
     layout = pack_trees([PrefixTree.from_group(2, [1, 2])], pad_to_multiple=4)
     tokens = layout.pack_tokens(sequences, pad_id=0)
-    assert layout.total_tokens == 8 and layout.padding_tokens == 3
+    assert (layout.total_tokens, layout.unique_tokens) == (8, 5)
     assert [tokens[layout.sample_indices(i)].tolist() for i in range(2)] == sequences
 
 
@@ -107,7 +105,6 @@ def test_groups_with_equal_prompts_are_never_merged() -> None:
         ),
         (lambda: layout().expand(torch.zeros(4)), "first dim must be 5"),
         (lambda: layout().reduce(torch.zeros(4)), "first dim must be 7"),
-        (lambda: layout().split_samples(torch.zeros(4)), "first dim must be 7"),
         (lambda: layout().token_ids, "hold lengths only"),
     ],
 )
@@ -120,14 +117,10 @@ def layout() -> PackedLayout:
     return pack_trees([PrefixTree.from_group(2, [1, 2])])
 
 
-def test_unknown_sample_or_token() -> None:
+def test_unknown_sample() -> None:
     for call in (lambda: layout().sample_indices(2), lambda: layout().sample_indices(-1)):
         with pytest.raises(IndexError, match="row with 2 samples"):
             call()
-    with pytest.raises(IndexError, match="row with 5 tokens"):
-        layout().token_samples(5)
-    padded = pack_trees([PrefixTree.from_group(2, [1, 2])], pad_to_multiple=8)
-    assert padded.token_samples(6).tolist() == []
 
 
 def test_rows_with_and_without_tokens_mix() -> None:

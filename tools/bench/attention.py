@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_pg import PackedLayout, prefix_grouped_attention
-from megatron_pg.attention import make_attention_plan
 from tools.bench.machine import HEAD_DIM
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, standard_shapes
@@ -45,10 +44,10 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     *packed, dout = torch.randn(size, generator=generator).to(options.device, options.dtype)
     expanded = [shape.packed.expand(x) for x in packed]
     expanded_dout = shape.packed.expand(dout)
-    ours = _attend(shape.packed, options.device)
+    ours = _attend(shape.packed)
     paths = {
         "ours": _path(ours, packed, dout),
-        "written out": _path(_attend(shape.written_out, options.device), expanded, expanded_dout),
+        "written out": _path(_attend(shape.written_out), expanded, expanded_dout),
     }
     bounds = {"written out": shape.pair_ratio}
     peers: dict[str, Attend] = {}
@@ -93,9 +92,8 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     ]
 
 
-def _attend(layout: PackedLayout, device: torch.device) -> Attend:
-    plan = make_attention_plan(layout, device)
-    return lambda q, k, v: prefix_grouped_attention(q, k, v, plan)
+def _attend(layout: PackedLayout) -> Attend:
+    return lambda q, k, v: prefix_grouped_attention(q, k, v, layout)
 
 
 def _path(attend: Attend, qkv: list[Tensor], dout: Tensor) -> Callable[[], Results]:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..merge import LseMergeAttention, VarlenKernel
+from ..kinds import PLAIN_ATTENTION, AttentionKind
+from ..merge import KernelPasses, LseMergeAttention, VarlenKernel
 from ..plan import AttentionPlan
 from ..resident import ResidentKV
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What decides whether a backend can run: device, dtype and head sizes."""
+    """What decides whether a backend can run: device, dtype, head sizes and kind."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     num_heads: int
     num_kv_heads: int
+    kind: AttentionKind = PLAIN_ATTENTION
 
     def __post_init__(self) -> None:
         """Refuse heads that no attention has."""
@@ -35,90 +38,89 @@ class AttentionInputs:
             )
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor) -> AttentionInputs:
+    def of(cls, q: Tensor, k: Tensor, kind: AttentionKind = PLAIN_ATTENTION) -> AttentionInputs:
         """Describe ``q [T, Hq, D]`` and ``k [T, Hkv, D]``."""
-        return cls(q.device, q.dtype, q.shape[2], q.shape[1], k.shape[1])
+        return cls(q.device, q.dtype, q.shape[2], q.shape[1], k.shape[1], kind)
 
 
-class AttentionBackend(Protocol):
+class AttentionBackend(ABC):
     """Attention of every sample over its own path, differentiable in q, k, v.
 
     Attributes:
         name: in the registry.
+        device_type: of the tensors that it takes; any when None.
+        dtypes: that it takes; any when None.
+        features: of ``AttentionKind``, that it computes beyond plain attention.
         merges: whether it merges passes, by what ``merge_implementation`` names.
     """
 
     name: str
-    merges: bool
+    device_type: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    features: frozenset[str] = frozenset()
+    merges = False
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: AttentionPlan,
-        softmax_scale: float,
-        resident: Sequence[ResidentKV] = (),
-    ) -> Tensor:
-        """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
-
-
-class MergingBackend:
-    """A backend made of a varlen kernel and the merge."""
-
-    name: str
-    merges = True
-    kernel: VarlenKernel
-    dtypes: tuple[torch.dtype, ...]
-    device_type: str
-
-    def refusal(self, inputs: AttentionInputs) -> str | None:
-        """Why the backend cannot take the inputs here; None when it can."""
-        if inputs.device.type != self.device_type:
+        if self.device_type not in (None, inputs.device.type):
             return f"needs tensors on {self.device_type}, got {inputs.device}"
-        if inputs.dtype not in self.dtypes:
+        if self.dtypes is not None and inputs.dtype not in self.dtypes:
             return f"takes {', '.join(map(str, self.dtypes))}, got {inputs.dtype}"
-        return None
+        wanted = inputs.kind.features(inputs.head_dim)
+        unknown = [words for feature, words in wanted if feature not in self.features]
+        return f"does not compute {' or '.join(unknown)}" if unknown else None
+
+    @abstractmethod
+    def prepare(self, plan: AttentionPlan, device: torch.device) -> Any:
+        """What the calls on one row share, made once: it is kept with the row's layout.
+
+        It must not refer to the layout (see ``PackedLayout.derived``).
+        """
+
+    @abstractmethod
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prepared: Any,
+        kind: AttentionKind,
+        sink: Tensor | None = None,
+        resident: Sequence[ResidentKV] = (),
+    ) -> Tensor:
+        """``[T, Hq, Dv]`` output; the backward pass adds to the gradients of ``resident``.
+
+        Args:
+            q: queries, as in ``prefix_grouped_attention``.
+            k: keys.
+            v: values.
+            prepared: what ``prepare`` made of the row's plan for the window of ``kind``.
+            kind: that the backend does not refuse.
+            sink: ``[Hq]``, exactly when ``kind.has_sink``.
+            resident: kept keys and values by prefix row.
+        """
+
+
+class MergingBackend(AttentionBackend, VarlenKernel):
+    """A backend that is a varlen kernel, run pass by pass and merged."""
+
+    merges = True
+
+    def prepare(self, plan: AttentionPlan, device: torch.device) -> KernelPasses:
+        """The passes with the kernel's arguments."""
+        return KernelPasses.of(plan, self, device)
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: AttentionPlan,
-        softmax_scale: float,
+        prepared: KernelPasses,
+        kind: AttentionKind,
+        sink: Tensor | None = None,
         resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
-        """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
-        out: Tensor = LseMergeAttention.apply(q, k, v, plan, self.kernel, softmax_scale, resident)
+        """See ``AttentionBackend``."""
+        scale = kind.scale(q.shape[2])
+        out: Tensor = LseMergeAttention.apply(q, k, v, prepared, self, scale, resident)
         return out
-
-
-class CudaFlashBackend(MergingBackend):
-    """A backend on FlashAttention-2 for CUDA, whose kernels all have the same limits."""
-
-    dtypes = (torch.bfloat16, torch.float16)
-    device_type = "cuda"
-
-    def refusal(self, inputs: AttentionInputs) -> str | None:
-        """Why the backend cannot take the inputs here; None when it can."""
-        refusal = super().refusal(inputs)
-        if refusal is not None:
-            return refusal
-        head_dim = inputs.head_dim
-        if head_dim % 8 or head_dim > 256:
-            return f"takes head_dim in multiples of 8 up to 256, got {head_dim}"
-        if torch.version.hip is not None or not torch.cuda.is_available():
-            return "needs an NVIDIA GPU, PyTorch finds none"
-        capability = torch.cuda.get_device_capability(inputs.device)
-        if capability < (8, 0):
-            return "needs compute capability 8.0 (Ampere) or newer, {} has {}.{}".format(
-                inputs.device, *capability
-            )
-        # These have too little shared memory for the backward pass.
-        if 192 < head_dim <= 224 and capability not in ((8, 0), (9, 0)):
-            return f"takes head_dim up to 192, or 232 to 256, on this GPU, got {head_dim}"
-        return None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import AttentionPass, SpanBatch
+from ..plan import AttentionPass
 from ..resident import accumulation_dtype
 from .base import MergingBackend
+from .cpu_spans import SpanBatch, span_batches, split_causal_pass
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -82,17 +81,36 @@ class _Call:
         put(rows, grad)
 
 
-def _calls(attention_pass: AttentionPass, num_heads: int, num_kv_heads: int) -> Iterator[_Call]:
-    grouping = num_heads // num_kv_heads
-    for spans in attention_pass.span_batches:
-        if grouping == 1:
-            yield _Call(spans, None, None, 1)
-        elif spans.num_spans <= num_kv_heads:
-            for span in range(spans.num_spans):
-                yield _Call(spans, span, None, grouping)
-        else:
-            for kv_head in range(num_kv_heads):
-                yield _Call(spans, None, kv_head, grouping)
+@dataclass(frozen=True)
+class CausalPart:
+    """Batches that are all causal, or all not."""
+
+    causal: bool
+    batches: tuple[SpanBatch, ...]
+
+    def calls(self, num_heads: int, num_kv_heads: int) -> Iterator[_Call]:
+        """As few calls as the heads allow."""
+        grouping = num_heads // num_kv_heads
+        for spans in self.batches:
+            if grouping == 1:
+                yield _Call(spans, None, None, 1)
+            elif spans.num_spans <= num_kv_heads:
+                for span in range(spans.num_spans):
+                    yield _Call(spans, span, None, grouping)
+            else:
+                for kv_head in range(num_kv_heads):
+                    yield _Call(spans, None, kv_head, grouping)
+
+
+def _ordered(
+    parts: Sequence[CausalPart], num_heads: int, num_kv_heads: int
+) -> Iterator[tuple[bool, Put, _Call]]:
+    """Calls in order: those of the first part write their rows, later ones add to them."""
+    put: Put = Tensor.copy_
+    for part in parts:
+        for call in part.calls(num_heads, num_kv_heads):
+            yield part.causal, put, call
+        put = Tensor.add_
 
 
 def _first_rows(
@@ -117,36 +135,8 @@ def _restore_nan(out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor) -> Non
     lse.masked_fill_(lost, torch.nan)
 
 
-def split_causal_pass(causal_pass: AttentionPass, min_block: int) -> tuple[AttentionPass, ...]:
-    """A causal pass as causal blocks on its diagonals and full rectangles below them.
-
-    Equals the pass: every visible pair is in exactly one part, and the first part, the diagonals,
-    covers every row. A span becomes as many as ``2**n`` blocks of one length (the last may be
-    shorter) that is at least ``min_block``; part i + 1 holds its rectangles of ``2**i`` blocks.
-    For 4 blocks, queries by keys, these are 1 x 0 and 3 x 2, then 2..3 x 0..1.
-    """
-    diagonals: list[tuple[int, int]] = []
-    levels: list[list[tuple[int, int, int]]] = []
-    for start, end in causal_pass.q_spans.tolist():
-        num_levels = max(((end - start) // min_block).bit_length() - 1, 0)
-        size = -(-(end - start) // 2**num_levels)
-        diagonals += [(i, min(i + size, end)) for i in range(start, end, size)]
-        levels += [[] for _ in range(num_levels - len(levels))]
-        for level in levels[:num_levels]:
-            level += [(i - size, i, min(i + size, end)) for i in range(start + size, end, 2 * size)]
-            size *= 2
-    own = np.array(diagonals)
-    parts = [replace(causal_pass, q_spans=own, kv_spans=own)]
-    for level in levels:
-        edges = np.array(level)
-        parts.append(
-            replace(causal_pass, causal=False, q_spans=edges[:, 1:], kv_spans=edges[:, :2])
-        )
-    return tuple(parts)
-
-
-class CpuFlashKernel:
-    """Batched calls of the CPU flash kernel over strided views.
+class CpuBackend(MergingBackend):
+    """Tree attention on the CPU: batched calls of its flash kernel over strided views.
 
     The kernel computes 512 keys at a time and then masks what a causal span hides: half of the
     pairs of a span of up to 512 tokens, a quarter at 1,024. So causal passes are split, since
@@ -157,21 +147,31 @@ class CpuFlashKernel:
             calls cost more than the pairs that a split saves.
     """
 
-    def __init__(self, min_causal_block: int) -> None:
+    name = "cpu"
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    device_type = "cpu"
+
+    def __init__(self, min_causal_block: int = 128) -> None:
         self._min_causal_block = min_causal_block
-        self._parts_of: WeakKeyDictionary[AttentionPass, tuple[AttentionPass, ...]] = (
-            WeakKeyDictionary()
-        )
+
+    def arguments(
+        self, attention_pass: AttentionPass, device: torch.device
+    ) -> tuple[CausalPart, ...]:
+        """See ``VarlenKernel``."""
+        parts: tuple[AttentionPass, ...] = (attention_pass,)
+        if attention_pass.causal:
+            parts = split_causal_pass(attention_pass, self._min_causal_block)
+        return tuple(CausalPart(part.causal, span_batches(part)) for part in parts)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, attention_pass: AttentionPass, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: Sequence[CausalPart], softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         out: Tensor | None = None
-        for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
+        for causal, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
             queries, keys = call.queries(q), call.keys(k)
             call_out, call_lse = _flash_forward(
-                queries, keys, call.keys(v), 0.0, part.causal, scale=softmax_scale
+                queries, keys, call.keys(v), 0.0, causal, scale=softmax_scale
             )
             _restore_nan(call_out, call_lse, queries, keys)
             if out is None:
@@ -198,12 +198,12 @@ class CpuFlashKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        attention_pass: AttentionPass,
+        arguments: Sequence[CausalPart],
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
         dq: Tensor | None = None
-        for part, put, call in self._parts(attention_pass, q.shape[1], k.shape[1]):
+        for causal, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
             call_dq, call_dk, call_dv = _flash_backward(
                 call.queries(dout),
                 call.queries(q),
@@ -212,7 +212,7 @@ class CpuFlashKernel:
                 call.queries(out),
                 call.queries(lse.t()),
                 0.0,
-                part.causal,
+                causal,
                 scale=softmax_scale,
             )
             if dq is None:
@@ -225,31 +225,3 @@ class CpuFlashKernel:
             call.put_key_grad(put, dv, call_dv)
         assert dq is not None, "a pass has at least one span"
         return dq, dk, dv
-
-    def _parts(
-        self, attention_pass: AttentionPass, num_heads: int, num_kv_heads: int
-    ) -> Iterator[tuple[AttentionPass, Put, _Call]]:
-        """Calls in order: those of the first part write their rows, later ones add to them."""
-        put: Put = Tensor.copy_
-        for part in self._split(attention_pass):
-            for call in _calls(part, num_heads, num_kv_heads):
-                yield part, put, call
-            put = Tensor.add_
-
-    def _split(self, attention_pass: AttentionPass) -> tuple[AttentionPass, ...]:
-        """The parts of a pass, made when its first layer asks for them."""
-        if not attention_pass.causal:
-            return (attention_pass,)
-        if attention_pass not in self._parts_of:
-            parts = split_causal_pass(attention_pass, self._min_causal_block)
-            self._parts_of[attention_pass] = parts
-        return self._parts_of[attention_pass]
-
-
-class CpuBackend(MergingBackend):
-    """Tree attention on the CPU."""
-
-    name = "cpu"
-    kernel = CpuFlashKernel(min_causal_block=128)
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    device_type = "cpu"

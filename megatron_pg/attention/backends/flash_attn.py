@@ -9,33 +9,33 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..plan import AttentionPass
-from .base import AttentionInputs, CudaFlashBackend
+from .base import AttentionInputs
+from .cuda_flash import CudaFlashBackend, VarlenArguments
 
 _REMEDY = "install a flash-attn >= 2.7, < 3 that was built for this PyTorch, or use 'flash'"
 
 
-class FlashAttnKernel:
+class FlashAttnBackend(CudaFlashBackend):
     """``_flash_attn_varlen_forward`` and ``_flash_attn_varlen_backward`` of flash-attn >= 2.7."""
 
+    name = "flash_attn"
+
+    def refusal(self, inputs: AttentionInputs) -> str | None:
+        """Why the backend cannot take the inputs here; None when it can."""
+        return super().refusal(inputs) or package_refusal()
+
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, attention_pass: AttentionPass, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: VarlenArguments, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        args = attention_pass.varlen
         out, lse, *_ = _flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            args.cu_seqlens_q,
-            args.cu_seqlens_kv,
-            args.bound_q,
-            args.max_seqlen_kv,
+            *(q, k, v),
+            *arguments.lengths,
             dropout_p=0.0,
             softmax_scale=softmax_scale,
-            causal=attention_pass.causal,
+            causal=arguments.causal,
         )
         return out, lse
 
@@ -47,49 +47,27 @@ class FlashAttnKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        attention_pass: AttentionPass,
+        arguments: VarlenArguments,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        args = attention_pass.varlen
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _flash_attn_varlen_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous(),
-            dq,
-            dk,
-            dv,
-            args.cu_seqlens_q,
-            args.cu_seqlens_kv,
-            args.bound_q,
-            args.max_seqlen_kv,
+            *(dout, q, k, v, out, lse.contiguous()),
+            *grads,
+            *arguments.lengths,
             dropout_p=0.0,
             softmax_scale=softmax_scale,
-            causal=attention_pass.causal,
+            causal=arguments.causal,
             window_size_left=-1,
             window_size_right=-1,
             softcap=0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return dq, dk, dv
-
-
-class FlashAttnBackend(CudaFlashBackend):
-    """Tree attention on the flash-attn package."""
-
-    name = "flash_attn"
-    kernel = FlashAttnKernel()
-
-    def refusal(self, inputs: AttentionInputs) -> str | None:
-        """Why the backend cannot take the inputs here; None when it can."""
-        return super().refusal(inputs) or package_refusal()
+        return grads
 
 
 @functools.cache

@@ -3,54 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...tree import dense_mask, resident_mask
+from ..kinds import AttentionKind
 from ..plan import AttentionPlan
 from ..resident import ResidentKV, accumulation_dtype
-from .base import AttentionInputs
+from .base import AttentionBackend
 
 
-class ReferenceBackend:
-    """``softmax(scale * q k^T restricted to visible pairs) v``, by autograd."""
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """What the queries of a row see.
+
+    Attributes:
+        mask: ``[total_tokens, total_tokens + sum(prefix_lens)]`` bool.
+        prefix_lens: of every resident prefix row, tokens up to the last that is seen.
+        unique_tokens: rows before padding.
+    """
+
+    mask: Tensor
+    prefix_lens: tuple[int, ...]
+    unique_tokens: int
+
+
+class ReferenceBackend(AttentionBackend):
+    """``AttentionKind`` written out over the visible pairs, by autograd."""
 
     name = "reference"
-    merges = False
+    features = frozenset({"window", "has_sink", "softcap", "value_dim"})
 
-    def refusal(self, inputs: AttentionInputs) -> str | None:
-        """None: it takes every input."""
-        return None
+    def prepare(self, plan: AttentionPlan, device: torch.device) -> Visibility:
+        """The dense mask."""
+        layout, spans = plan.layout, plan.layout.resident_spans
+        lens = [0] * (1 + max((s.row for s in spans), default=-1))
+        for s in spans:
+            lens[s.row] = max(lens[s.row], int(s.kv_spans.max()))
+        masks = [resident_mask(layout, i, n, plan.window) for i, n in enumerate(lens)]
+        mask = torch.cat([dense_mask(layout, plan.window), *masks], dim=1)
+        return Visibility(mask.to(device), tuple(lens), layout.unique_tokens)
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: AttentionPlan,
-        softmax_scale: float,
+        prepared: Visibility,
+        kind: AttentionKind,
+        sink: Tensor | None = None,
         resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
-        """``[T, Hq, D]`` output, computed in fp32 for 16-bit types."""
+        """See ``AttentionBackend``; computed in fp32 for 16-bit types."""
         dtype, repeats = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
-        kept = [_leaves(kv) for kv in resident[: plan.num_prefix_rows]]
-        masks = [resident_mask(plan.layout, i, len(kv[0])) for i, kv in enumerate(kept)]
+        kept = [_leaves(kv, n) for kv, n in zip(resident, prepared.prefix_lens)]
         k, v = (torch.cat([row, *rows]) for row, *rows in zip((k, v), *kept))
         heads_q = q.to(dtype).transpose(0, 1)
         heads_k, heads_v = (
             x.to(dtype).repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (k, v)
         )
-        visible = torch.cat([dense_mask(plan.layout), *masks], dim=1).to(q.device)
-        scores = (heads_q @ heads_k.transpose(1, 2)) * softmax_scale
-        probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+        scores = (heads_q @ heads_k.transpose(1, 2)) * kind.scale(q.shape[2])
+        if kind.softcap is not None:
+            scores = kind.softcap * torch.tanh(scores / kind.softcap)
+        scores = scores.masked_fill(~prepared.mask, float("-inf"))
+        if sink is not None:
+            column = sink.to(dtype)[:, None, None].expand(-1, len(q), 1)
+            is_padding = torch.arange(len(q), device=q.device) >= prepared.unique_tokens
+            column = column.masked_fill(is_padding[:, None], float("-inf"))
+            scores = torch.cat([scores, column], dim=2)
+        probabilities = torch.softmax(scores, dim=-1)[..., : heads_v.shape[1]]
         return (probabilities @ heads_v).transpose(0, 1).to(q.dtype)
 
 
-def _leaves(kept: ResidentKV) -> tuple[Tensor, Tensor]:
+def _leaves(kept: ResidentKV, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a prefix row whose gradients go to ``kept``."""
     k, v = kept.k.detach(), kept.v.detach()
     if torch.is_grad_enabled():
         k.requires_grad_().register_hook(lambda grad: kept.grads()[0].add_(grad))
         v.requires_grad_().register_hook(lambda grad: kept.grads()[1].add_(grad))
-    return k, v
+    return k[:num_tokens], v[:num_tokens]

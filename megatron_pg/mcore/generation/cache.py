@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,11 +234,14 @@ class PrefillSeqParams(PrefixGroupedSeqParams):
     @classmethod
     def from_prompts(cls, layout: PackedLayout, cache: GenerationCache) -> PrefillSeqParams:
         """Prepare a row that holds the prompts of ``cache``."""
-        base = PrefixGroupedSeqParams.from_layout(layout, cache.device)
-        given = {
-            f.name: vars(base)[f.name] for f in fields(base) if f.init and f.name in vars(base)
-        }
-        return cls(**given, cache=cache, output_rows=cache.prompt_lens.cumsum(0) - 1)
+        last = cache.prompt_lens.cumsum(0) - 1
+        return cls.from_layout(layout, cache.device, cache=cache, output_rows=last)
+
+    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See ``PositionedSeqParams``."""
+        out = super().attend(core, query, key, value)
+        self.cache.store_prompts(core, key, value)
+        return out
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -251,6 +255,10 @@ class DecodeSeqParams(PositionedSeqParams):
 
     cache: GenerationCache
     output_rows: Tensor
+
+    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See ``PositionedSeqParams``."""
+        return self.cache.attend(core, query, key, value, core.kind.softmax_scale)
 
 
 def _close_holes(is_kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

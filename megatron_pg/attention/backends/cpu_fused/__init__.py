@@ -9,28 +9,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...kinds import AttentionKind
 from ...padding import padding_dv, padding_out
 from ...plan import AttentionPlan
 from ...resident import ResidentKV
-from ..base import AttentionInputs
+from ..base import AttentionBackend, AttentionInputs
 from .build import compiler_refusal, operators
-from .tiles import TilesOfPlans
-
-_tiles_of = TilesOfPlans()
+from .tiles import Tiles, make_tiles
 
 
-class CpuFusedBackend:
+class CpuFusedBackend(AttentionBackend):
     """An online softmax over every token's whole path, in C++ compiled when first called."""
 
     name = "cpu_fused"
-    merges = False
+    device_type = "cpu"
+    dtypes = (torch.float32, torch.float64)
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""
-        if inputs.device.type != "cpu":
-            return f"needs tensors on cpu, got {inputs.device}"
-        if inputs.dtype not in (torch.float32, torch.float64):
-            return f"takes torch.float32, torch.float64, got {inputs.dtype}"
+        refusal = super().refusal(inputs)
+        if refusal is not None:
+            return refusal
         lanes = 64 // inputs.dtype.itemsize
         if inputs.head_dim % lanes:
             return f"takes head_dim in multiples of {lanes}, got {inputs.head_dim}"
@@ -39,17 +38,23 @@ class CpuFusedBackend:
             return f"needs a CPU with AVX-512, PyTorch finds {capability}"
         return compiler_refusal()
 
+    def prepare(self, plan: AttentionPlan, device: torch.device) -> Tiles:
+        """The tables of the operators."""
+        return make_tiles(plan)
+
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: AttentionPlan,
-        softmax_scale: float,
+        prepared: Tiles,
+        kind: AttentionKind,
+        sink: Tensor | None = None,
         resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
-        """``[T, Hq, D]`` output; the backward pass adds to the gradients of ``resident``."""
-        out: Tensor = _FusedTreeAttention.apply(q, k, v, plan, softmax_scale, resident)
+        """See ``AttentionBackend``."""
+        scale = kind.scale(q.shape[2])
+        out: Tensor = _FusedTreeAttention.apply(q, k, v, prepared, scale, resident)
         return out
 
 
@@ -60,12 +65,12 @@ class _FusedTreeAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: AttentionPlan,
+        tiles: Tiles,
         softmax_scale: float,
         resident: Sequence[ResidentKV],
     ) -> Tensor:
         q, k, v = (_heads_apart(x) for x in (q, k, v))
-        tiles, tokens = _tiles_of[plan], plan.unique_tokens
+        tokens = tiles.unique_tokens
         kept = [resident[row] for row in tiles.prefix_rows]
         out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[1], tokens)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...plan import AttentionPass, AttentionPlan, IntArray
+from ....tree import IntArray
+from ...plan import AttentionPass, AttentionPlan
 
 # As in tree_attention.cpp: most queries of a tile, rows of a product, most lanes of a vector.
 TILE_ROWS, PRODUCT_ROWS, LANES = 132, 6, 16
@@ -22,22 +22,12 @@ class Tiles:
     Attributes:
         tables: int64 tiles, ranges and panel spans: the structs of tree_attention.cpp.
         prefix_rows: the resident prefix row of source 1, 2, ...; source 0 is the row itself.
+        unique_tokens: rows before padding, which no tile holds.
     """
 
     tables: tuple[Tensor, Tensor, Tensor]
     prefix_rows: tuple[int, ...]
-
-
-class TilesOfPlans:
-    """Tiles by plan, made when a plan's first layer asks; they go with the plan."""
-
-    def __init__(self) -> None:
-        self._made: WeakKeyDictionary[AttentionPlan, Tiles] = WeakKeyDictionary()
-
-    def __getitem__(self, plan: AttentionPlan) -> Tiles:
-        if plan not in self._made:
-            self._made[plan] = make_tiles(plan)
-        return self._made[plan]
+    unique_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +95,7 @@ def make_tiles(plan: AttentionPlan) -> Tiles:
     )
     rows = tuple(p.prefix_row for p in others if p.prefix_row is not None)
     tiles_table, range_table, panel_table = (torch.from_numpy(x) for x in tables)
-    return Tiles((tiles_table, range_table, panel_table), rows)
+    return Tiles((tiles_table, range_table, panel_table), rows, plan.layout.unique_tokens)
 
 
 def _split(spans: list[IntArray]) -> tuple[IntArray, IntArray]:

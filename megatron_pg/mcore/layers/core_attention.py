@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,14 +10,16 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..attention import (
+from ...attention import (
+    ATTENTION_BACKENDS,
     AttentionInputs,
-    check_softmax_scale,
+    AttentionKind,
+    ResidentKV,
     prefix_grouped_attention,
     select_backend,
 )
-from .generation import DecodeSeqParams, PrefillSeqParams
-from .params import PositionedSeqParams, WrappedRow
+from ...tree import PackedLayout
+from ..params import PositionedSeqParams, WrappedRow
 
 
 class AttentionCalls(NamedTuple):
@@ -32,6 +35,11 @@ class AttentionCalls(NamedTuple):
 class PrefixGroupedCoreAttention(torch.nn.Module):
     """Mixin over a core attention class with ``DotProductAttention``'s constructor and call.
 
+    Attributes:
+        attention_backend: by name, or "auto".
+        backend_name: the backend that was chosen when the layer was built.
+        kind: what the layer's attention computes.
+
     Raises:
         ValueError: if no backend can run the model's packed groups on this machine.
     """
@@ -41,10 +49,9 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
 
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
-        select_backend(_inputs_of(self.config), self.attention_backend)
-        if softmax_scale is not None:
-            check_softmax_scale(softmax_scale)
-        self.prefix_grouped_softmax_scale = softmax_scale
+        self.kind = AttentionKind(softmax_scale=softmax_scale)
+        inputs = _inputs_of(self.config, self.kind)
+        self.backend_name = select_backend(inputs, self.attention_backend).name
         self.num_prefix_grouped_calls = 0
         self.num_ordinary_calls = 0
 
@@ -100,28 +107,30 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             )
         self.num_prefix_grouped_calls += 1
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        scale = self.prefix_grouped_softmax_scale
-        params: Any = packed_seq_params.params
-        if isinstance(params, DecodeSeqParams):
-            out = params.cache.attend(self, query, key, value, scale)
-        else:
-            if params.prefix_kv is not None:
-                key, value = params.prefix_kv.keep(self, key, value)
-            out = prefix_grouped_attention(
-                query,
-                key,
-                value,
-                params.plan,
-                softmax_scale=scale,
-                backend=self.attention_backend,
-                resident=[kept.of(self) for kept in params.resident],
-            )
-        if isinstance(params, PrefillSeqParams):
-            params.cache.store_prompts(self, key, value)
+        out = packed_seq_params.params.attend(self, query, key, value)
         return out.reshape(out.shape[0], 1, -1)
 
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: PackedLayout,
+        resident: Sequence[ResidentKV],
+    ) -> Tensor:
+        """``prefix_grouped_attention`` of this layer's kind, on the backend that was chosen."""
+        return prefix_grouped_attention(
+            query,
+            key,
+            value,
+            layout,
+            backend=ATTENTION_BACKENDS[self.backend_name],
+            resident=resident,
+            kind=self.kind,
+        )
 
-def _inputs_of(config: TransformerConfig) -> AttentionInputs:
+
+def _inputs_of(config: TransformerConfig, kind: AttentionKind) -> AttentionInputs:
     """What attention of the model will be given; Megatron runs on CUDA wherever there is one."""
     device, dtype = torch.device("cpu"), config.params_dtype
     if config.bf16 or config.fp16:
@@ -136,6 +145,7 @@ def _inputs_of(config: TransformerConfig) -> AttentionInputs:
         config.kv_channels,
         config.num_attention_heads,
         config.num_query_groups or config.num_attention_heads,
+        kind,
     )
 
 
@@ -149,13 +159,22 @@ def prefix_grouped_core_attention(cls: type, attention_backend: str) -> type:
     )
 
 
+def attention_backends(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the backends that run packed groups in the layers of a model, each once."""
+    return tuple(sorted({core.backend_name for core in _wrapped_cores(model)}))
+
+
 def count_attention_calls(model: torch.nn.Module) -> AttentionCalls:
     """Calls so far over all layers of a model (or of a list's modules, summed by the caller).
 
     Trust in the fast path: after a step on packed groups ``ordinary`` has not grown.
     """
-    cores = [m for m in model.modules() if isinstance(m, PrefixGroupedCoreAttention)]
+    cores = _wrapped_cores(model)
     return AttentionCalls(
         prefix_grouped=sum(core.num_prefix_grouped_calls for core in cores),
         ordinary=sum(core.num_ordinary_calls for core in cores),
     )
+
+
+def _wrapped_cores(model: torch.nn.Module) -> list[PrefixGroupedCoreAttention]:
+    return [m for m in model.modules() if isinstance(m, PrefixGroupedCoreAttention)]

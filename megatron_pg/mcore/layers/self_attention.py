@@ -9,10 +9,10 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from ..parallel import ParallelSizes
+from ...parallel import ParallelSizes
+from ..params import PositionedSeqParams, WrappedRow
+from ..validate import validate_config
 from .core_attention import PrefixGroupedCoreAttention
-from .params import PositionedSeqParams, WrappedRow
-from .validate import validate_config
 
 
 class PrefixGroupedSelfAttention(torch.nn.Module):

@@ -1,0 +1,1 @@
+"""What merges passes, as PyTorch operators and as Triton kernels."""

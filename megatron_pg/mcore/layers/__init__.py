@@ -1,0 +1,23 @@
+"""Parts of a layer that know packed groups, one wrapped kind a file."""
+
+from .core_attention import (
+    AttentionCalls,
+    PrefixGroupedCoreAttention,
+    attention_backends,
+    count_attention_calls,
+    prefix_grouped_core_attention,
+)
+from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_attention
+from .transformer_layer import PrefixGroupedLayer, prefix_grouped_layer
+
+__all__ = [
+    "AttentionCalls",
+    "PrefixGroupedCoreAttention",
+    "PrefixGroupedLayer",
+    "PrefixGroupedSelfAttention",
+    "attention_backends",
+    "count_attention_calls",
+    "prefix_grouped_core_attention",
+    "prefix_grouped_layer",
+    "prefix_grouped_self_attention",
+]
