@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.ranks import Pool
+
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("project")
 
@@ -30,3 +32,11 @@ def _uninitialized_memory_is_nan() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """Runs functions on ranks of their own."""
+    pool = Pool()
+    yield pool
+    pool.close()

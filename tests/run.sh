@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh                 both lanes
 #   LANES=311 bash tests/run.sh       Python 3.11 with megatron-core 0.16: lint, types, every test
-#   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, Triton kernels
+#   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, runs, Triton kernels
 #
 # Environments are kept in .venv-tests-* and reused.
 set -euo pipefail
@@ -55,10 +55,10 @@ for lane in $LANES; do
     312)
         echo "== Python 3.12: install"
         make_environment 3.12 "$environment"
-        "$environment/bin/python" -m pip install -q -e ".[megatron,dev]"
-        echo "== Python 3.12: Megatron-facing tests, Triton kernels"
+        "$environment/bin/python" -m pip install -q -e ".[train,dev]"
+        echo "== Python 3.12: Megatron-facing tests, runs, Triton kernels"
         "$environment/bin/python" -m pytest -q -m "megatron or triton" --durations=10 \
-            tests/mcore tests/attention tests/parallel "$@"
+            tests/mcore tests/attention tests/parallel tests/train/test_runs.py "$@"
         ;;
     *)
         echo "error: LANES=$lane is unknown; use 311, 312 or both" >&2

@@ -75,7 +75,8 @@ def save_legacy(root: Path, chunks: list[Any], args: Namespace, layout: Layout) 
     return root
 
 
-def check(root: Path, name: str, layout: Layout) -> None:
+def check(root: Path, name: str, layout: Layout) -> int:
+    """Equal tensors of the saved checkpoint, on the first rank; this runs on every rank."""
     source, converted = root / name, root / f"{name}-megatron" / "release"
     model = read_hf_config(source)
     # Prefix-grouped reads what the converter wrote, the stock spec reads what that saves.
@@ -98,11 +99,12 @@ def check(root: Path, name: str, layout: Layout) -> None:
     load(stock, saved)
     assert_same(stock, direct, model.vocab_size)
     legacy = save_legacy(root / f"{name}-legacy", chunks, args, layout)
+    count = 0
     if dist.get_rank() == 0:
         count = same_weights(MegatronFolder(saved.parent), source)
         if model.num_experts is None:
             with pytest.raises(ValueError, match="trust_pickle=True"):
                 MegatronFolder(legacy)
             same_weights(MegatronFolder(legacy, trust_pickle=True), source)
-        print(f"exchange {name} {layout}: {count} tensors equal", flush=True)
     dist.barrier()
+    return count

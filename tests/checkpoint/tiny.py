@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterable, Iterator
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_pg.mcore import (
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
+from tests.ranks import process_group
 
 LLAMA3 = dict(
     rope_type="llama3",
@@ -131,6 +133,11 @@ class Layout:
     sp: bool = False
     ep: int = 1
 
+    def __str__(self) -> str:
+        sizes = [f"{n}{getattr(self, n)}" for n in ("tp", "pp", "vpp", "ep")]
+        other = [size for size in sizes if not size.endswith(("None", "p1"))]
+        return "_".join([*other, *(["sp"] if self.sp else [])]) or "dp"
+
 
 def initialize(layout: Layout) -> None:
     parallel_state.destroy_model_parallel()
@@ -144,22 +151,17 @@ def initialize(layout: Layout) -> None:
     model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
 
 
-def fresh_groups(layouts: Iterable[Layout]) -> Iterator[Layout]:
-    """Lay every layout's groups anew: Megatron leaves them behind, and each keeps threads."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, size, rank == 0)
-    for number, layout in enumerate(layouts):
-        own = dist.PrefixStore(str(number), store)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
+@contextmanager
+def on_layout(layout: Layout) -> Iterator[None]:
+    """The groups of a layout over the ranks of a case, on the CPU."""
+    with process_group(), cpu.emulate_cuda():
         initialize(layout)
-        yield layout
-        dist.barrier()
-        dist.destroy_process_group()
-    # The store's host leaves last.
-    store.add("left", 1)
-    while rank == 0 and store.add("left", 0) < size:
-        time.sleep(0.01)
+        yield
+    # Megatron keeps one, and what tracks its resources, until the interpreter ends.
+    for process in multiprocessing.active_children():
+        process.terminate()
+        process.join()
+    resource_tracker._resource_tracker._stop()
 
 
 def make_config(model: HfModel, layout: Layout, dtype: torch.dtype) -> TransformerConfig:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pg.loss import vocab_parallel_logprobs
-from tests.utils import assert_close, assert_close_to_control, run_ranks
+from tests.loss.parallel_logprobs import PREDICTORS, V_LOCAL, T, pairs
+from tests.utils import assert_close, assert_close_to_control
 
 E, H, V = 37, 12, 29
 
@@ -226,7 +227,25 @@ def test_refusals(change, message):
         vocab_parallel_logprobs(**arguments)
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-def test_tensor_parallel_ranks(tp_size):
-    output = run_ranks("tests.loss.logprobs_worker", tp_size)
-    assert output.count("checked 8 cases") == tp_size
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sp"])
+@pytest.mark.parametrize("tp_size", [2, 4], ids="tp{}".format)
+@pytest.mark.parametrize(
+    ("predictors", "padding", "with_entropy"),
+    [
+        # Padding that fills the whole last shard and part of the one before.
+        ("unbalanced", V_LOCAL + 3, True),
+        ("unbalanced", 0, False),
+        ("spread", 3, True),
+        ("empty", 0, True),
+    ],
+)
+def test_tensor_parallel_ranks(
+    ranks, predictors, padding, with_entropy, tp_size, sequence_parallel
+):
+    owners = PREDICTORS[predictors] // (T // tp_size)
+    assert predictors != "unbalanced" or not (owners == tp_size - 1).any()
+    settings = (predictors, padding, sequence_parallel, with_entropy)
+    for found in ranks.run(tp_size, pairs, *settings):
+        assert len(found) == 3 + with_entropy
+        for name, (ours, theirs) in found.items():
+            assert_close(name, ours, theirs, 1e-10)

@@ -1,4 +1,4 @@
-"""Sampling: the choice of tokens by itself, and whole models in processes of their own."""
+"""Sampling: the choice of tokens by itself, and whole models on ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
-from tests.utils import run_ranks
-
 pytest.importorskip("megatron.core")
 
 from megatron_pg.mcore.generation import Sampler, sample_uniforms  # noqa: E402
 from megatron_pg.mcore.generation.cache import _close_holes  # noqa: E402
+from tests.mcore import cases  # noqa: E402
+from tests.mcore.generate_checks import CHECKS, run  # noqa: E402
+from tests.mcore.generate_harness import LAYOUTS, MODELS  # noqa: E402
+from tests.ranks import Pool  # noqa: E402
 
 pytestmark = pytest.mark.megatron
 
@@ -87,8 +89,9 @@ def test_close_holes() -> None:
     assert _close_holes(torch.zeros(3).bool())[0].tolist() == []
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_generate(num_ranks: int) -> None:
-    """See ``generate_worker``: equality with the stock model, then with one rank."""
-    output = run_ranks("tests.mcore.generate_worker", num_ranks, timeout=900)
-    assert output.count(": ok") == {1: 21, 2: 8, 4: 4}[num_ranks], output
+@pytest.mark.parametrize("name", [*MODELS, *CHECKS, *LAYOUTS])
+def test_generate(ranks: Pool, name: str) -> None:
+    """Equals the stock model on one rank; on several, the model on one rank."""
+    num_ranks = cases.EQUIVALENCE[name].world_size if name not in CHECKS else 1
+    assert (num_ranks > 1) == (name in LAYOUTS)
+    ranks.run(num_ranks, run, name)

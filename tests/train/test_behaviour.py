@@ -1,30 +1,26 @@
-"""What a run reports and how it treats odd rollouts; see ``behaviour_worker``."""
+"""What a run reports and how it treats odd rollouts; see ``behaviour``."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("megatron.core")
 
+from tests.ranks import Pool  # noqa: E402
 from tests.train import tiny  # noqa: E402
-from tests.train.behaviour_worker import CHECKS  # noqa: E402
-from tests.utils import run_ranks  # noqa: E402
+from tests.train.behaviour import CHECKS  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def proven(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = str(tmp_path_factory.mktemp("runs"))
-    output = run_ranks("tests.train.behaviour_worker", 1, folder, timeout=600)
-    return [x.removeprefix("proven ") for x in output.splitlines() if x.startswith("proven ")]
-
-
-@pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
-def test_short_runs_report_and_behave_as_documented(name: str, proven: list[str]) -> None:
-    assert name in proven
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_short_runs_report_and_behave_as_documented(
+    ranks: Pool, check: Callable[[Path], None], tmp_path: Path
+) -> None:
+    ranks.run(1, check, tmp_path / "runs")
 
 
 def test_malformed_rollouts_end_before_training_with_one_error(tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
-"""Runs that are killed, stopped, starved of disk or doubled at any moment; see the worker."""
+"""Runs that are killed, stopped, starved of disk or doubled at any moment; see ``disturbances``."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("megatron.core")
 
 from tests.hostile import seeds  # noqa: E402
-from tests.train.hostile_runs_worker import KINDS  # noqa: E402
+from tests.ranks import Pool  # noqa: E402
+from tests.train.disturbances import (  # noqa: E402
+    KINDS,
+    check_disturbed,
+    check_full_disk,
+    count_events,
+    kind_of,
+)
 from tests.train.test_runs import prepare  # noqa: E402
-from tests.utils import run_ranks  # noqa: E402
 
 SEEDS = seeds(cost=20)
 FILES = [
@@ -46,27 +52,29 @@ def prepare_runs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     prepare_runs(folder)
-    arguments = [*map(str, SEEDS), *FILES]
-    output = run_ranks(
-        "tests.train.hostile_runs_worker", 1, str(folder), *arguments, timeout=60 * len(arguments)
-    )
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return {line["argument"]: line for line in lines}
+    return folder
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_disturbed_run_goes_on_bit_for_bit(seed: int, outcomes: dict[str, Any]) -> None:
-    assert outcomes[str(seed)]["wrong"] is None, outcomes[str(seed)]["wrong"]
+@pytest.fixture(scope="module")
+def events_of(ranks: Pool, folder: Path) -> Callable[[int], list[int]]:
+    """Events of a run that nobody disturbs, by rank, on so many ranks."""
+    return cache(lambda num_ranks: count_events(ranks, folder, num_ranks))
 
 
-def test_every_kind_of_disturbance_occurs(outcomes: dict[str, Any]) -> None:
-    cases = {line["case"].split(" of rank ")[0] for line in outcomes.values() if "case" in line}
-    assert cases == set(KINDS)
+@pytest.mark.parametrize("seed", [pytest.param(s, id=f"{s}-{kind_of(s)}") for s in SEEDS])
+def test_a_disturbed_run_goes_on_bit_for_bit(
+    ranks: Pool, folder: Path, events_of: Callable[[int], list[int]], seed: int
+) -> None:
+    check_disturbed(ranks, folder, seed, events_of)
+
+
+def test_every_kind_of_disturbance_occurs() -> None:
+    assert {kind_of(seed) for seed in SEEDS} == set(KINDS)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_full_disk_is_one_message(file: str, outcomes: dict[str, Any]) -> None:
-    assert outcomes[file]["wrong"] is None, outcomes[file]["wrong"]
+def test_a_full_disk_is_one_message(ranks: Pool, folder: Path, file: str) -> None:
+    check_full_disk(ranks, folder, file)

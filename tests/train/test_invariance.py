@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,22 +12,31 @@ import torch
 
 from megatron_pg.data import Group, ResidencyConfig, group_shape, plan_waves
 from tests.data.samples import make_large_groups
+from tests.ranks import Pool
 from tests.train import dense, tiny
-from tests.train.invariance_worker import RESIDENT_VARIANTS, variant_names
-from tests.utils import run_ranks
+from tests.train.invariance import (
+    RESIDENT_VARIANTS,
+    SUITES,
+    compare,
+    variant_names,
+    write_reference,
+)
+from tests.train.layouts import NUM_RANKS
 
+BOUND = 1e-10
 LAYOUTS = {
-    "packing": {
-        1: ["one"],
-        2: ["pp2", "dp2", "pp2_vpp2", "tp2_sp", "dp2_overlap"],
-        4: ["pp4", "pp2_dp2", "tp2_sp_dp2"],
-    },
-    "resident": {
-        1: ["one"],
-        2: ["pp2", "dp2_overlap"],
-        4: ["pp2_vpp2_dp2_overlap"],
-    },
+    "packing": [
+        *("one", "pp2", "dp2", "pp2_vpp2", "tp2_sp", "dp2_overlap"),
+        *("pp4", "pp2_dp2", "tp2_sp_dp2"),
+    ],
+    "resident": ["one", "pp2", "dp2_overlap", "pp2_vpp2_dp2_overlap"],
 }
+CASES = [
+    pytest.param(suite, layout, variant, id=f"{suite}-{layout}-{variant}")
+    for suite, names in LAYOUTS.items()
+    for layout in names
+    for variant in variant_names(suite, layout)
+]
 GROUPS = {"packing": tiny.make_groups, "resident": make_large_groups}
 
 
@@ -64,21 +75,36 @@ def prepare(folder: Path, groups: list[Group]) -> None:
         tiny.write_config(folder / f"{name}.yaml", sections)
 
 
-@pytest.mark.parametrize("suite", ["packing", "resident"])
+@pytest.fixture(scope="module")
+def folder_of(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a suite, with the reference of its groups."""
+
+    @cache
+    def make(suite: str) -> Path:
+        folder = tmp_path_factory.mktemp(suite)
+        prepare(folder, GROUPS[suite]())
+        ranks.run(1, write_reference, folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("suite", "layout", "name"), CASES)
 def test_loss_and_gradients_do_not_depend_on_the_packing_or_the_layout(
-    suite: str, tmp_path: Path
+    ranks: Pool, folder_of: Callable[[str], Path], suite: str, layout: str, name: str
 ) -> None:
-    prepare(tmp_path, GROUPS[suite]())
-    for world_size, names in LAYOUTS[suite].items():
-        output = run_ranks(
-            "tests.train.invariance_worker", world_size, str(tmp_path), suite, *names, timeout=600
-        )
-        proven = {
-            " ".join(line.split(":")[0].split()[1:])
-            for line in output.splitlines()
-            if line.startswith("proven")
-        }
-        assert proven == {f"{name} {v}" for name in names for v in variant_names(suite, name)}
+    variant = SUITES[suite][name]
+    for found in ranks.run(NUM_RANKS[layout], compare, folder_of(suite), layout, variant):
+        assert found.keys() == dense.LOSSES.keys()
+        for loss, case in found.items():
+            assert case.rows > 1 or name == "one_row"
+            assert (case.resident_groups > 2) == (variant.residency != "never")
+            assert (case.waves > 1) == variant.has_waves
+            assert case.loss_error <= BOUND, f"{loss}: {case.loss_error:.1e}"
+            assert len(case.errors) == 39
+            beyond = {n: error for n, error in case.errors.items() if not error <= BOUND}
+            assert not beyond, f"{loss}: {beyond}"
+            assert case.first_tokens > 50
 
 
 def test_the_large_groups_take_from_one_row_to_seven() -> None:

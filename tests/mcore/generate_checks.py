@@ -1,32 +1,26 @@
-"""Gloo ranks that prove: ``generate`` equals sampling with the stock model, however it is split."""
+"""On one rank: ``generate`` equals sampling with the stock model, however it is split.
+
+Each check runs on every rank of its case and raises AssertionError.
+"""
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-warnings.filterwarnings("ignore")
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-
-from megatron_pg import PrefixTree, pack_trees  # noqa: E402
-from megatron_pg.mcore import (  # noqa: E402
-    PrefixGroupedSeqParams,
-    count_attention_calls,
-    cpu,
-)
-from megatron_pg.mcore.generation.cache import GenerationCache  # noqa: E402
-from tests.mcore import cases, harness  # noqa: E402
-from tests.mcore.generate_harness import (  # noqa: E402
-    LAYOUTS,
-    MODELS,
+from megatron_pg import PrefixTree, pack_trees
+from megatron_pg.mcore import PrefixGroupedSeqParams, count_attention_calls
+from megatron_pg.mcore.generation.cache import GenerationCache
+from tests.mcore import cases, harness
+from tests.mcore.generate_harness import (
     REFUSED,
     STOP_TOKENS,
     VOCAB,
@@ -41,7 +35,7 @@ from tests.mcore.generate_harness import (  # noqa: E402
     stock_greedy,
     stock_logits,
 )
-from tests.utils import assert_close  # noqa: E402
+from tests.utils import assert_close
 
 
 def check_model(name: str, case: harness.Case) -> None:
@@ -265,29 +259,11 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def run(name: str) -> None:
-    """Run a check where the number of ranks is the one it wants."""
-    case = cases.EQUIVALENCE.get(name, harness.Case())
-    if case.world_size != dist.get_world_size():
-        return
-    if name in CHECKS:
-        CHECKS[name]()
-    elif name in MODELS:
-        check_model(name, case)
-    else:
-        check_parallel(case)
-    if dist.get_rank() == 0:
-        print(f"{name}: ok", flush=True)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    names = sys.argv[1:] or [*MODELS, *CHECKS, *LAYOUTS]
-    with cpu.emulate_cuda():
-        for name in names:
-            run(name)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    """The check of that name, or the one of a model or layout in ``cases.EQUIVALENCE``."""
+    with harness.on_cpu():
+        if name in CHECKS:
+            CHECKS[name]()
+        elif cases.EQUIVALENCE[name].world_size == 1:
+            check_model(name, cases.EQUIVALENCE[name])
+        else:
+            check_parallel(cases.EQUIVALENCE[name])

@@ -1,35 +1,26 @@
-"""What ``dry_run`` says about resident prompts, and what training them takes.
-
-``python -m tests.train.estimate_worker FOLDER`` prints one line of JSON for each mode and number of
-prompts that are resident at once.
-"""
+"""On one rank: what ``dry_run`` says about resident prompts, and what training them takes."""
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore")
+import torch
 
-import torch  # noqa: E402
-
-from megatron_pg.data import Group, Sample, write_rollouts  # noqa: E402
-from megatron_pg.grpo import GrpoStep, PrefixGroupConfig  # noqa: E402
-from megatron_pg.mcore import PrefixKV  # noqa: E402
-from megatron_pg.mcore.schedule import resident  # noqa: E402
-from megatron_pg.train import TrainConfig, dry_run, parallel_run  # noqa: E402
-from megatron_pg.train.config import (  # noqa: E402
+from megatron_pg.data import Group, Sample, write_rollouts
+from megatron_pg.grpo import GrpoStep, PrefixGroupConfig
+from megatron_pg.mcore import PrefixKV
+from megatron_pg.mcore.schedule import resident
+from megatron_pg.train import TrainConfig, dry_run, parallel_run
+from megatron_pg.train.config import (
     ModelConfig,
     RolloutConfig,
     RunConfig,
 )
-from megatron_pg.train.model import build_trained_model  # noqa: E402
-from megatron_pg.train.model_plan import ModelPlan, plan_model  # noqa: E402
-from tools.bench.timing import peak_bytes  # noqa: E402
+from megatron_pg.train.model import build_trained_model
+from megatron_pg.train.model_plan import ModelPlan, plan_model
+from tools.bench.timing import peak_bytes
 
 VOCAB = 64
 NUM_PROMPTS, PROMPT_LEN, RESPONSE_LEN = 8, 256, 64
@@ -126,14 +117,15 @@ def measure(config: TrainConfig, plan: ModelPlan, groups: list[Group]) -> Measur
     )
 
 
-def main() -> None:
+def measure_all(folder: Path) -> dict[tuple[str, int], Measured]:
+    """By mode and number of prompts that are resident at once."""
     torch.manual_seed(0)
-    groups, file = make_groups(), Path(sys.argv[1]) / "rollouts.jsonl"
+    groups, file = make_groups(), folder / "rollouts.jsonl"
     write_rollouts(groups, file)
     run = RunConfig(groups_per_step=NUM_PROMPTS)
     base = TrainConfig(model=MODEL, rollout=RolloutConfig(files=[str(file)]), run=run)
+    measured = {}
     with parallel_run(base.parallel, 0):
-        torch.set_num_threads(1)
         plan = plan_model(base.model, base.parallel)
         for mode in ("retain", "recompute"):
             for at_once in (2, NUM_PROMPTS):
@@ -144,9 +136,6 @@ def main() -> None:
                     max_resident_tokens=at_once * PROMPT_LEN,
                     logprob_chunk_tokens=64,
                 )
-                measured = measure(replace(base, prefix_group=settings), plan, groups)
-                print("measured " + json.dumps(asdict(measured)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                changed = replace(base, prefix_group=settings)
+                measured[mode, at_once] = measure(changed, plan, groups)
+    return measured

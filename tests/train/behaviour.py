@@ -1,30 +1,26 @@
-"""Short runs on one rank whose numbers are known; the argument is an empty folder."""
+"""Checks of short runs on one rank whose numbers are known; each gets an empty folder."""
 
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import torch
 
-import torch  # noqa: E402
-
-from megatron_pg.data import Group  # noqa: E402
-from megatron_pg.rollout import (  # noqa: E402
+from megatron_pg.data import Group
+from megatron_pg.rollout import (
     OpenAIServerSource,
     SampledRollouts,
     SamplingParams,
 )
-from megatron_pg.train import METRICS, Trainer, load_config, parallel_run, trainer  # noqa: E402
-from megatron_pg.train.config import ParallelConfig  # noqa: E402
-from megatron_pg.train.shared_stream import SharedStream  # noqa: E402
-from tests.data.samples import make_large_groups  # noqa: E402
-from tests.train import dense, tiny  # noqa: E402
+from megatron_pg.train import METRICS, Trainer, load_config, parallel_run, trainer
+from megatron_pg.train.config import ParallelConfig
+from megatron_pg.train.shared_stream import SharedStream
+from tests.data.samples import make_large_groups
+from tests.train import dense, late_imports, tiny  # noqa: F401
 
 CHECKS: list[Callable[[Path], None]] = []
 
@@ -536,15 +532,3 @@ def a_server_gets_every_version_once(folder: Path) -> None:
             (only,) = (folder / "export").iterdir()
             assert [p.name for p in only.iterdir()] == ["model.safetensors"]
     assert taken == [("version-1", 1), ("version-2", 2), ("version-3", 3)]
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for function in CHECKS:
-        folder = Path(sys.argv[1]) / function.__name__
-        function(folder)
-        print(f"\nproven {function.__name__}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
-"""Runs that are disturbed at a counted event, or at a file: ``... FOLDER SEED|FILE ...``.
+"""Runs that are disturbed at a counted event, or at a file.
 
-Prints one JSON object a seed: what was disturbed, and what was wrong afterwards (nothing, one
-hopes). The right end is that of a run that nobody disturbed.
+The right end is that of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import builtins
 import errno
 import io
-import json
 import os
 import random
 import resource
@@ -17,21 +15,17 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import torch.distributed as dist
 
-import torch.distributed as dist  # noqa: E402
-
-from megatron_pg.checkpoint import TRACKER  # noqa: E402
-from megatron_pg.train import TrainConfig, __main__, lifetime, load_config  # noqa: E402
-from tests.train import forked  # noqa: E402
-from tests.train.runs_worker import assert_same, result  # noqa: E402
+from megatron_pg.checkpoint import TRACKER
+from megatron_pg.train import TrainConfig, __main__, lifetime, load_config
+from tests.ranks import Job, Pool
+from tests.train.runs import assert_same, result
 
 # Exit code of the rank that is hit; a full disk may be noticed by any rank, or by none.
 KINDS: dict[str, int | None] = {
@@ -118,39 +112,50 @@ class Disturbance:
                 time.sleep(0.01)
 
 
-def program(config: Path, overrides: list[str], disturbance: Disturbance | None = None) -> None:
-    """``python -m megatron_pg.train`` on this rank."""
+def program(
+    config: Path,
+    overrides: list[str],
+    disturbance: Disturbance | None = None,
+    victim: int | None = 0,
+) -> int:
+    """``python -m megatron_pg.train`` on this rank, disturbed if it is a victim; its events.
+
+    Without a victim every rank is one.
+    """
     sys.argv = ["megatron_pg.train", str(config), *overrides]
     # Ignored where a shell has put the tests into the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # There is no launcher that would end the other ranks meanwhile.
     lifetime._FIRST_RANK_SECONDS = lifetime._LOST_RANK_SECONDS = 0.2
-    if disturbance is not None:
+    if disturbance is not None and victim in (None, int(os.environ["RANK"])):
         disturbance.install()
     __main__.main()
-    if disturbance is not None and disturbance.at == 0:
-        (disturbance.out / f"events_{os.environ['RANK']}").write_text(str(disturbance.count))
+    return disturbance.count if disturbance is not None else 0
 
 
-def disturbed(folder: Path, seed: int, kind: str, events_of: dict[int, list[int]]) -> str:
-    """Where a run was disturbed; AssertionError unless it ends, and goes on, as it should."""
-    chance = random.Random(seed)
+def kind_of(seed: int) -> str:
+    return list(KINDS)[seed % len(KINDS)]
+
+
+def check_disturbed(
+    ranks: Pool, folder: Path, seed: int, events_of: Callable[[int], list[int]]
+) -> None:
+    """A run that is disturbed somewhere ends, and goes on, as it should."""
+    kind, chance = kind_of(seed), random.Random(seed)
     num_ranks = chance.choice((1, 2))
-    events = events_of[num_ranks]
+    events = events_of(num_ranks)
     out, log = folder / f"out_{seed}", folder / f"{seed}.log"
     overrides = [f"run.out={out}", f"run.async_save={str(chance.random() < 0.5).lower()}"]
     victim = chance.randrange(num_ranks)
     at = chance.randrange(1, events[victim])
     config = folder / "config.yaml"
 
-    def action() -> None:
-        is_victim = int(os.environ["RANK"]) == victim
-        program(config, overrides, Disturbance(kind, at, out) if is_victim else None)
-
-    ranks = forked.start(action, num_ranks, log)
+    job = ranks.start(
+        num_ranks, program, config, overrides, Disturbance(kind, at, out), victim, log=log
+    )
     if kind == "second run":
-        refuse_second_run(folder, ranks, config, overrides, num_ranks)
-    codes = ranks.wait(60)
+        refuse_second_run(ranks, folder, job, config, overrides)
+    codes = job.wait(60)
     told = log.read_text()
     want = KINDS[kind]
     if want == 2 and set(codes.values()) == {0}:
@@ -162,22 +167,21 @@ def disturbed(folder: Path, seed: int, kind: str, events_of: dict[int, list[int]
         # One rank tells all; one that lost another says at most that.
         assert told.count("begins again at") + told.count("goes on after") <= num_ranks, told
     again = log.with_suffix(".again.log")
-    forked.finish(lambda: program(config, overrides), num_ranks, again, timeout=60)
+    ranks.run(num_ranks, program, config, overrides, log=again, timeout=60)
     straight = result(run_config(folder, folder / f"straight_{num_ranks}"))
     assert_same(result(run_config(folder, out)), straight)
     left = [p.name for p in out.rglob("*") if "partial" in p.name or p.name == "run.lock"]
     assert not left, left
     shutil.rmtree(out)
-    return f"{kind} of rank {victim} of {num_ranks} at event {at} of {events[victim]}"
 
 
-def full_disk_at(folder: Path, file: str) -> None:
+def check_full_disk(ranks: Pool, folder: Path, file: str) -> None:
     """A run for one of whose files there is no space ends with one message that names it."""
     name, _, save = file.partition(" ")
     out, log = folder / f"full_{file}", folder / f"full_{file}.log"
     overrides = [f"run.out={out}", f"run.async_save={str(save == 'in the background').lower()}"]
     full = Disturbance("full disk", 1, out, file=name)
-    codes = forked.start(lambda: program(folder / "config.yaml", overrides, full), 1, log).wait(60)
+    codes = ranks.start(1, program, folder / "config.yaml", overrides, full, log=log).wait(60)
     told = log.read_text()
     assert codes == {0: 2} and "Traceback" not in told and told.count("error: ") == 1, told
     (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
@@ -195,7 +199,7 @@ def full_disk_at(folder: Path, file: str) -> None:
 
 
 def refuse_second_run(
-    folder: Path, first: forked.Ranks, config: Path, overrides: list[str], num_ranks: int
+    ranks: Pool, folder: Path, first: Job, config: Path, overrides: list[str]
 ) -> None:
     """While the first one waits; the second may have another number of ranks."""
     deadline = time.monotonic() + 60
@@ -203,7 +207,7 @@ def refuse_second_run(
         assert not first.poll() and time.monotonic() < deadline, first.log.read_text()
         time.sleep(0.01)
     log = folder / "second.log"
-    codes = forked.start(lambda: program(config, overrides), 3 - num_ranks, log).wait(60)
+    codes = ranks.start(3 - len(first.pids), program, config, overrides, log=log).wait(60)
     told = log.read_text()
     assert set(codes.values()) == {2} and "Traceback" not in told, (codes, told)
     holder = f"in use by another run (process {first.pids[0]} on host {os.uname().nodename} since "
@@ -216,33 +220,9 @@ def run_config(folder: Path, out: Path) -> TrainConfig:
     return load_config(folder / "config.yaml", [f"run.out={out}"])
 
 
-def count_events(folder: Path, num_ranks: int) -> list[int]:
+def count_events(ranks: Pool, folder: Path, num_ranks: int) -> list[int]:
     """Of every rank of a run that nobody disturbs, whose end is the right one."""
-    out, config = folder / f"straight_{num_ranks}", folder / "config.yaml"
-    forked.finish(
-        lambda: program(config, [f"run.out={out}"], Disturbance("", 0, out)),
-        num_ranks,
-        folder / f"straight_{num_ranks}.log",
-    )
-    return [int((out / f"events_{rank}").read_text()) for rank in range(num_ranks)]
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    events = {num_ranks: count_events(folder, num_ranks) for num_ranks in (1, 2)}
-    for argument in sys.argv[2:]:
-        outcome: dict[str, Any] = {"argument": argument, "wrong": None}
-        kind = "full disk"
-        try:
-            if argument.isdigit():
-                kind = list(KINDS)[int(argument) % len(KINDS)]
-                outcome["case"] = disturbed(folder, int(argument), kind, events)
-            else:
-                full_disk_at(folder, argument)
-        except Exception:
-            outcome |= {"case": kind, "wrong": traceback.format_exc()}
-        print(json.dumps(outcome), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    out = folder / f"straight_{num_ranks}"
+    told = [f"run.out={out}"]
+    config, nothing = folder / "config.yaml", Disturbance("", 0, out)
+    return ranks.run(num_ranks, program, config, told, nothing, None, timeout=300)

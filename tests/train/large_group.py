@@ -1,26 +1,18 @@
-"""A group that trains within a memory limit in which its packed row does not fit.
-
-``python -m tests.train.memory_worker WAY MEGABYTES`` with WAY "resident" or "row": one step may add
-so many megabytes to the address space of the process.
-"""
+"""On one rank: a group that trains within a memory limit in which its packed row does not fit."""
 
 from __future__ import annotations
 
 import resource
-import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore")
+import torch
 
-import torch  # noqa: E402
-
-from megatron_pg.data import Group, Sample  # noqa: E402
-from megatron_pg.grpo import GrpoStep, PrefixGroupConfig  # noqa: E402
-from megatron_pg.train import TrainConfig, parallel_run  # noqa: E402
-from megatron_pg.train.config import ModelConfig  # noqa: E402
-from megatron_pg.train.model import build_trained_model  # noqa: E402
-from megatron_pg.train.model_plan import plan_model  # noqa: E402
+from megatron_pg.data import Group, Sample
+from megatron_pg.grpo import GrpoStep, PrefixGroupConfig
+from megatron_pg.train import TrainConfig, parallel_run
+from megatron_pg.train.config import ModelConfig
+from megatron_pg.train.model import build_trained_model
+from megatron_pg.train.model_plan import plan_model
 
 VOCAB = 64
 MODEL = ModelConfig(
@@ -58,11 +50,15 @@ def address_space() -> int:
     return pages * resource.getpagesize()
 
 
-def main() -> None:
-    way, megabytes = sys.argv[1], int(sys.argv[2])
+def train(way: str, megabytes: int) -> float:
+    """The largest gradient of a step that may add so much to the address space of the process.
+
+    Args:
+        way: "resident", or "row" for the whole group as one row.
+        megabytes: of address space.
+    """
     config = TrainConfig(model=MODEL)
     with parallel_run(config.parallel, 0):
-        torch.set_num_threads(1)
         model = build_trained_model(config, plan_model(config.model, config.parallel), 1)
 
         def step(group: Group, max_tokens: int) -> float:
@@ -82,11 +78,5 @@ def main() -> None:
         group = make_group(4096, 512, 64)
         limit = address_space() + megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        loss = step(group, 4096 if way == "resident" else 4096 + 64 * 512)
-        gradient = max(float(p.main_grad.abs().max()) for p in model.chunks[0].parameters())
-        assert gradient > 0
-        print(f"trained {way}: loss {loss:.4f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        step(group, 4096 if way == "resident" else 4096 + 64 * 512)
+        return max(float(p.main_grad.abs().max()) for p in model.chunks[0].parameters())
