@@ -4,16 +4,19 @@ from . import lifetime as lifetime
 from .config import TrainConfig
 from .config_file import load_config
 from .dry_run import DryRun, dry_run
-from .metrics import METRICS
+from .metrics import METRICS, Sink
 from .ranks import parallel_run
+from .run import open_run
 from .trainer import Trainer
 
 __all__ = [
     "METRICS",
     "DryRun",
+    "Sink",
     "TrainConfig",
     "Trainer",
     "dry_run",
     "load_config",
+    "open_run",
     "parallel_run",
 ]

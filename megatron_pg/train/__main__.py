@@ -12,7 +12,7 @@ from .dry_run import dry_run
 from .launcher import launched_world_size
 from .lifetime import PROGRAM
 from .ranks import parallel_run
-from .trainer import Trainer
+from .run import open_run
 
 
 def main() -> None:
@@ -45,8 +45,12 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     PROGRAM.advice = lambda: how_to_go_on(config.run)
     # Inside, so that an error is told before the ranks take leave of each other.
-    with parallel_run(config.parallel, config.run.seed) as ranks, PROGRAM.telling():
-        Trainer(config, ranks).run()
+    with (
+        parallel_run(config.parallel, config.run.seed) as ranks,
+        PROGRAM.telling(),
+        open_run(config, ranks) as trainer,
+    ):
+        trainer.run()
 
 
 def how_to_go_on(run: RunConfig) -> str:

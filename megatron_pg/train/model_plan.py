@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..attention import AttentionInputs, merge_implementation, select_backend
+from ..attention import AttentionInputs, select_backend
 from ..checkpoint import HfModel, make_megatron_args, read_hf_config
 from ..grpo import PackingConfig, PrefixGroupConfig, cost_model_of
 from ..mcore import cpu
@@ -162,8 +162,8 @@ def validate_trainable(plan: ModelPlan) -> None:
         )
 
 
-def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -> str:
-    """Names of the backend that will train the model, and of its merge if it has one.
+def check_attention(plan: ModelPlan, backend_name: str, device: torch.device) -> None:
+    """Refuse a backend that cannot train the model on this device.
 
     Args:
         plan: of the model.
@@ -171,10 +171,10 @@ def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -
         device: of this rank.
 
     Raises:
-        ValueError: if this device cannot train the model with that backend.
+        ValueError: naming what it cannot do.
     """
     model = plan.config
-    backend = select_backend(
+    select_backend(
         AttentionInputs(
             device=device,
             dtype=model.params_dtype,
@@ -184,9 +184,6 @@ def select_attention(plan: ModelPlan, backend_name: str, device: torch.device) -
         ),
         backend_name,
     )
-    if not backend.merges:
-        return backend.name
-    return f"{backend.name}, {merge_implementation(device)} merge"
 
 
 def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dict[str, Any], int]:

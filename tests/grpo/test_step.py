@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_pg.grpo import GrpoStep, step  # noqa: E402
-from megatron_pg.train import Trainer, load_config, parallel_run  # noqa: E402
+from megatron_pg.train import load_config  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 
@@ -42,8 +42,7 @@ def test_rows_run_once_for_the_policy_and_once_for_the_reference(
         runs.append((is_policy, sum(len(wave.microbatches) for wave in waves)))
         return original(chunks, waves, *arguments)
 
-    with parallel_run(config.parallel, config.run.seed) as ranks:
-        trainer = Trainer(config, ranks)
+    with tiny.opened(config) as trainer:
         monkeypatch.setattr(step, "compute_logprobs", counted)
         batch = trainer.grpo.prepare(trainer.stream.next_groups(5))
     rows = [len(part.rows) for part in batch.parts(with_left_out=True)]
@@ -63,8 +62,7 @@ def test_configurations_that_scale_or_leave_gradients_are_refused(
     tmp_path: Path, name: str, value: Any, message: str
 ) -> None:
     config = config_of(tmp_path)
-    with parallel_run(config.parallel, config.run.seed) as ranks:
-        trainer = Trainer(config, ranks)
+    with tiny.opened(config) as trainer:
         setattr(trainer.model.plan.config, name, value)
         with pytest.raises(ValueError, match=message):
             GrpoStep(trainer.model.chunks, vocab_size=tiny.VOCAB)

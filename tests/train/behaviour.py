@@ -16,7 +16,8 @@ from megatron_pg.rollout import (
     SampledRollouts,
     SamplingParams,
 )
-from megatron_pg.train import METRICS, Trainer, load_config, parallel_run, trainer
+from megatron_pg.train import METRICS, load_config, parallel_run
+from megatron_pg.train import run as run_parts
 from megatron_pg.train.config import ParallelConfig
 from megatron_pg.train.shared_stream import SharedStream
 from tests.data.samples import make_large_groups
@@ -40,8 +41,7 @@ def run(
     sections["run"]["num_steps"] = 1
     sections["prefix_group"]["max_tokens_per_microbatch"] = 200
     config = load_config(tiny.write_config(folder / "config.yaml", sections, **overrides))
-    with parallel_run(config.parallel, config.run.seed) as ranks:
-        trainer = Trainer(config, ranks)
+    with tiny.opened(config) as trainer:
         trainer.run()
         state = trainer.model.chunks[0].module.state_dict()
         weights = {n: t.clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
@@ -463,11 +463,11 @@ def what_cannot_be_run_is_refused_before_the_model_is_built(folder: Path) -> Non
     )
     refused("reference", folder / "flash", prefix_group__attention_backend="flash_attn")
     refused("float64", folder / "b", model__transformer={"params_dtype": "float64"})
-    built, trainer.build_trained_model = trainer.build_trained_model, nothing_is_built
+    built, run_parts.build_trained_model = run_parts.build_trained_model, nothing_is_built
     refused("/nowhere", folder / "f", model__pretrained_checkpoint="/nowhere")
     reference = {"algorithm__ref_hf": "/nowhere", "algorithm__use_kl_in_reward": True}
     refused("/nowhere", folder / "g", **reference)
-    trainer.build_trained_model = built
+    run_parts.build_trained_model = built
     own = tiny.with_advantages(tiny.make_groups(5))
     refused(
         "algorithm.skip_groups_without_spread=True concerns rewards",

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from megatron_pg.checkpoint import export_hf, load_hf, read_hf_config
 from megatron_pg.data import Group, read_rollouts
-from megatron_pg.train import TrainConfig, Trainer, parallel_run
+from megatron_pg.train import TrainConfig, parallel_run
 from tests.checkpoint import tiny as stock
 from tests.ranks import Pool
-from tests.train import dense, late_imports  # noqa: F401
+from tests.train import dense, late_imports, tiny  # noqa: F401
 from tests.train.layouts import LAYOUTS, NUM_RANKS
 from tests.train.tiny import VOCAB
 
@@ -29,8 +29,8 @@ Ended = tuple[Weights, list[dict[str, float]]]
 
 def train(config: TrainConfig) -> None:
     """A whole run on this rank."""
-    with parallel_run(config.parallel, config.run.seed) as ranks:
-        Trainer(config, ranks).run()
+    with tiny.opened(config) as trainer:
+        trainer.run()
 
 
 def train_and_weigh(config: TrainConfig) -> list[int]:

@@ -18,7 +18,7 @@ from megatron_pg.checkpoint import (
     reshard_checkpoint,
     write_manifest,
 )
-from megatron_pg.train import Trainer, dry_run
+from megatron_pg.train import dry_run, open_run
 from megatron_pg.train.checkpoints.checkpoints import sharded_state
 from megatron_pg.train.checkpoints.resume import _take_over_rates
 from megatron_pg.train.checkpoints.torch_adam import loading_torch_adam
@@ -107,7 +107,7 @@ def test_nothing_runs_beside_a_fresh_start(kind: str, run: SavedRun, folder: Pat
     own = replace(run.config.run, out=str(folder.parent), load=False)
     assert folder.name == "checkpoints" and dry_run(replace(run.config, run=own), 1).lines
     with refused("run.load=false", folder):
-        Trainer(replace(run.config, run=own), run.ranks)
+        open_run(replace(run.config, run=own), run.ranks).__enter__()
     assert not mark.exists()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,18 @@ def run_sections(folder: Path, groups: Sequence[Group] | None = None) -> dict[st
             "tensorboard": False,
         },
     }
+
+
+@contextmanager
+def opened(config: Any) -> Iterator[Any]:
+    """The trainer of a run on the ranks of this launch."""
+    from megatron_pg.train import open_run, parallel_run
+
+    with (
+        parallel_run(config.parallel, config.run.seed) as ranks,
+        open_run(config, ranks) as trainer,
+    ):
+        yield trainer
 
 
 def launch(

@@ -11,17 +11,20 @@ from .numbers import (
     update_metrics,
     write_summary,
 )
-from .writer import MetricsWriter, PhaseTimer
+from .sinks import Sink, make_sinks, read_metrics
+from .timer import PhaseTimer
 
 __all__ = [
     "METRICS",
-    "MetricsWriter",
     "PhaseTimer",
+    "Sink",
     "batch_metrics",
     "closing_table",
     "cost_metrics",
+    "make_sinks",
     "peak_memory_bytes",
     "plot_reward",
+    "read_metrics",
     "token_metrics",
     "update_metrics",
     "write_summary",

@@ -176,8 +176,9 @@ def write_summary(
     evaluations: Mapping[str, Evaluation],
     totals: Mapping[str, float],
     changes: Sequence[Mapping[str, Any]],
+    attention_backends: Sequence[str],
 ) -> None:
-    """``summary.json``: rewards before and after, totals, and settings changed on the way.
+    """``summary.json``: rewards before and after, totals, settings changed on the way, backends.
 
     Rewards are those of the held-out prompts where they were judged, with the standard error of
     their difference; else those of the first and the last step's samples, without one (null).
@@ -193,6 +194,7 @@ def write_summary(
         "standard_error": error,
         **totals,
         "changed_settings": list(changes),
+        "attention_backends": list(attention_backends),
     }
     write_atomically(path, json.dumps(summary, indent=1) + "\n")
 
