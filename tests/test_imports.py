@@ -85,13 +85,6 @@ def public_names(package: str) -> set[str]:
     raise AssertionError(f"{file} says no public names")
 
 
-# Modules behind a package's door that a tool still opens.
-BEHIND_A_DOOR = {
-    "megatron_pg.checkpoint.files",
-    "megatron_pg.checkpoint.torch_dist",
-}
-
-
 @pytest.mark.parametrize("folder", ["tools", "examples"])
 def test_public_names_only(folder: str) -> None:
     """What stands outside of the package takes what a user may take."""
@@ -101,9 +94,8 @@ def test_public_names_only(folder: str) -> None:
             if not name.startswith("megatron_pg"):
                 continue
             taken_from.add(name)
-            assert name.count(".") < 2 or name in BEHIND_A_DOOR, f"{path} imports {name}"
-            if name not in BEHIND_A_DOOR:
-                assert set(taken) <= public_names(name), f"{path} takes {taken} of {name}"
+            assert name.count(".") < 2, f"{path} imports {name}"
+            assert set(taken) <= public_names(name), f"{path} takes {taken} of {name}"
     assert len(taken_from) > 2
 
 

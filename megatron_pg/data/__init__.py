@@ -14,7 +14,7 @@ from .plan import (
     row_budget,
     split_group,
 )
-from .readers import read_rollouts, write_rollouts
+from .reading import read_rollouts, write_rollouts
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .shape import GroupShape, group_shape, group_tree, select_samples
 from .types import (

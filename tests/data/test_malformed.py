@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from megatron_pg.data import read_rollouts, schema
+from megatron_pg.data import read_rollouts
+from megatron_pg.data.reading import schema
 
 GOOD = {"prompt_ids": [1, 2], "response_ids": [3, 4], "reward": 1.0}
 TEXT = {"prompt": "p", "response": "r", "reward": 1.0}

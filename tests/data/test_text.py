@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_pg.data import read_rollouts
-from megatron_pg.data.text import TextEncoder
+from megatron_pg.data.reading.text import TextEncoder
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

@@ -39,9 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .text import TextEncoder, check_prompt
-from .types import Sample, Status
-from .values import (
+from ..types import Sample, Status
+from ..values import (
     logprob_problem,
     number_problem,
     numbers_problem,
@@ -49,6 +48,7 @@ from .values import (
     show,
     token_problem,
 )
+from .text import TextEncoder, check_prompt
 
 # (field, what is wrong with it)
 Errors = list[tuple[str, str]]

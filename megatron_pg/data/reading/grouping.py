@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..types import OPTIONAL_TOKEN_VALUES, Group, Sample
 from .problems import Problems
 from .schema import ParsedRow
-from .types import OPTIONAL_TOKEN_VALUES, Group, Sample
 
 
 class PlacedRow(NamedTuple):

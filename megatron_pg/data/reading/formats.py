@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .values import shorten, show
+from ..values import shorten, show
 
 Row = dict[str, Any]
 # Group id for whatever the rows of a group have in common.

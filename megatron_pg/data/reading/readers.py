@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..types import OPTIONAL_TOKEN_VALUES, Group, Sample
 from .formats import CONVERTERS, READS_REWARD_KEY, FormatError
 from .grouping import PlacedRow, check_rows, group_rows
 from .problems import Problems
@@ -20,7 +21,6 @@ from .records import (
 )
 from .schema import ParsedRow, RowParser
 from .text import TextEncoder, Tokenizer
-from .types import OPTIONAL_TOKEN_VALUES, Group, Sample
 
 Format = Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"]
 PathLikes = str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -48,7 +48,7 @@ def read_rollouts(
     """Groups of samples from files, in order of first appearance.
 
     Our own format has one row per response, in JSONL (gzipped or not) or parquet; its fields are
-    listed in ``megatron_pg/data/schema.py``, the formats of other trainers in ``formats.py``. Rows
+    listed in ``megatron_pg/data/reading/schema.py``, the formats of other trainers in ``formats.py``. Rows
     of a file belong to one group when their ``group_id`` is equal. Ids that several files use are
     told apart by the file's name. No row is dropped.
 
