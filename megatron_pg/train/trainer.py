@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..attention import ATTENTION_BACKENDS, merge_implementation
 from ..checkpoint import export_hf
 from ..grpo import GrpoStep, StepBatch, total_over_replicas
 from ..mcore import attention_backends, count_attention_calls
@@ -221,7 +222,10 @@ class Trainer:
         """Plot, summary and the closing table, on the first rank."""
         history = read_metrics(self.folder / "metrics.jsonl")
         chunks = torch.nn.ModuleList(self._bare_chunks())
-        backends = attention_backends(chunks)
+        merge = f", {merge_implementation(self.ranks.device)} merge"
+        backends = [
+            name + merge * ATTENTION_BACKENDS[name].merges for name in attention_backends(chunks)
+        ]
         path = self.folder / "summary.json"
         write_summary(path, history, self.evaluations, self.totals, self.changes, backends)
         if history:
