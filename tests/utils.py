@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,39 +43,3 @@ def assert_close_to_control(
     yardstick = (control.detach().double() - truth).abs().max().item()
     assert yardstick > 0, f"{name}: the control is exact, so it measures nothing"
     assert error <= factor * yardstick, f"{name}: error {error:.3e}, control {yardstick:.3e}"
-
-
-def run_ranks(module: str, num_ranks: int, *args: str, timeout: float = 300) -> str:
-    """Run ``python -m module args`` on gloo ranks and return the joined output.
-
-    Every rank must exit with 0. The port is free when chosen, so tests may run side by side.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_ranks),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *args],
-            cwd=ROOT,
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    joined = "\n".join(f"[rank {i}]\n{out}" for i, out in enumerate(outputs))
-    assert all(rank.returncode == 0 for rank in ranks), joined[-6000:]
-    return joined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from megatron_pg.attention import interface
 from megatron_pg.mcore import PrefixGroupedSeqParams, with_prefix_grouped_attention
 from tests.mcore import cases, harness, probes
 from tests.mcore.probes import Records
-from tests.utils import run_ranks
+from tests.ranks import Pool
 
 pytestmark = pytest.mark.megatron
 
@@ -29,6 +30,43 @@ CASES: dict[str, tuple[harness.Case, int]] = {
     "router_full": (harness.Case(**cases.moe(**cases.FULL_RECOMPUTE)), 2),
     "router_selective": (harness.Case(**cases.moe(**MOE_RECOMPUTE)), 2),
 }
+
+
+STAGES = {
+    "pp2_vpp2_full": harness.Case(pp=2, vpp=2, num_layers=4, config=cases.FULL_RECOMPUTE),
+    "pp2_vpp2_router_selective": harness.Case(
+        pp=2,
+        vpp=2,
+        num_layers=4,
+        **cases.moe(recompute_granularity="selective", recompute_modules=["moe"]),
+    ),
+}
+
+
+def handed_on_stages(name: str) -> tuple[list[int], int]:
+    """Places, in the order of planning, of the rows that were planned; how many there are."""
+    case = STAGES[name]
+    with harness.on_cpu():
+        harness.initialize(case)
+        config = harness.make_config(case)
+        records: Records = []
+        with probes.probed_layers(records):
+            policy, reference = (
+                harness.wrap_ddp(case, config, harness.build(case, config, packed=True))
+                for _ in range(2)
+            )
+        rows = harness.make_dp_rows(case, 4)
+        counted = mock.Mock(side_effect=interface.make_attention_plan)
+        with mock.patch.object(interface, "make_attention_plan", counted):
+            # Each call makes its rows' parameters anew, as a pass over them does.
+            for chunks in (reference, policy, policy):
+                records.clear()
+                batches = harness.packed_microbatches(case, rows)
+                harness.run_step(case, chunks, harness.packed_step, batches)
+                # Two layers of this rank, each run and recomputed.
+                probes.check_records(records, rows, 2 * 2)
+        layouts = [row.layout for row in rows]
+        return [layouts.index(call.args[0]) for call in counted.call_args_list], len(rows)
 
 
 def outputs_of(model: Any, case: harness.Case, rows: list[harness.Rows]) -> list[torch.Tensor]:
@@ -53,10 +91,10 @@ def test_microbatches_that_interleave_keep_their_own(one_rank, name: str) -> Non
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["pp2_vpp2_full", "pp2_vpp2_router_selective"])
-def test_virtual_stages(name: str) -> None:
-    output = run_ranks("tests.mcore.carrier_worker", 2, name)
-    assert output.count(f"{name}: every call got its own row's mask") == 2
+@pytest.mark.parametrize("name", STAGES)
+def test_virtual_stages(ranks: Pool, name: str) -> None:
+    for planned, num_rows in ranks.run(2, handed_on_stages, name):
+        assert sorted(planned) == list(range(num_rows)) and num_rows > 1
 
 
 @pytest.mark.parametrize("name", ["mlp", "router"])
