@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -154,12 +155,16 @@ def _describe(
     judged = [(n, kept) for n, group in pairs for kept in without_aborted([group])]
     shapes = [group_shape(group, packing.min_shared) for _, group in judged]
     kept = [group for _, group in judged]
+    all_groups = [group for _, group in pairs]
+    shape = StepShape.of(kept, shapes, packing.cost_model)
+    # Told once where no sample is aborted.
+    is_same = len(kept) == len(all_groups) and all(map(operator.is_, kept, all_groups))
     brought = _Brought(
         is_in_order=is_in_order,
         numbers=np.array([n for n, _ in pairs], dtype=np.int64),
-        rollout=StepShape.of([group for _, group in pairs]),
+        rollout=shape if is_same else StepShape.of(all_groups),
         judged_numbers=np.array([n for n, _ in judged], dtype=np.int64),
-        judged=StepShape.of(kept, shapes, packing.cost_model),
+        judged=shape,
     )
     return brought, [(n, group, shape) for (n, group), shape in zip(judged, shapes)]
 
