@@ -61,13 +61,13 @@ class Server:
         launcher = {"WORLD_SIZE": str(num_ranks)}
         if num_ranks > 1:
             launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        pids = []
+        pids, server = [], os.getpid()
         for rank in range(num_ranks):
             pid = os.fork()
             if not pid:
                 self.connection.close()
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                _be_rank(launcher | own, function, args, log)
+                _be_rank(server, launcher | own, function, args, log)
             pids.append(pid)
         self.running.update(pids)
         return pids
@@ -84,13 +84,20 @@ class Server:
 
 
 def _be_rank(
-    launcher: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...], log: Path
+    server: int,
+    launcher: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    log: Path,
 ) -> None:
     code = 1
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            # It was gone before this could be asked for.
+            os._exit(1)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -229,6 +229,16 @@ class ParallelSizes:
             problems += stages
         return [*problems, *s._expert_problems(model)]
 
+    def training_problems(self, model: ModelSizes) -> list[str]:
+        """What keeps a model that can be built and loaded so from being trained so."""
+        if not model.num_moe_experts or self.tp == 1 or self.sp:
+            return []
+        return [
+            f"num_moe_experts={model.num_moe_experts} with tensor_model_parallel_size={self.tp}: "
+            "Megatron-Core trains experts under tensor parallelism with sequence parallelism only; "
+            "set sequence_parallel=True"
+        ]
+
     def _expert_problems(self, model: ModelSizes) -> Iterator[str]:
         experts = model.num_moe_experts
         if not experts:
@@ -239,12 +249,6 @@ class ParallelSizes:
             return
         yield from _remainders({"num_moe_experts": experts}, ep=self.ep)
         yield from _remainders(model.expert_widths, **self._expert_axis)
-        if self.tp > 1 and not self.sp:
-            yield (
-                f"num_moe_experts={experts} with tensor_model_parallel_size={self.tp}: "
-                "Megatron-Core trains experts under tensor parallelism with sequence parallelism "
-                "only; set sequence_parallel=True"
-            )
         if self.ep == 1 and self.expert_tp != self.tp:
             # Megatron-Core 0.16 takes such experts for weights that every rank holds.
             yield (

@@ -44,7 +44,8 @@ def megatron_problems(
             f"parallel.virtual_pipeline_model_parallel_size={made}, got {vpp_size}"
         )
     model = ModelSizes.from_config(config)
-    problems = ParallelSizes.from_config(config).model_problems(model)
+    sizes = ParallelSizes.from_config(config)
+    problems = sizes.model_problems(model) + sizes.training_problems(model)
     if model.num_layers is None:
         problems += _stage_problems(config)
     yield from problems or _recompute_problems(config)

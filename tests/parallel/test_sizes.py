@@ -96,23 +96,17 @@ BROKEN_OF_A_MODEL: dict[str, tuple[ModelSizes, ParallelSizes, str, ParallelSizes
         "moe_ffn_hidden_size=24 is no multiple of expert_tensor_parallel_size=5",
         ParallelSizes(ep=2, etp=4),
     ),
-    "experts without sp": (
+    "expert tp alone": (
         EXPERTS,
-        ParallelSizes(tp=2),
-        "set sequence_parallel=True",
-        ParallelSizes(tp=2, sp=True),
+        ParallelSizes(tp=2, sp=True, etp=1),
+        "expert_tensor_parallel_size=1 with expert_model_parallel_size=1",
+        ParallelSizes(tp=2, sp=True, etp=1, ep=2),
     ),
     "expert widths under tp": (
         replace(EXPERTS, expert_widths={"moe_ffn_hidden_size": 25}),
         ParallelSizes(tp=2, sp=True, etp=2),
         "moe_ffn_hidden_size=25 is no multiple of tensor_model_parallel_size=2",
         ParallelSizes(),
-    ),
-    "expert tp alone": (
-        EXPERTS,
-        ParallelSizes(tp=2, sp=True, etp=1),
-        "expert_tensor_parallel_size=1 with expert_model_parallel_size=1",
-        ParallelSizes(tp=2, sp=True, etp=1, ep=2),
     ),
 }
 
@@ -125,6 +119,18 @@ def test_a_broken_rule_is_the_only_problem(case: str) -> None:
     assert remedy.problems() == []
     with pytest.raises(ValueError, match="1 problem.s. with the parallel sizes"):
         sizes.check()
+
+
+def test_experts_that_can_be_loaded_but_not_trained_are_refused_in_training() -> None:
+    (problem,) = ParallelSizes(tp=2).training_problems(EXPERTS)
+    assert "set sequence_parallel=True" in problem
+    assert ParallelSizes(tp=2).model_problems(EXPERTS) == []
+    for sizes, model in (
+        (ParallelSizes(tp=2, sp=True), EXPERTS),
+        (ParallelSizes(ep=2), EXPERTS),
+        (ParallelSizes(tp=2), DENSE),
+    ):
+        assert sizes.training_problems(model) == []
 
 
 @pytest.mark.parametrize("case", BROKEN_OF_A_MODEL)

@@ -74,6 +74,4 @@ def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | Non
     Raises:
         ValueError: listing every size that is below 1 or does not divide, and the remedy.
     """
-    # Sequence parallelism leaves no trace in a checkpoint, and experts need it.
-    sizes = ParallelSizes(tp=tp_size, sp=tp_size > 1, pp=pp_size, vpp=vpp_size)
-    sizes.check(model.sizes)
+    ParallelSizes(tp=tp_size, pp=pp_size, vpp=vpp_size).check(model.sizes)
