@@ -11,16 +11,125 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.utils import ROOT
 
 README = (ROOT / "README.md").read_text()
-CHECKPOINTS = README.split("## Checkpoints")[1].split("```bash\n")[1].split("```")[0]
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_attention_example_runs() -> None:
-    exec(compile(PYTHON_BLOCKS[0], "README attention", "exec"), {})
+def block(language: str, words: str) -> str:
+    """The one block in a language that holds the words."""
+    (found,) = (code for name, code in BLOCKS if name == language and words in code)
+    return found
+
+
+CHECKPOINTS = block("bash", "tools/hf_to_megatron.py")
+PLANNING = block("bash", "--dry-run")
+MODEL = block("python", "with_prefix_grouped_attention")
+LOOP = block("python", "GrpoStep")
+OWN = block("yaml", "my_losses")
+ROW = block("json", "prompt_ids")
+# What installs an environment of its own.
+NOT_RUN = {"pip install -e .": 2, "bash examples/quickstart.sh": 1, "tests/run.sh": 1}
+
+
+def test_every_block_is_run_or_installs() -> None:
+    run = [CHECKPOINTS, PLANNING, MODEL, LOOP, OWN, ROW]
+    others = [code for _, code in BLOCKS if code not in run]
+    assert len(others) == len(NOT_RUN)
+    for words, num_lines in NOT_RUN.items():
+        (code,) = (code for code in others if words in code)
+        assert len(code.splitlines()) == num_lines
+
+
+def test_length() -> None:
+    assert len(README.splitlines()) <= 220
+
+
+def run_bash(code: str, folder: Path, timeout: float = 300) -> str:
+    """What the lines print, with the repository's tools and examples in the folder."""
+    for name in ("tools", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euc", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+@pytest.mark.megatron
+def test_planning_commands_run(tmp_path: Path) -> None:
+    from tests.checkpoint.tiny import SMOLLM2, save_hf
+
+    save_hf(SMOLLM2, tmp_path / "HF_FOLDER")
+    rows = (ROOT / "examples/rollouts.jsonl").read_text()
+    (tmp_path / "ROLLOUTS.jsonl").write_text(rows)
+    printed = run_bash(PLANNING, tmp_path)
+    assert "4 rank" in printed and "reuse" in printed, printed
+
+
+@pytest.mark.megatron
+def test_own_modules_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules that CONTRIBUTING shows, by the names that the README has for them."""
+    from megatron_pg.loss import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
+    from tests.train.tiny import first_step
+
+    shown = re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", CONTRIBUTING, flags=re.DOTALL)
+    assert len(shown) == 5
+    for name, code in shown:
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    sections = yaml.safe_load(OWN)
+    names = re.findall(r"my_\w+:\w+", OWN)
+    assert {name.split(":")[0] + ".py" for name in names} == {name for name, _ in shown}
+    rollout = sections["rollout"] | {"max_response_tokens": 4, "num_generations": 4}
+    algorithm = {f"algorithm__{name}": value for name, value in sections["algorithm"].items()}
+    packing = {f"prefix_group__{name}": value for name, value in sections["prefix_group"].items()}
+    metrics = first_step(tmp_path, rollout=rollout, **algorithm, **packing)
+    assert metrics["actor/updates"] == 1 and metrics["tokens/reuse_ratio"] > 1
+    # As long as the modules are there, and no longer.
+    for registry in (ADVANTAGE_ESTIMATORS, POLICY_LOSSES):
+        for name in names:
+            registry.pop(name, None)
+    for name, _ in shown:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+@pytest.mark.megatron
+def test_loop_runs(tmp_path: Path) -> None:
+    from megatron_pg.train import load_config
+    from tests.train import tiny
+
+    config = load_config(tiny.write_config(tmp_path / "run.yaml", tiny.run_sections(tmp_path)))
+    with tiny.opened(config) as trainer:
+        chunks = trainer.model.chunks
+        known = dict(chunks=chunks, vocab_size=tiny.VOCAB, groups=tiny.make_groups())
+        exec(compile(LOOP, "README loop", "exec"), known)
+        assert len(known["batch"].minibatches) == 2
+        assert all(bool(p.main_grad.any()) for p in chunks[0].parameters())
+
+
+def test_recorded_row_is_read(tmp_path: Path) -> None:
+    from megatron_pg.data import read_rollouts
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(ROW)) + "\n")
+    (group,) = read_rollouts([tmp_path / "rows.jsonl"])
+    (sample,) = group.samples
+    assert (group.group_id, sample.reward, sample.num_loss_tokens) == ("7", 1.0, 2)
 
 
 @pytest.mark.megatron
@@ -37,12 +146,11 @@ with cpu.emulate_cuda():
     exec(compile(BLOCK, "README model", "exec"))
     print("ran", tuple(logits.shape))
 """
-    code = worker.replace("BLOCK", repr(PYTHON_BLOCKS[1]))
+    code = worker.replace("BLOCK", repr(MODEL))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert "ran (1, 6, 64)" in done.stdout, done.stderr[-2000:]
-    assert len(PYTHON_BLOCKS) == 2
 
 
 @pytest.mark.megatron
@@ -56,27 +164,10 @@ def test_checkpoint_commands_run(tmp_path: Path) -> None:
     model.parent.mkdir()
     save_hf(SMOLLM2, model)
     save_tokenizer(model)
-    for folder in ("tools", "examples"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-
-    done = subprocess.run(
-        ["bash", "-euc", CHECKPOINTS],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert "runs/pp2/checkpoints and runs/tp3/checkpoints are equal" in done.stdout
-    assert "optimizer state: True" in done.stdout
-    assert "greedy continuation equal" in done.stdout and "'role': 'assistant'" in done.stdout
+    printed = run_bash(CHECKPOINTS, tmp_path, timeout=1500)
+    assert "runs/pp2/checkpoints and runs/tp3/checkpoints are equal" in printed
+    assert "optimizer state: True" in printed
+    assert "greedy continuation equal" in printed and "'role': 'assistant'" in printed
     # tp=3 went on where pp=2 stopped; what left is what the run itself wrote, and was trained.
     runs = tmp_path / "runs"
     steps = [
@@ -93,15 +184,12 @@ def test_checkpoint_commands_run(tmp_path: Path) -> None:
         assert any("q_proj.weight: " in line for line in compare_weights(a, b))
 
 
-def test_paths_exist() -> None:
-    paths = set(
-        re.findall(
-            r"(?:examples|tools|tests|megatron_pg)/[\w/.-]+\.(?:py|sh|yaml|jsonl|sbatch)", README
-        )
-    )
-    assert len(paths) > 15
-    missing = sorted(path for path in paths if not (ROOT / path).is_file())
-    assert not missing
+PATHS = re.findall(r"(?:examples|tools|tests|megatron_pg)/[\w/.-]+\.[a-z]+\b", README)
+
+
+@pytest.mark.parametrize("path", sorted(set(PATHS) | set(re.findall(r"\]\(([^:)]+)\)", README))))
+def test_path_exists(path: str) -> None:
+    assert (ROOT / path).is_file()
 
 
 def test_names_exist() -> None:
@@ -109,3 +197,12 @@ def test_names_exist() -> None:
     assert modules
     for name in modules:
         assert importlib.util.find_spec(name) is not None, f"{name} does not exist"
+
+
+def test_every_benchmark_is_named() -> None:
+    folder = ROOT / "tools" / "bench"
+    code = "".join(path.read_text() for path in folder.glob("*.py"))
+    names = set(re.findall(r'^@register\("(\w+)"\)', code, flags=re.MULTILINE))
+    table = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    assert {name for cell in table for name in re.findall(r"`(\w+)`", cell)} == names
+    assert "prepare" in names

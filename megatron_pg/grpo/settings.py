@@ -13,7 +13,8 @@ class PrefixGroupConfig:
     """How shared prefixes are found, packed and attended to.
 
     Attributes:
-        attention_backend: of prefix-grouped attention, see ``available_backends``.
+        attention_backend: "auto", which takes the fastest that can run, or a key of
+            ``attention.ATTENTION_BACKENDS``.
         min_shared: share every common run of at least this many tokens; None shares the prompt.
         max_tokens_per_microbatch: budget of a packed row in unique tokens.
         prefix_resident: what becomes of a group that is larger than a row: "never" repeats its
@@ -54,8 +55,8 @@ class GrpoConfig:
             even as can be.
         policy: see ``loss.PolicyLossConfig``.
         use_kl_in_reward: subtract the KL to the reference from the reward.
-        kl_coef: of the KL in the reward.
-        kl_penalty: estimator of the KL in the reward.
+        kl_coef: weight of the KL in the reward.
+        kl_penalty: estimator of the KL in the reward, one of ``loss.KL_KINDS``.
         overlong_buffer_len: DAPO's soft punishment of responses that end in the last tokens before
             the longest allowed one; 0 is off.
         overlong_penalty_factor: what is taken off the reward of a response of the longest length.

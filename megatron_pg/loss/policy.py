@@ -19,6 +19,7 @@ class PolicyLossConfig:
     """Settings of the loss of one trained token.
 
     The loss is ``importance weight * policy loss + kl_loss_coef * kl - entropy_coeff * entropy``.
+    Numbers are at least 0.
 
     Attributes:
         policy_loss: a key of ``POLICY_LOSSES``.

@@ -18,13 +18,14 @@ class ModelConfig:
             scratch.
         pretrained_checkpoint: Megatron checkpoint (torch_dist, of any layout) that gives the
             weights instead; ``hf`` may be its ``huggingface/``.
-        vocab_size: for a model from scratch.
+        vocab_size: tokens of the vocabulary, for a model from scratch.
         max_position_embeddings: longest sample; that of ``hf`` when None, from scratch 4096. More
             than ``hf`` says trains positions that the model was not made for.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
-        untie_embeddings_and_output_weights: for a model from scratch.
-        position_embedding_type: for a model from scratch.
-        rotary_base: for a model from scratch.
+        untie_embeddings_and_output_weights: give the output layer weights of its own, for a model
+            from scratch.
+        position_embedding_type: how positions are told, for a model from scratch.
+        rotary_base: base of RoPE's frequencies, for a model from scratch.
         transformer_impl: "auto" takes Transformer Engine where it runs.
         transformer: any further field of ``TransformerConfig``, e.g. ``recompute_granularity``.
             dtypes and the activation are given by name (``bfloat16``, ``silu``).
@@ -46,7 +47,15 @@ class ModelConfig:
 class ParallelConfig:
     """How the model is laid over ranks, in Megatron's own argument names.
 
-    What is left of the ranks after tensor and pipeline parallelism is data parallel.
+    What is left of the ranks after tensor and pipeline parallelism is data parallel. The sizes are
+    those of ``parallel.ParallelSizes``, at least 1 each.
+
+    Attributes:
+        sequence_parallel: whether tensor-parallel ranks divide the tokens, too, between the layers
+            whose heads and widths they divide.
+        use_distributed_optimizer: divide the optimizer's state over data-parallel ranks.
+        overlap_grad_reduce: reduce gradients while the backward pass goes on.
+        distributed_timeout_minutes: longest wait of ranks for each other.
     """
 
     tensor_model_parallel_size: int = 1
@@ -70,6 +79,18 @@ class OptimizerSection:
 
     The schedule counts updates (minibatches), not steps: ``lr_warmup_iters`` updates of warmup and
     a decay over all updates that the run plans.
+
+    Attributes:
+        optimizer: Adam with decoupled weight decay.
+        lr: learning rate after the warmup.
+        min_lr: learning rate that the decay ends at.
+        lr_decay_style: how the learning rate falls from ``lr`` to ``min_lr``.
+        lr_warmup_iters: updates over which the learning rate rises from 0.
+        weight_decay: of all weights but biases and norms.
+        adam_beta1: decay of the mean of gradients.
+        adam_beta2: decay of the mean of their squares.
+        adam_eps: added to the root of that mean.
+        clip_grad: largest norm of an update's gradients, which are scaled down to it; 0 is off.
     """
 
     optimizer: Literal["adam"] = "adam"
@@ -86,10 +107,11 @@ class OptimizerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A reasoning-gym task (see ``rollout.ReasoningGymTask``).
+    """Prompts, and the reward of their responses: a ``rollout.ReasoningGymTask`` or one's own.
 
-    A ``name`` of the form ``module:name`` is a ``rollout.PromptSource`` of your own, made from the
-    tokenizer and ``config``; the other settings are reasoning-gym's.
+    Attributes:
+        name: of the data set; ``module:name`` is a ``rollout.PromptSource`` of your own, made from
+            the tokenizer and ``config``, and the other settings are not read then.
     """
 
     name: str = "chain_sum"
@@ -105,13 +127,16 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """An OpenAI-compatible server (see ``rollout.OpenAIServerSource``).
+    """An OpenAI-compatible server, as ``rollout.OpenAIServerSource`` takes it.
 
-    ``reload`` says how the server is told to take the trained weights (a key of
-    ``rollout.RELOAD_PLANS``); it reads them from ``export_dir``, ``run.out``/export when None.
-
-    ``api_key: ${oc.env:NAME}`` takes the key from an environment variable, so that no file holds
-    it; what a run writes and prints never does.
+    Attributes:
+        model: served name; empty takes the first one that ``/v1/models`` lists.
+        api_key: bearer token, or null. ``${oc.env:NAME}`` takes it from an environment variable, so
+            that no file holds it; what a run writes and prints never does.
+        export_dir: folder that the server can read too, for the trained weights; null is the folder
+            ``export`` in ``run.out``.
+        reload: how the server is told to take the trained weights: a key of
+            ``rollout.RELOAD_PLANS``.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -135,7 +160,7 @@ class RolloutConfig:
             asks an inference server; ``module:name`` is a ``rollout.RolloutSource`` of your own.
         source_config: arguments of a source of your own, beside tokenizer and vocab_size.
         files: recorded rollouts.
-        format: of the files.
+        format: of the files; "auto" goes by their suffix and fields.
         reward_key: part or parts of the reward that are summed (see ``data.read_rollouts``).
         group_across_files: whether equal group ids of several files mean one group.
         shuffle: draw a new order of recorded groups every epoch.
@@ -144,10 +169,9 @@ class RolloutConfig:
         num_generations: responses per prompt.
         max_response_tokens: longest response.
         temperature: of sampling, and of the logprobs that are trained.
-        top_k: 0 for all.
-        top_p: 1 for all.
+        top_k: sample among this many likeliest tokens; 0 for all.
+        top_p: sample among the likeliest tokens of this total probability; 1 for all.
         max_batch_samples: samples that "model" generates at once.
-        server: see ``ServerConfig``.
     """
 
     source: str = "recorded"
@@ -170,7 +194,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig(GrpoConfig):
-    """What is optimised, see ``grpo.GrpoConfig``.
+    """What is optimised.
+
+    ``adv_estimator`` and ``policy.policy_loss`` may be ``module:name`` of your own (see
+    ``loss.register_advantage_estimator`` and ``loss.register_policy_loss`` for what it is given).
 
     Attributes:
         ref_hf: Hugging Face folder of the reference model; None is the initial policy

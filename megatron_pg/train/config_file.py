@@ -133,10 +133,16 @@ def convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         if option is float and _is_number(value):
             # YAML reads 1e-6 without a dot as text.
             return float(value)
-    expected = " or ".join(_describe(option) for option in options if _is_plain(option))
+    expected = describe_type(hint)
     shown = _HIDDEN if where.endswith("api_key") else repr(value)
     problems.append(f"{where}={shown} must be {expected or 'left out: no file can give it'}")
     return None
+
+
+def describe_type(hint: Any) -> str:
+    """What a file gives for a type, in words; empty for one that no file can give."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return " or ".join(_describe(option) for option in options if _is_plain(option))
 
 
 def _is_a(option: Any, value: Any) -> bool:

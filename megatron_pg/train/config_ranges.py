@@ -57,6 +57,18 @@ _ABOVE_ZERO = (
     "algorithm.loss_scale_factor",
 )
 _BELOW_ONE = ("optimizer.adam_beta1", "optimizer.adam_beta2")
+_AT_MOST_ONE = {"rollout.top_p": ", which turns it off"}
+# key -> smallest and largest value
+_BETWEEN = {"rollout.task.held_out_share": (0.01, 0.99)}
+
+
+def range_of(path: str) -> str:
+    """The range of the number at ``section.key``, in words; empty where it has none."""
+    if path in _BETWEEN:
+        return "in [{}, {}]".format(*_BETWEEN[path])
+    rules = [f"at least {_AT_LEAST[path]:g}"] if path in _AT_LEAST else []
+    rules += ["above 0"] * (path in _ABOVE_ZERO) + ["below 1"] * (path in _BELOW_ONE)
+    return ", ".join(rules + ["at most 1"] * (path in _AT_MOST_ONE))
 
 
 def out_of_range(config: TrainConfig) -> Iterator[str]:
@@ -72,17 +84,18 @@ def out_of_range(config: TrainConfig) -> Iterator[str]:
         if wrong or not math.isfinite(value):
             yield f"{path}={value!r} must be {'finite and ' * (not math.isfinite(value))}{rule}"
     for path in _floats(config):
-        told = (*_AT_LEAST, *_ABOVE_ZERO, "rollout.task.held_out_share")
+        told = (*_AT_LEAST, *_ABOVE_ZERO, *_BETWEEN)
         if path not in told and not math.isfinite(_value(config, path)):
             yield f"{path}={_value(config, path)!r} must be finite"
     for path in _BELOW_ONE:
         if _value(config, path) >= 1:
             yield f"{path}={_value(config, path)!r} must be below 1"
-    share = config.rollout.task.held_out_share
-    if not 0.01 <= share <= 0.99:
-        yield f"rollout.task.held_out_share={share!r} must lie in [0.01, 0.99]"
-    if config.rollout.top_p > 1:
-        yield f"rollout.top_p={config.rollout.top_p!r} must be at most 1, which turns it off"
+    for path, (low, high) in _BETWEEN.items():
+        if not low <= _value(config, path) <= high:
+            yield f"{path}={_value(config, path)!r} must lie in [{low}, {high}]"
+    for path, meaning in _AT_MOST_ONE.items():
+        if _value(config, path) > 1:
+            yield f"{path}={_value(config, path)!r} must be at most 1{meaning}"
 
 
 def _floats(section: Any, prefix: str = "") -> Iterator[str]:

@@ -180,6 +180,22 @@ def opened(config: Any) -> Iterator[Any]:
         yield trainer
 
 
+def first_step(folder: Path, **overrides: Any) -> dict[str, float]:
+    """Metrics of the first step of such a run, on one rank in this process.
+
+    ``rollout=`` takes the place of the recorded rollouts.
+    """
+    from megatron_pg.train import load_config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = run_sections(folder)
+    save_tokenizer(folder / "model")
+    sections["rollout"] = overrides.pop("rollout", sections["rollout"])
+    config = load_config(write_config(folder / "run.yaml", sections, **overrides))
+    with opened(config) as trainer:
+        return trainer.train_step()
+
+
 def launch(
     arguments: Sequence[str], *, num_ranks: int = 1, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,106 @@
+"""``python -m megatron_pg.train.config_reference``: every field of a configuration, as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from .. import attention, loss, rollout
+from ..parallel import MEGATRON_NAMES, ParallelSizes
+from .config import ParallelConfig, ServerConfig, TaskConfig, TrainConfig
+from .config_file import describe_type
+from .config_ranges import range_of
+
+# Sections whose fields are arguments of a class that describes them.
+_ARGUMENTS_OF = {TaskConfig: rollout.ReasoningGymTask, ServerConfig: rollout.OpenAIServerSource}
+# A description that leaves names to choose from to a registry.
+_REGISTRY = re.compile(r"``(?:\w+\.)?([A-Z_]{2,})``")
+_YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
+_YAML_WORD = re.compile(r"\b(?:None|True|False)\b")
+_INTRODUCTION = """\
+# Every field of a configuration
+
+A YAML file has these sections. What it leaves out has its default, and `section.key=value` on the
+command line goes before the file. Numbers are finite. Unknown keys, wrong types and values out of
+range are refused, all in one message.
+"""
+
+
+def config_reference() -> str:
+    """Markdown: a table of every section, with type, default, range and meaning of its fields."""
+    return "\n".join([_INTRODUCTION, *(_table(*section) for section in sections())])
+
+
+def sections(cls: type = TrainConfig, path: str = "") -> Iterator[tuple[str, type]]:
+    """Every section by its path; one within another follows it."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            section = typing.cast(type, hint)
+            yield f"{path}{name}", section
+            yield from sections(section, f"{path}{name}.")
+
+
+def descriptions(section: type) -> dict[str, str]:
+    """What docstrings say of a section's fields, by name."""
+    found: dict[str, str] = {}
+    if section in _ARGUMENTS_OF:
+        found |= _described(_ARGUMENTS_OF[section])
+    if section is ParallelConfig:
+        sizes = _described(ParallelSizes)
+        found |= {name: sizes[field] for field, name in MEGATRON_NAMES.items()}
+    for cls in reversed(section.__mro__):
+        found |= _described(cls)
+    return found
+
+
+def _described(cls: type) -> dict[str, str]:
+    """Names and texts under ``Attributes:`` or ``Args:`` of a docstring."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    block = re.search(r"^(?:Attributes|Args):\n((?: .*\n?|\n)+)", text, flags=re.MULTILINE)
+    entries = re.split(r"^ {4}(?=\w)", block[1] if block else "", flags=re.MULTILINE)
+    pairs = (" ".join(entry.split()).split(": ", 1) for entry in entries if entry.strip())
+    return {name: meaning for names, meaning in pairs for name in names.split(", ")}
+
+
+def _table(path: str, section: type) -> str:
+    about = inspect.cleandoc(section.__doc__ or "").split("\n\nAttributes:")[0]
+    about = about.split("\n\nRaises:")[0].replace("``", "`")
+    lines = [f"## {path}", "", about, "", "| field | type | default | range | |", "|---" * 5 + "|"]
+    hints, meanings = typing.get_type_hints(section), descriptions(section)
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue
+        meaning = meanings.get(field.name, "")
+        cells = [
+            f"`{field.name}`",
+            describe_type(hints[field.name]).replace("'", '"'),
+            f"`{_default(field)}`",
+            range_of(f"{path}.{field.name}") or _choices(meaning),
+            _YAML_WORD.sub(lambda word: _YAML_WORDS[word[0]], meaning.replace("``", "`")),
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return json.dumps(field.default_factory())
+    return json.dumps(field.default)
+
+
+def _choices(meaning: str) -> str:
+    """The keys of the registry that a description names."""
+    for name in _REGISTRY.findall(meaning):
+        for package in (loss, rollout, attention):
+            if names := getattr(package, name, ()):
+                return ", ".join(f"`{json.dumps(one)}`".replace('"', "") for one in names)
+    return ""
+
+
+if __name__ == "__main__":
+    print(config_reference(), end="")
