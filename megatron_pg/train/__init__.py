@@ -1,8 +1,7 @@
 """The recipe: groups in, a trained model out."""
 
 from . import lifetime as lifetime
-from .config import TrainConfig
-from .config_file import load_config
+from .config import TrainConfig, load_config
 from .dry_run import DryRun, dry_run
 from .metrics import METRICS, Sink
 from .ranks import parallel_run

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..checkpoint import TRACKER
-from .config import RunConfig
-from .config_file import load_config
+from .config import RunConfig, load_config
 from .dry_run import dry_run
 from .launcher import launched_world_size
 from .lifetime import PROGRAM

@@ -15,12 +15,16 @@ from ..grpo import (
 )
 from ..mcore import validate_config
 from ..parallel import ParallelSizes
-from .config import TrainConfig
-from .config_checks import config_problems, raise_problems
-from .megatron_rules import layers_per_stage
-from .model import training_configs, validate_weights
-from .model_plan import ModelPlan, plan_model, validate_trainable
-from .sources import Recording, open_sampling, read_recording
+from .config import TrainConfig, config_problems, raise_problems
+from .model import (
+    ModelPlan,
+    layers_per_stage,
+    plan_model,
+    training_configs,
+    validate_trainable,
+    validate_weights,
+)
+from .rollouts import Recording, open_sampling, read_recording
 
 T = TypeVar("T")
 

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from ..grpo import GrpoStep, Ranks
 from .checkpoints import Checkpoints, hold_folders, resume_run
-from .config import TrainConfig
-from .config_checks import config_problems, raise_problems
-from .config_file import config_dict
+from .config import TrainConfig, config_dict, config_problems, raise_problems
 from .metrics import make_sinks
-from .model import build_reference, build_trained_model, validate_weights
-from .model_plan import check_attention, plan_model, validate_trainable
-from .sources import Recording, make_stream, open_sampling, share_recording
+from .model import (
+    build_reference,
+    build_trained_model,
+    check_attention,
+    plan_model,
+    validate_trainable,
+    validate_weights,
+)
+from .rollouts import Recording, make_stream, open_sampling, share_recording
 from .trainer import Trainer
 
 

@@ -17,7 +17,6 @@ from ..grpo import GrpoStep, StepBatch, total_over_replicas
 from ..mcore import attention_backends, count_attention_calls
 from .checkpoints import Checkpoints, Progress, course_settings, is_distributed, writing
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate
 from .metrics import (
     PhaseTimer,
     Sink,
@@ -32,7 +31,7 @@ from .metrics import (
     write_summary,
 )
 from .model import TrainedModel
-from .shared_stream import SharedStream
+from .rollouts import Evaluation, SharedStream, evaluate
 
 
 class Trainer:

@@ -19,7 +19,7 @@ from megatron_pg.rollout import (
 from megatron_pg.train import METRICS, load_config, parallel_run
 from megatron_pg.train import run as run_parts
 from megatron_pg.train.config import ParallelConfig
-from megatron_pg.train.shared_stream import SharedStream
+from megatron_pg.train.rollouts.shared_stream import SharedStream
 from tests.data.samples import make_large_groups
 from tests.train import dense, late_imports, tiny  # noqa: F401
 

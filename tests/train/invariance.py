@@ -18,7 +18,7 @@ from megatron_pg.grpo import GrpoStep, PrefixGroupConfig, Ranks, StepBatch
 from megatron_pg.grpo.placement import written_out
 from megatron_pg.train import TrainConfig, load_config, parallel_run
 from megatron_pg.train.model import build_trained_model
-from megatron_pg.train.model_plan import plan_model
+from megatron_pg.train.model.plan import plan_model
 from tests.checkpoint import tiny as stock
 from tests.train import dense, late_imports, layouts  # noqa: F401
 from tests.train.tiny import VOCAB

@@ -12,7 +12,7 @@ from megatron_pg.grpo import GrpoStep, PrefixGroupConfig
 from megatron_pg.train import TrainConfig, parallel_run
 from megatron_pg.train.config import ModelConfig
 from megatron_pg.train.model import build_trained_model
-from megatron_pg.train.model_plan import plan_model
+from megatron_pg.train.model.plan import plan_model
 
 VOCAB = 64
 MODEL = ModelConfig(

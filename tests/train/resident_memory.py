@@ -19,7 +19,7 @@ from megatron_pg.train.config import (
     RunConfig,
 )
 from megatron_pg.train.model import build_trained_model
-from megatron_pg.train.model_plan import ModelPlan, plan_model
+from megatron_pg.train.model.plan import ModelPlan, plan_model
 from tools.bench.timing import peak_bytes
 
 VOCAB = 64

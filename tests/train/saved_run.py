@@ -21,8 +21,8 @@ from megatron_pg.train.checkpoints.checkpoints import Checkpoints
 from megatron_pg.train.checkpoints.progress import Progress
 from megatron_pg.train.checkpoints.resume import resume_run
 from megatron_pg.train.model import TrainedModel, build_trained_model
-from megatron_pg.train.model_plan import plan_model
-from megatron_pg.train.shared_stream import SharedStream
+from megatron_pg.train.model.plan import plan_model
+from megatron_pg.train.rollouts.shared_stream import SharedStream
 from tests.train import tiny
 
 STEP = 2

@@ -13,9 +13,10 @@ import yaml
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.train import TrainConfig, dry_run, load_config, model_plan  # noqa: E402
+from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
-from megatron_pg.train.config_file import config_dict  # noqa: E402
+from megatron_pg.train.config.file import config_dict  # noqa: E402
+from megatron_pg.train.model import plan as model_plan  # noqa: E402
 from tests.train import tiny  # noqa: E402
 from tests.utils import ROOT  # noqa: E402
 

@@ -14,11 +14,11 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_pg.train import TrainConfig  # noqa: E402
-from megatron_pg.train.config_ranges import out_of_range, range_of  # noqa: E402
-from megatron_pg.train.config_reference import descriptions, sections  # noqa: E402
+from megatron_pg.train.config.ranges import out_of_range, range_of  # noqa: E402
+from megatron_pg.train.config.reference import descriptions, sections  # noqa: E402
 from tests.utils import ROOT  # noqa: E402
 
-COMMAND = "megatron_pg.train.config_reference"
+COMMAND = "megatron_pg.train.config.reference"
 FIELDS = [
     (path, section, field.name)
     for path, section in sections()

@@ -9,8 +9,8 @@ pytest.importorskip("megatron.core")
 from megatron_pg.rollout import RecordedRollouts  # noqa: E402
 from megatron_pg.train import parallel_run  # noqa: E402
 from megatron_pg.train.config import ParallelConfig, RunConfig, TrainConfig  # noqa: E402
-from megatron_pg.train.evaluate import evaluate  # noqa: E402
-from megatron_pg.train.shared_stream import SharedStream  # noqa: E402
+from megatron_pg.train.rollouts.evaluate import evaluate  # noqa: E402
+from megatron_pg.train.rollouts.shared_stream import SharedStream  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 

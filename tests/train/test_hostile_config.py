@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from megatron_pg.mcore import validate_config  # noqa: E402
 from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
-from megatron_pg.train.model_plan import plan_model  # noqa: E402
+from megatron_pg.train.model.plan import plan_model  # noqa: E402
 from tests.hostile import assert_both_occur, seeds  # noqa: E402
 from tests.train import tiny  # noqa: E402
 

@@ -23,7 +23,7 @@ from megatron_pg.train.checkpoints.checkpoints import sharded_state
 from megatron_pg.train.checkpoints.resume import _take_over_rates
 from megatron_pg.train.checkpoints.torch_adam import loading_torch_adam
 from megatron_pg.train.model import build_trained_model
-from megatron_pg.train.model_plan import plan_model
+from megatron_pg.train.model.plan import plan_model
 from tests.checkpoint.poison import POISONS, poison, replace_records, serialised
 from tests.hostile import refused
 from tests.train.saved_run import STEP, SavedRun, assert_state, forget_manifest, resumes

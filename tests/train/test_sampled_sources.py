@@ -27,9 +27,9 @@ from megatron_pg.train.config import (
     ServerConfig,
     TrainConfig,
 )
-from megatron_pg.train.evaluate import evaluate
-from megatron_pg.train.shared_stream import SharedStream
-from megatron_pg.train.sources import Sampling, make_stream
+from megatron_pg.train.rollouts.evaluate import evaluate
+from megatron_pg.train.rollouts.shared_stream import SharedStream
+from megatron_pg.train.rollouts.sources import Sampling, make_stream
 from tests.rollout.helpers import CharTokenizer, make_response
 
 RANKS = Ranks(

@@ -25,8 +25,7 @@ from ...checkpoint import (
     write_hf_metadata_folder,
     write_manifest,
 )
-from ..model import TrainedModel
-from ..model_plan import Origin
+from ..model import Origin, TrainedModel
 from .progress import Progress
 from .run_folder import write_atomically
 from .write import CheckpointWrite

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import iteration_name, parse_json
-from ..config import TrainConfig
-from ..config_file import config_dict
-from ..evaluate import Evaluation
+from ..config import TrainConfig, config_dict
+from ..rollouts import Evaluation
 
 # Sections and settings that change how a run computes, reports or is kept, not what it computes.
 _FREE = (

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ...checkpoint import TorchDistReader, load_sharded_state, on_all_ranks
 from ..config import TrainConfig
 from ..model import TrainedModel
-from ..shared_stream import SharedStream
+from ..rollouts import SharedStream
 from .checkpoints import PROGRESS, is_distributed, named_chunks, sharded_state
 from .progress import Progress, changed_settings, course_settings, parse_progress
 from .torch_adam import loading_torch_adam

@@ -17,7 +17,7 @@ from ...grpo import Minibatch, StepBatch
 from ...loss import metric_means
 from ..checkpoints import write_atomically
 from ..config import TrainConfig
-from ..evaluate import Evaluation
+from ..rollouts import Evaluation
 
 METRICS: dict[str, str] = {
     "step": "number of the step, from 1",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..grpo import Ranks
-from ..mcore import generate
-from ..rollout import Prompt, Response, RolloutSource, SamplingParams, WeightExporter
+from ...grpo import Ranks
+from ...mcore import generate
+from ...rollout import Prompt, Response, RolloutSource, SamplingParams, WeightExporter
 
 
 class ModelSource(RolloutSource):

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..mcore import field_verdict
-from .config_checks import nearest, raise_problems
-from .config_file import convert
+from ...mcore import field_verdict
+from ..config import convert, nearest, raise_problems
 
 
 def transformer_settings(

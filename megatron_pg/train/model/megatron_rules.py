@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..parallel import ModelSizes, ParallelSizes
+from ...parallel import ModelSizes, ParallelSizes
 
 
 def megatron_problems(

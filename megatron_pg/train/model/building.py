@@ -15,11 +15,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from ..checkpoint import load_weights, open_weights
-from ..mcore import build_gpt_chunks
-from .config import TrainConfig
-from .model_plan import ModelPlan, plan_model
-from .ranks import seed_everything
+from ...checkpoint import load_weights, open_weights
+from ...mcore import build_gpt_chunks
+from ..config import TrainConfig
+from ..ranks import seed_everything
+from .plan import ModelPlan, plan_model
 
 
 @dataclass

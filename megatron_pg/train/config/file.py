@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..loss import (
+from ...loss import (
     ADVANTAGE_ESTIMATORS,
     POLICY_LOSSES,
     register_advantage_estimator,
     register_policy_loss,
 )
-from ..rollout import load_callable
-from .config import TrainConfig
-from .config_checks import config_problems, nearest, raise_problems
+from ...rollout import load_callable
+from .checks import config_problems, nearest, raise_problems
+from .sections import TrainConfig
 
 # Settings of prefix groups that earlier versions had in other sections.
 _MOVED = {

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..attention import AttentionInputs, select_backend
-from ..checkpoint import HfModel, make_megatron_args, read_hf_config
-from ..grpo import PackingConfig, PrefixGroupConfig, cost_model_of
-from ..mcore import cpu
-from .config import ModelConfig, ParallelConfig
-from .config_checks import needs_vocab_size_message, raise_problems
+from ...attention import AttentionInputs, select_backend
+from ...checkpoint import HfModel, make_megatron_args, read_hf_config
+from ...grpo import PackingConfig, PrefixGroupConfig, cost_model_of
+from ...mcore import cpu
+from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .megatron_rules import megatron_problems
 from .transformer_settings import transformer_settings
 

@@ -1,4 +1,4 @@
-"""``python -m megatron_pg.train.config_reference``: every field of a configuration, as Markdown."""
+"""``python -m megatron_pg.train.config.reference``: every field of a configuration, as Markdown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from .. import attention, loss, rollout
-from ..parallel import MEGATRON_NAMES, ParallelSizes
-from .config import ParallelConfig, ServerConfig, TaskConfig, TrainConfig
-from .config_file import describe_type
-from .config_ranges import range_of
+from ... import attention, loss, rollout
+from ...parallel import MEGATRON_NAMES, ParallelSizes
+from .file import describe_type
+from .ranges import range_of
+from .sections import ParallelConfig, ServerConfig, TaskConfig, TrainConfig
 
 # Sections whose fields are arguments of a class that describes them.
 _ARGUMENTS_OF = {TaskConfig: rollout.ReasoningGymTask, ServerConfig: rollout.OpenAIServerSource}

@@ -6,10 +6,10 @@ import difflib
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from ..attention import ATTENTION_BACKENDS
-from ..grpo import PrefixGroupConfig
-from ..loss import ADVANTAGE_ESTIMATORS, AGGREGATION_MODES, KL_KINDS
-from ..rollout import (
+from ...attention import ATTENTION_BACKENDS
+from ...grpo import PrefixGroupConfig
+from ...loss import ADVANTAGE_ESTIMATORS, AGGREGATION_MODES, KL_KINDS
+from ...rollout import (
     ANSWER_EXTRACTORS,
     RELOAD_PLANS,
     api_key_problem,
@@ -17,14 +17,14 @@ from ..rollout import (
     dialect_problem,
     health_path_problem,
 )
-from .config import (
+from .ranges import out_of_range
+from .sections import (
     AlgorithmConfig,
     ModelConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
 )
-from .config_ranges import out_of_range
 
 
 def config_problems(config: TrainConfig) -> list[str]:

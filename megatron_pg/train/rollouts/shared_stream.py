@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..checkpoint import on_all_ranks, on_first_rank
-from ..data import Group
-from ..rollout import GroupStream, WeightExporter
+from ...checkpoint import on_all_ranks, on_first_rank
+from ...data import Group
+from ...rollout import GroupStream, WeightExporter
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .config import TrainConfig
+from .sections import TrainConfig
 
 # key -> smallest value
 _AT_LEAST: dict[str, float] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..data import Group
-from ..rollout import HoldsOut, Prompt, PromptSource
+from ...data import Group
+from ...rollout import HoldsOut, Prompt, PromptSource
 
 
 def recorded_position_problems(groups: Sequence[Group], max_positions: int | None) -> Iterator[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import has_tokenizer, on_first_rank
-from ..data import (
+from ...checkpoint import has_tokenizer, on_first_rank
+from ...data import (
     Group,
     carried_fields,
     group_shape,
@@ -16,8 +16,8 @@ from ..data import (
     read_rollouts,
     without_aborted,
 )
-from ..grpo import PackingConfig, Ranks
-from ..rollout import (
+from ...grpo import PackingConfig, Ranks
+from ...rollout import (
     OpenAIServerSource,
     PromptSource,
     ReasoningGymTask,
@@ -28,9 +28,14 @@ from ..rollout import (
     SamplingParams,
     load_callable,
 )
-from .config import AlgorithmConfig, RolloutConfig, TrainConfig
-from .config_checks import needs_reference_message, raise_problems
-from .model_plan import ModelPlan
+from ..config import (
+    AlgorithmConfig,
+    RolloutConfig,
+    TrainConfig,
+    needs_reference_message,
+    raise_problems,
+)
+from ..model import ModelPlan
 from .model_source import ModelSource
 from .positions import BoundedPrompts, recorded_position_problems
 from .shared_stream import SharedStream

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..grpo import GrpoConfig, PrefixGroupConfig
-from ..parallel import ParallelSizes
+from ...grpo import GrpoConfig, PrefixGroupConfig
+from ...parallel import ParallelSizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,25 @@
+"""The model of a run: planned from the configuration, checked, built, loaded, wrapped."""
+
+from .building import (
+    TrainedModel,
+    build_reference,
+    build_trained_model,
+    training_configs,
+    validate_weights,
+)
+from .megatron_rules import layers_per_stage
+from .plan import ModelPlan, Origin, check_attention, plan_model, validate_trainable
+
+__all__ = [
+    "ModelPlan",
+    "Origin",
+    "TrainedModel",
+    "build_reference",
+    "build_trained_model",
+    "check_attention",
+    "layers_per_stage",
+    "plan_model",
+    "training_configs",
+    "validate_trainable",
+    "validate_weights",
+]
