@@ -31,6 +31,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("load", "export", "one_rank", "sharded_state", "convert", "reshard", "verify"),
         *("inspect", "bridge"),
     ),
+    "grpo": (
+        *("settings", "replicas", "shape", "messages", "packing", "placement", "advantages"),
+        *("batch", "passes", "step"),
+    ),
+    "train": (
+        *("launcher", "lifetime", "config", "ranks", "model", "rollouts", "checkpoints", "metrics"),
+        *("trainer", "run", "dry_run", "__main__"),
+    ),
 }
 MEGATRON = {"mcore", "grpo", "checkpoint", "train"}
 
