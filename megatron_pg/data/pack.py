@@ -128,6 +128,7 @@ def token_values(
     *,
     sample_weights: Tensor | None = None,
     advantages: Tensor | None = None,
+    carried: Sequence[str] | None = None,
 ) -> TokenValues:
     """The values of every trained token of a batch, as the samples carry them.
 
@@ -136,6 +137,8 @@ def token_values(
         groups: by index; the tokens of a group that is not held keep zeros.
         sample_weights: ``[num_samples]``; None is the token mean of the batch.
         advantages: ``[num_samples]`` scalars; None takes the samples' own, if they have some.
+        carried: names of the samples' own values, where more groups than these decide which there
+            are; None takes those that all samples with trained tokens have.
 
     Raises:
         ValueError: if some samples have a kind of values and others do not, or if a tensor does not
@@ -151,7 +154,7 @@ def token_values(
     scalars = _per_sample("advantages", advantages, len(counts))
     own = {
         name: torch.zeros(num_tokens, dtype=torch.float64)
-        for name in carried_fields(groups.values())
+        for name in (carried_fields(groups.values()) if carried is None else carried)
     }
     if scalars is not None:
         own["advantages"] = torch.repeat_interleave(scalars, counts)

@@ -44,7 +44,7 @@ class Sample:
         metadata: carried along, never read by training.
 
     Raises:
-        ValueError: if a tensor has another shape or dtype, or if the reward is not finite.
+        ValueError: if a tensor has another shape, dtype or device, or if the reward is not finite.
     """
 
     prompt_ids: Tensor
@@ -77,6 +77,10 @@ class Sample:
                     f"{name} has shape {tuple(values.shape)}, the response has "
                     f"{len(self.response_ids)} tokens; give one value per response token"
                 )
+        for name in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
+            values = getattr(self, name)
+            if values is not None and values.device.type != "cpu":
+                raise ValueError(f"{name} lives on {values.device}; samples do on the CPU: .cpu()")
         if not math.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} must be finite; drop or re-score the sample")
         if self.status == "aborted" or not len(self.response_ids):

@@ -61,12 +61,11 @@ def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig)
             "norm_adv_by_std": algorithm.norm_adv_by_std_in_grpo,
             "std_floor": algorithm.std_floor,
         }
-    elif algorithm.whitens:
-        settings = {"trained_counts": counts}
     found = group_advantages(
         rewards[first],
         shape.group_numbers[first],
         estimator=algorithm.adv_estimator,
+        trained_counts=counts,
         **settings,
     )
     return found.advantages[executions]

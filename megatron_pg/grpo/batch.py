@@ -120,7 +120,13 @@ def pack_batch(
         of_minibatch = sample_weights(shape.take(chosen), algorithm)
         weights[shape.samples_of(chosen)] = of_minibatch
     numbers = torch.from_numpy(shape.samples_of(members))
-    values = token_values(placement.shapes, groups, sample_weights=weights[numbers])
+    values = token_values(
+        placement.shapes,
+        groups,
+        sample_weights=weights[numbers],
+        # A replica without trained tokens runs the same loss as the others.
+        carried=shape.carried or (),
+    )
     minibatches = [
         Minibatch(
             waves=tuple(make_wave(wave, groups) for wave in rows.waves),

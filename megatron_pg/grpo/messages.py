@@ -31,7 +31,8 @@ def encode_groups(groups: Sequence[Numbered]) -> bytes:
         given = [getattr(sample, name) for sample in samples]
         columns[name] = (
             [values is not None for values in given],
-            _flat([values for values in given if values is not None]),
+            # As the loss reads them; numpy has no bfloat16.
+            _flat([values.detach().double() for values in given if values is not None]),
         )
     columns["samples"] = [
         (places[id(s.prompt_ids)], s.reward, s.status, s.sample_id, s.execution_id) for s in samples

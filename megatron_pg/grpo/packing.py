@@ -65,8 +65,9 @@ class PackingConfig:
             residency=ResidencyConfig(
                 choice=settings.prefix_resident,
                 mode=settings.prefix_resident_mode,
-                max_resident_tokens=settings.max_resident_tokens
-                or settings.max_tokens_per_microbatch,
+                max_resident_tokens=settings.max_tokens_per_microbatch
+                if settings.max_resident_tokens is None
+                else settings.max_resident_tokens,
                 num_stages=sizes.pp,
             ),
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from ..data import (
     Group,
@@ -56,7 +57,9 @@ def place_groups(
     algorithm: GrpoConfig,
     packing: PackingConfig,
     replicas: Replicas,
+    *,
     num_groups: int | None = None,
+    vocab_size: int | None = None,
 ) -> Placement:
     """Bring every group to the replica that packs it; a collective of all ranks.
 
@@ -69,19 +72,22 @@ def place_groups(
         packing: what groups cost.
         replicas: of the model.
         num_groups: place only the first so many of the judged groups; None places all.
+        vocab_size: token ids must lie below; None does not look at them.
 
     Raises:
-        ValueError: if there are no groups, a group is brought twice, or if some samples carry a
-            kind of values and others do not; on every rank.
+        ValueError: on every rank: if there are no groups, a group is brought twice, is none or has
+            a token that is not of the vocabulary, or if some samples carry a kind of values and
+            others do not.
     """
     held: list[Numbered] = []
 
     def bring() -> _Brought:
-        brought, mine = _describe(groups if replicas.leads else (), packing)
+        by_number = _numbered(groups, vocab_size)
+        brought, mine = _describe(by_number, not isinstance(groups, Mapping), packing)
         held.extend(mine)
         return brought
 
-    told = replicas.share(replicas.gather(bring))
+    told = replicas.share(lambda: replicas.gather(bring))
     # Groups that were given in order stand after those of the replicas before.
     counts = [len(one.numbers) if one.is_in_order else 0 for one in told]
     firsts = (np.cumsum(counts) - counts).tolist()
@@ -146,11 +152,40 @@ class _Brought:
     judged: StepShape
 
 
+def _numbered(
+    groups: Mapping[int, Group] | Sequence[Group], vocab_size: int | None
+) -> dict[int, Group]:
+    """Groups by number, after all that can be refused of one was looked at."""
+    if not isinstance(groups, Mapping | Sequence):
+        raise ValueError(
+            f"groups is a {type(groups).__name__}; bring a list of Group, or Group by number"
+        )
+    found = dict(groups) if isinstance(groups, Mapping) else dict(enumerate(groups))
+    for number, group in found.items():
+        if not isinstance(number, int | np.integer) or not isinstance(group, Group):
+            raise ValueError(
+                f"groups[{number!r}] is a {type(group).__name__}; bring Group values, in a list "
+                "or by their whole number within the step"
+            )
+        if vocab_size is not None:
+            _check_tokens(group, vocab_size)
+    return found
+
+
+def _check_tokens(group: Group, vocab_size: int) -> None:
+    for sample in group.samples:
+        ids = torch.cat([sample.prompt_ids, sample.response_ids])
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"group {group.group_id!r} has token {low if low < 0 else high}, must lie in "
+                f"[0, vocab_size), vocab_size is {vocab_size}"
+            )
+
+
 def _describe(
-    groups: Mapping[int, Group] | Sequence[Group], packing: PackingConfig
+    by_number: Mapping[int, Group], is_in_order: bool, packing: PackingConfig
 ) -> tuple[_Brought, list[Numbered]]:
-    is_in_order = not isinstance(groups, Mapping)
-    by_number = dict(groups) if isinstance(groups, Mapping) else dict(enumerate(groups))
     pairs = sorted(by_number.items(), key=lambda pair: pair[0])
     judged = [(n, kept) for n, group in pairs for kept in without_aborted([group])]
     shapes = [group_shape(group, packing.min_shared) for _, group in judged]
@@ -211,7 +246,7 @@ def _move(held: Sequence[Numbered], owners: IntArray, replicas: Replicas) -> lis
         ]
         packed += [entry for part in replicas.exchange(parts) for entry in decode_groups(part)]
     if replicas.num_ranks > 1:
-        content = replicas.share(encode_groups(packed) if replicas.leads else b"")
+        content = replicas.share(lambda: encode_groups(packed))
         packed = packed if replicas.leads else decode_groups(content)
     return packed
 

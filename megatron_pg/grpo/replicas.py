@@ -77,8 +77,11 @@ class Replicas(Protocol):
         """Part i goes to replica i; what every replica sent to this one."""
         ...
 
-    def share(self, value: T) -> T:
-        """The value of the first rank of this replica, on all of its ranks."""
+    def share(self, action: Callable[[], T]) -> T:
+        """What ``action`` returned on the first rank of this replica, on all of its ranks.
+
+        An error is raised on all of them.
+        """
         ...
 
     def from_last_stage(self, values: Tensor | None, count: int) -> Tensor:
@@ -105,17 +108,10 @@ class MegatronReplicas:
 
     def gather(self, action: Callable[[], T]) -> list[T]:
         """See ``Replicas.gather``."""
-        result, error = None, None
-        try:
-            result = action()
-        except (ValueError, NotImplementedError, OSError) as problem:  # raised on all below
-            error = problem
         if self.size == 1:
-            if error is not None:
-                raise error
-            return [result]  # type: ignore[list-item]
+            return [action()]
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, (result, error), group=self._replicas)
+        dist.all_gather_object(parts, _attempt(action), group=self._replicas)
         for _, told in parts:
             if told is not None:
                 raise told
@@ -139,14 +135,17 @@ class MegatronReplicas:
         )
         return [part.numpy().tobytes() for part in torch.split(arrived, received.tolist())]
 
-    def share(self, value: T) -> T:
+    def share(self, action: Callable[[], T]) -> T:
         """See ``Replicas.share``."""
         if self.num_ranks == 1:
-            return value
-        box = [value]
+            return action()
+        box: list[Any] = [_attempt(action) if self.leads else None]
         source = dist.get_global_rank(self._replica, 0)
         dist.broadcast_object_list(box, src=source, group=self._replica, device=self.device)
-        return box[0]
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
 
     def from_last_stage(self, values: Tensor | None, count: int) -> Tensor:
         """See ``Replicas.from_last_stage``."""
@@ -160,6 +159,13 @@ class MegatronReplicas:
         source = dist.get_global_rank(self._stages, num_stages - 1)
         dist.broadcast(sent, src=source, group=self._stages)
         return sent.cpu()
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except (ValueError, NotImplementedError, OSError) as error:  # raised on all ranks
+        return None, error
 
 
 def total_over_replicas(sums: Mapping[str, float], ranks: Ranks) -> dict[str, float]:

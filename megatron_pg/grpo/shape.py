@@ -188,7 +188,7 @@ def join_shapes(parts: Sequence[tuple[Sequence[int], StepShape]]) -> StepShape:
     if len(np.unique(numbers)) < len(numbers):
         raise ValueError(
             f"two replicas brought one group of a step (numbers {sorted(numbers.tolist())}); each "
-            "group is brought by one replica"
+            "group is brought by one replica, as RolloutSource.numbers divides them"
         )
     joined: dict[str, object] = {}
     for field in fields(StepShape):

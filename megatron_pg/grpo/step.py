@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data import CostModel, Group
 from ..loss import kl_in_reward
+from ..mcore import PrefixGroupedGPTModel
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
 from .packing import PackingConfig, cost_model_of
@@ -36,15 +37,16 @@ class GrpoStep:
             take them.
         vocab_size: entries of the vocabulary without padding.
         algorithm: what is optimised.
-        settings: how groups are packed.
+        settings: how groups are packed; the backend of attention is that of the chunks' spec.
         reference: chunks of the reference model, where a KL term compares with one.
         temperature: of the logprobs; the sampling temperature.
         max_response_tokens: longest response that sampling allows, read by the overlong penalty.
         cost_model: of the model; made from the chunks' configuration when None.
 
     Raises:
-        ValueError: if the chunks' configuration would scale the loss, or leave gradients unreduced.
-
+        ValueError: if the chunks are no ``PrefixGroupedGPTModel`` in Megatron's
+            ``DistributedDataParallel``, have fewer entries than ``vocab_size``, or if their
+            configuration would scale the loss or leave gradients unreduced.
     """
 
     def __init__(
@@ -59,12 +61,16 @@ class GrpoStep:
         max_response_tokens: int | None = None,
         cost_model: CostModel | None = None,
     ) -> None:
-        self.chunks = list(chunks)
-        self.reference = None if reference is None else list(reference)
+        self.chunks = _checked_chunks("chunks", chunks, vocab_size)
+        self.reference = (
+            None if reference is None else _checked_chunks("reference", reference, vocab_size)
+        )
         self.algorithm = algorithm or GrpoConfig()
+        if self.algorithm.num_minibatches < 1:
+            raise ValueError(f"num_minibatches={self.algorithm.num_minibatches} must be at least 1")
         settings = settings or PrefixGroupConfig()
         config = get_model_config(self.chunks[0])
-        _check_trainable(config)
+        _check_trainable(self.chunks, config)
         cost_model = cost_model or cost_model_of(config, vocab_size)
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(
@@ -90,8 +96,9 @@ class GrpoStep:
             phase: entered with the name of what is being done, "pack" or "logprobs".
 
         Raises:
-            ValueError: on every rank: if a group fits in no row, if samples carry different kinds
-                of values, or if a KL term has nothing to compare with.
+            ValueError: on every rank: if there are no groups, a token is not of the vocabulary, a
+                group fits in no row, samples carry different kinds of values, or if a KL term has
+                nothing to compare with.
         """
         with phase("pack"):
             batch = self.pack(self.place(groups))
@@ -101,7 +108,7 @@ class GrpoStep:
 
     def place(self, groups: Mapping[int, Group] | Sequence[Group]) -> Placement:
         """Bring every group to the replica that packs it (see ``place_groups``)."""
-        return place_groups(groups, self.algorithm, self.packing, self.replicas)
+        return self._place(groups, self.algorithm)
 
     def pack(self, placement: Placement) -> StepBatch:
         """Rows and values of placed groups (see ``pack_batch``)."""
@@ -130,7 +137,16 @@ class GrpoStep:
         Returns:
             The loss's metric sums over this replica's rows (see ``loss.metric_means`` and
             ``total_over_replicas``); empty on ranks that do not predict.
+
+        Raises:
+            ValueError: if the batch has no such minibatch.
         """
+        count = len(batch.minibatches)
+        if not 0 <= minibatch < count:
+            raise ValueError(
+                f"minibatch={minibatch}, but {count} minibatches of this batch have trained "
+                "tokens; go through range(len(batch.minibatches))"
+            )
         waves = batch.minibatches[minibatch].waves
         return train_pass(
             self.chunks, waves, batch.values, self.algorithm.policy, self.head, self.ranks
@@ -138,11 +154,26 @@ class GrpoStep:
 
     def self_check(self, groups: Mapping[int, Group] | Sequence[Group], num_groups: int) -> float:
         """Largest |logprob packed - logprob written out| over the first judged groups of a step."""
-        placed = place_groups(groups, GrpoConfig(), self.packing, self.replicas, num_groups)
+        placed = self._place(groups, GrpoConfig(), num_groups)
         packed = self.logprobs(self.pack(placed))
         alone = self.logprobs(self.pack(written_out(placed)))
         own = float((packed - alone).abs().max()) if len(packed) else 0.0
         return max(self.replicas.gather(lambda: own))
+
+    def _place(
+        self,
+        groups: Mapping[int, Group] | Sequence[Group],
+        algorithm: GrpoConfig,
+        num_groups: int | None = None,
+    ) -> Placement:
+        return place_groups(
+            groups,
+            algorithm,
+            self.packing,
+            self.replicas,
+            num_groups=num_groups,
+            vocab_size=self.head.vocab_size,
+        )
 
     def _with_logprobs(self, batch: StepBatch) -> StepBatch:
         """Old and reference logprobs, recomputed where none came along."""
@@ -198,8 +229,41 @@ class GrpoStep:
         return found
 
 
-def _check_trainable(config: Any) -> None:
+def _checked_chunks(name: str, chunks: Sequence[Any], vocab_size: int) -> list[Any]:
+    """The chunks as a list, if they can predict over packed rows."""
+    if not isinstance(chunks, Sequence) or not chunks:
+        raise ValueError(
+            f"{name} must be a list of at least one model chunk, got a {type(chunks).__name__}; "
+            "pass [model]"
+        )
+    for chunk in chunks:
+        model = _unwrapped(chunk)
+        if not isinstance(model, PrefixGroupedGPTModel):
+            raise ValueError(
+                f"{name} has a {type(model).__name__}, which does not predict over packed rows; "
+                "build a megatron_pg.mcore.PrefixGroupedGPTModel from the wrapped spec"
+            )
+        if model.vocab_size < vocab_size:
+            raise ValueError(
+                f"vocab_size={vocab_size}, but {name} was built for {model.vocab_size} entries; "
+                "pass the number of entries without padding"
+            )
+    return list(chunks)
+
+
+def _unwrapped(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _check_trainable(chunks: Sequence[Any], config: Any) -> None:
     problems = []
+    if not all(hasattr(chunk, "zero_grad_buffer") for chunk in chunks):
+        raise ValueError(
+            "chunks have no gradient buffers; wrap each in "
+            "megatron.core.distributed.DistributedDataParallel"
+        )
     if not config.calculate_per_token_loss:
         problems.append(
             "calculate_per_token_loss=False divides the loss by the number of microbatches, which "

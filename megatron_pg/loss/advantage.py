@@ -181,8 +181,10 @@ def group_advantages(
         epsilon=epsilon,
         trained_counts=torch.ones_like(numbers) if trained_counts is None else trained_counts,
     )
+    advantages = ADVANTAGE_ESTIMATORS[estimator](groups)
+    check_same_length("rewards", rewards, advantages=advantages)
     return GroupAdvantages(
-        advantages=ADVANTAGE_ESTIMATORS[estimator](groups),
+        advantages=advantages,
         group_numbers=numbers,
         has_spread=groups.has_spread,
     )

@@ -55,7 +55,8 @@ def grpo_loss(
         over tokens, ``num_tokens`` the number of them (see ``metric_means``).
 
     Raises:
-        ValueError: on unequal lengths or a missing array that the config needs.
+        ValueError: on unequal lengths, those that the policy loss returns among them, or a missing
+            array that the config needs.
     """
     check_same_length(
         "logprobs",
@@ -80,6 +81,8 @@ def grpo_loss(
     policy_loss, metrics = POLICY_LOSSES[config.policy_loss](
         logprobs, old_logprobs, advantages.double(), sample_ids, num_samples, config
     )
+    # The sum that a loss of one's own may return would count once for every token.
+    check_same_length("logprobs", logprobs, **metrics, policy_loss=policy_loss)
     if rollout_logprobs is not None:
         metrics["rollout_logprob_diff"] = (old_logprobs - rollout_logprobs.double()).abs()
         if config.importance_mode is not None:

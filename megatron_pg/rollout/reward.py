@@ -93,18 +93,27 @@ def make_groups(
     """
     if len(prompts) != len(responses):
         raise ValueError(f"{len(responses)} groups of responses for {len(prompts)} prompts")
-    if len({prompt.prompt_id for prompt in prompts}) != len(prompts):
-        raise ValueError("prompts share a prompt_id: give every prompt of a step its own")
+    check_prompt_ids(prompts)
     return [
         Group(prompt.prompt_id, tuple(_make_sample(prompt, one, reward) for one in of_prompt))
         for prompt, of_prompt in zip(prompts, responses)
     ]
 
 
+def check_prompt_ids(prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError if two prompts of a step share an id."""
+    if len({prompt.prompt_id for prompt in prompts}) != len(prompts):
+        raise ValueError("prompts share a prompt_id: give every prompt of a step its own")
+
+
 def _make_sample(prompt: Prompt, response: Response, reward: RewardFunction) -> Sample:
-    value = 0.0 if response.status == "aborted" else float(reward(prompt, response))
+    given = 0.0 if response.status == "aborted" else reward(prompt, response)
+    value = math.nan if given is None else float(given)
     if not math.isfinite(value):
-        raise ValueError(f"reward {reward!r} gave {value} for prompt {prompt.prompt_id!r}")
+        raise ValueError(
+            f"reward {reward!r} gave {given} for prompt {prompt.prompt_id!r}; return a finite "
+            "number"
+        )
     mask = response.loss_mask
     return Sample(
         prompt_ids=prompt.prompt_ids,

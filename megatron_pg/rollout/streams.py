@@ -18,7 +18,7 @@ from .base import (
     SamplingParams,
     WeightExporter,
 )
-from .reward import RewardFunction, make_groups
+from .reward import RewardFunction, check_prompt_ids, make_groups
 
 # Problems that one error writes out.
 _MAX_PROBLEMS = 10
@@ -207,6 +207,8 @@ class SampledRollouts:
         return {number: float(group.rewards.mean()) for number, group in judged}
 
     def _sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
+        # Of all replicas, before anything is sampled.
+        check_prompt_ids(prompts)
         chosen = [prompts[number] for number in self.numbers(len(prompts))]
         responses = self.source.generate(chosen, params)
         if responses is None:

@@ -131,6 +131,8 @@ class Trainer:
                     groups, self.config.run.self_check_groups
                 )
         batch = self.grpo.prepare(groups, timer.phase)
+        # Rows have their tokens; a server's groups hold texts too.
+        del groups
         metrics |= batch_metrics(batch) | self._update(batch, timer)
         self.step += 1
         with timer.phase("sync"):

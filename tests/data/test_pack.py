@@ -248,6 +248,8 @@ def test_refuses_missing_advantages_and_wrong_sizes():
         ({"loss_mask": torch.tensor([True])}, "loss_mask has shape"),
         ({"old_logprobs": torch.zeros(3)}, "old_logprobs has shape"),
         ({"advantages": torch.zeros(())}, "advantages has shape"),
+        ({"response_ids": torch.ones(2).long().to("meta")}, "response_ids lives on meta"),
+        ({"advantages": torch.ones(2, device="meta")}, "advantages lives on meta"),
         ({"reward": float("nan")}, "reward=nan must be finite"),
     ],
 )

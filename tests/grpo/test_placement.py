@@ -22,12 +22,14 @@ from megatron_pg.grpo import (  # noqa: E402
     PackingConfig,
     StepBatch,
     StepShape,
+    compute_advantages,
     decode_groups,
     encode_groups,
     pack_batch,
     place_groups,
     plan_all_replicas,
 )
+from megatron_pg.loss import ADVANTAGE_ESTIMATORS  # noqa: E402
 from tests.data.samples import make_sample  # noqa: E402
 from tests.grpo.threads import ThreadReplica, on_replicas  # noqa: E402
 from tests.train.tiny import make_groups  # noqa: E402
@@ -183,6 +185,29 @@ def test_a_message_keeps_all_but_metadata() -> None:
                 assert torch.equal(getattr(a, name), getattr(b, name))
             assert (a.reward, a.status, a.sample_id) == (b.reward, b.status, b.sample_id)
             assert a.execution_id == b.execution_id and b.metadata == {} and b.advantages is None
+
+
+def test_a_message_takes_values_of_any_floating_dtype() -> None:
+    kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    samples = tuple(
+        replace(s, advantages=torch.linspace(0, 1, len(s.response_ids)).to(kind).requires_grad_())
+        for s, kind in zip(GROUPS[0].samples, kinds, strict=True)
+    )
+    sent = [(0, Group("g", samples), group_shape(GROUPS[0]))]
+    ((_, got, _),) = decode_groups(encode_groups(sent))
+    for before, after in zip(samples, got.samples, strict=True):
+        assert before.advantages is not None and after.advantages is not None
+        assert torch.equal(before.advantages.detach().double(), after.advantages)
+
+
+def test_an_estimator_of_one_s_own_knows_the_trained_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ADVANTAGE_ESTIMATORS, "counts", lambda groups: groups.trained_counts)
+    shape, algorithm = StepShape.of(GROUPS), GrpoConfig(adv_estimator="counts")
+    counts = [s.num_loss_tokens for g in GROUPS for s in g.samples]
+    got = compute_advantages(shape, torch.from_numpy(shape.rewards), algorithm)
+    assert got.tolist() == counts and len(set(counts)) > 3
 
 
 def test_taking_groups_takes_their_samples() -> None:

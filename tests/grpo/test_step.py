@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,16 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.grpo import GrpoStep, step  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+)
+
+from megatron_pg.grpo import GrpoConfig, GrpoStep, PrefixGroupConfig, step  # noqa: E402
+from megatron_pg.mcore import with_prefix_grouped_attention  # noqa: E402
 from megatron_pg.train import load_config  # noqa: E402
+from tests.grpo import on_ranks  # noqa: E402
+from tests.mcore import harness  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 
@@ -66,3 +75,64 @@ def test_configurations_that_scale_or_leave_gradients_are_refused(
         setattr(trainer.model.plan.config, name, value)
         with pytest.raises(ValueError, match=message):
             GrpoStep(trainer.model.chunks, vocab_size=tiny.VOCAB)
+
+
+@pytest.fixture
+def chunks() -> Iterator[list[Any]]:
+    """A model of one's own on one rank, wrapped as Megatron trains it."""
+    with harness.on_cpu():
+        harness.initialize(harness.Case())
+        yield on_ranks.make_chunks(harness.Case())
+
+
+def stock_model(chunks: list[Any]) -> list[Any]:
+    spec = with_prefix_grouped_attention(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    return [GPTModel(chunks[0].config, spec, harness.VOCAB, harness.MAX_LEN)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda chunks: {"chunks": chunks[0]}, "got a DistributedDataParallel; pass [model]"),
+        (lambda chunks: {"chunks": []}, "at least one model chunk"),
+        (lambda chunks: {"chunks": [chunks[0].module]}, "DistributedDataParallel"),
+        (lambda chunks: {"chunks": stock_model(chunks)}, "chunks has a GPTModel"),
+        (lambda chunks: {"reference": stock_model(chunks)}, "reference has a GPTModel"),
+        (lambda chunks: {"vocab_size": 65}, "vocab_size=65, but chunks was built for 64"),
+        (lambda chunks: {"algorithm": GrpoConfig(num_minibatches=0)}, "num_minibatches=0 must"),
+        (
+            lambda chunks: {"settings": PrefixGroupConfig(max_resident_tokens=0)},
+            "max_resident_tokens=0",
+        ),
+    ],
+    ids=["one", "none", "bare", "stock", "reference", "vocab", "minibatches", "resident"],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(
+    chunks: list[Any], arguments: Callable[[list[Any]], dict[str, Any]], message: str
+) -> None:
+    given = {"chunks": chunks, "vocab_size": harness.VOCAB, **arguments(chunks)}
+    with pytest.raises(ValueError) as error:
+        GrpoStep(given.pop("chunks"), **given)
+    assert message in str(error.value)
+
+
+def test_a_minibatch_that_a_batch_does_not_have_is_refused(chunks: list[Any]) -> None:
+    own = GrpoStep(chunks, vocab_size=harness.VOCAB, algorithm=GrpoConfig(num_minibatches=2))
+    batch = own.prepare(tiny.make_groups(4))
+    assert own.backward(batch, 1)["num_tokens"] > 0
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match=f"minibatch={wrong}, but 2 minibatches"):
+            own.backward(batch, wrong)
+
+
+def test_a_batch_is_read_and_not_changed(chunks: list[Any]) -> None:
+    """Steps of other algorithms on the same chunks, and further epochs, leave it as it is."""
+    two = GrpoStep(chunks, vocab_size=harness.VOCAB, algorithm=GrpoConfig(num_minibatches=2))
+    one = GrpoStep(chunks, vocab_size=harness.VOCAB)
+    batch, other = two.prepare(tiny.make_groups(4)), one.prepare(tiny.make_groups(4))
+    first = two.backward(batch, 1)
+    before = harness.named_gradients(chunks)
+    assert one.backward(other)["loss"] != first["loss"]
+    assert two.backward(batch, 1) == first
+    after = harness.named_gradients(chunks)
+    assert all((before[name] == after[name]).all() and before[name].any() for name in before)

@@ -35,8 +35,8 @@ class ThreadReplica:
         assert parts[self.rank] == b"", "what stays needs no message"
         return [sent[self.rank] for sent in self._tell(list(parts))]
 
-    def share(self, value: T) -> T:
-        return value
+    def share(self, action: Callable[[], T]) -> T:
+        return action()
 
     def from_last_stage(self, values: Tensor | None, count: int) -> Tensor:
         assert values is not None and len(values) == count

@@ -156,6 +156,12 @@ def test_refusals(options, message):
         group_advantages(**arguments)
 
 
+def test_an_estimator_of_one_s_own_gives_one_advantage_a_sample(monkeypatch):
+    monkeypatch.setitem(ADVANTAGE_ESTIMATORS, "mean", lambda groups: groups.rewards.mean())
+    with pytest.raises(ValueError, match=r"advantages has shape \(\), .* length of rewards"):
+        group_advantages(torch.arange(3.0), torch.zeros(3).long(), estimator="mean")
+
+
 def test_overlong_penalty():
     lens = torch.tensor([1, 80, 81, 90, 100, 130])
     got = overlong_penalty(lens, 100, 20, penalty_factor=0.5)

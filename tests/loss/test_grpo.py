@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,3 +229,18 @@ def test_unequal_lengths_are_refused(name):
     inputs[name] = inputs[name][:-1]
     with pytest.raises(ValueError, match="has shape"):
         run(inputs)
+
+
+@pytest.mark.parametrize("which", ["policy_loss", "ratio"])
+def test_a_policy_loss_of_one_s_own_is_per_token(which, monkeypatch):
+    """A sum would count once for every token."""
+
+    def summed(*arguments):
+        loss, metrics = POLICY_LOSSES["reinforce"](*arguments)
+        if which == "policy_loss":
+            return loss.sum(), metrics
+        return loss, metrics | {"ratio": metrics["ratio"].sum()}
+
+    monkeypatch.setitem(POLICY_LOSSES, "summed", summed)
+    with pytest.raises(ValueError, match=rf"{which} has shape \(\), .* length of logprobs"):
+        run(make_inputs(), dataclasses.replace(FULL, policy_loss="summed", clip_ratio_c=None))

@@ -107,3 +107,5 @@ def test_make_groups_refuses():
         make_groups(prompts * 2, responses * 2, length_reward)
     with pytest.raises(ValueError, match="gave nan for prompt 'p0'"):
         make_groups(prompts, responses, lambda prompt, response: float("nan"))
+    with pytest.raises(ValueError, match="gave None for prompt 'p0'; return a finite number"):
+        make_groups(prompts, responses, lambda prompt, response: None)

@@ -208,3 +208,20 @@ def test_aborted_responses_stay_in_their_group_untrained_and_unjudged(num_aborte
 def test_both_are_group_streams():
     assert isinstance(RecordedRollouts(make_recording(1)), GroupStream)
     assert isinstance(_sampled(_Source()), GroupStream)
+
+
+def test_prompts_of_other_replicas_share_no_id_either():
+    class EverySecond(_Source):
+        def numbers(self, num_prompts):
+            return range(0, num_prompts, 2)
+
+    class Twice(_Task):
+        def prompts(self, start, count):
+            found = super().prompts(start, count)
+            return [found[0], *found[:-1]]
+
+    source = EverySecond()
+    params = SamplingParams(num_generations=3, max_response_tokens=4)
+    stream = SampledRollouts(Twice(), source, lambda prompt, response: 1.0, params)
+    with pytest.raises(ValueError, match="prompts share a prompt_id"):
+        stream.next_groups(4)

@@ -244,6 +244,8 @@ def a_step_of_aborted_responses_changes_nothing(folder: Path) -> None:
     steps, _ = run(folder, [*none, *groups[:2]], run__num_steps=2, **settings)
     assert [s["actor/updates"] for s in steps] == [0, 1]
     assert steps[0]["response_length/aborted"] == 1 and steps[0]["tokens/unique"] == 0
+    # There is no KL to take a mean of; the reference is the policy itself.
+    assert [s.get("reward/kl_penalty") for s in steps] == [None, 0]
     refused("no row has a trained token", folder / "refused", none, run__groups_per_step=2)
 
 

@@ -73,9 +73,9 @@ class OneOfMany:
         self.received_bytes += len(self._sent)
         return [self._sent, *[b""] * (len(parts) - 1)]
 
-    def share(self, value: T) -> T:
+    def share(self, action: Callable[[], T]) -> T:
         """The replica is one rank."""
-        return value
+        return action()
 
     def from_last_stage(self, values: Tensor | None, count: int) -> Tensor:
         """The replica is one stage."""

@@ -112,10 +112,12 @@ class TaskConfig:
     Attributes:
         name: of the data set; ``module:name`` is a ``rollout.PromptSource`` of your own, made from
             the tokenizer and ``config``, and the other settings are not read then.
+        config: of the task; when None, sums are of two numbers of one digit, and every other task
+            has its own defaults.
     """
 
     name: str = "chain_sum"
-    config: dict[str, Any] = field(default_factory=lambda: {"max_terms": 2, "max_digits": 1})
+    config: dict[str, Any] | None = None
     seed: int = 0
     size: int = 10_000
     held_out_share: float = 0.1
@@ -123,6 +125,11 @@ class TaskConfig:
     system_prompt: str | None = None
     extractor: str = "last_number"
     partial_credit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.config is None:
+            short = {"max_terms": 2, "max_digits": 1} if self.name == "chain_sum" else {}
+            object.__setattr__(self, "config", short)
 
 
 @dataclass(frozen=True, kw_only=True)

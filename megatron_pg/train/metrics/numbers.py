@@ -88,7 +88,7 @@ _SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
 def batch_metrics(batch: StepBatch) -> dict[str, float]:
     """Rewards and lengths of a step's samples, and which groups were left out."""
     metrics = batch.rollout.statistics()
-    if batch.kl_of_samples is not None:
+    if batch.kl_of_samples is not None and len(batch.kl_of_samples):
         metrics["reward/kl_penalty"] = float(batch.kl_of_samples.mean())
     metrics["groups/without_spread"] = float((~batch.shape.has_spread).sum())
     metrics["groups/skipped"] = float(batch.num_skipped)

@@ -29,7 +29,7 @@ class SharedStream:
 
     def start(self) -> object | None:
         """Wait until groups can be taken; what the source can do, as ``RolloutSource.start``."""
-        return None if self.stream is None else self.stream.start()
+        return on_all_ranks(lambda: None if self.stream is None else self.stream.start())
 
     def next_groups(self, num_groups: int) -> dict[int, Group]:
         """Of the next groups those that this rank has, by number."""
@@ -47,8 +47,12 @@ class SharedStream:
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """See ``RolloutSource.update_weights``."""
-        if self.stream is not None:
-            self.stream.update_weights(export, version)
+
+        def update() -> None:
+            if self.stream is not None:
+                self.stream.update_weights(export, version)
+
+        on_all_ranks(update)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream, as the first rank knows it."""

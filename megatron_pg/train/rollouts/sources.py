@@ -18,6 +18,7 @@ from ...data import (
 )
 from ...grpo import PackingConfig, Ranks
 from ...rollout import (
+    HoldsOut,
     OpenAIServerSource,
     PromptSource,
     ReasoningGymTask,
@@ -108,12 +109,19 @@ def open_sampling(config: TrainConfig, max_positions: int | None) -> Sampling:
     """Tokenizer, task, reward and sampling parameters of a run.
 
     Raises:
-        ValueError: on a folder without tokenizer, an unknown task, a reward that does not load, or
-            a prompt of the first step that leaves no room for a response in ``max_positions``.
+        ValueError: on a folder without tokenizer, an unknown task, a reward that does not load, a
+            task that holds nothing out where an evaluation needs it, or a prompt of the first step
+            that leaves no room for a response in ``max_positions``.
     """
     tokenizer = load_tokenizer(config)
     task = make_task(config.rollout, tokenizer)
     reward = _reward(config.rollout, task)
+    if config.run.eval_prompts and not isinstance(task, HoldsOut):
+        raise ValueError(
+            f"run.eval_prompts={config.run.eval_prompts}, but rollout.task.name="
+            f"{config.rollout.task.name} has no held_out(), which gives the prompts that training "
+            "never sees; give it one, or set run.eval_prompts to 0"
+        )
     if max_positions is not None:
         task = BoundedPrompts(task, max_positions, config.rollout.max_response_tokens)
         task.prompts(0, config.run.groups_per_step)
@@ -195,7 +203,9 @@ def make_task(config: RolloutConfig, tokenizer: Any) -> PromptSource:
     """The prompts of a run: a reasoning-gym task, or a ``PromptSource`` of one's own."""
     task = config.task
     if ":" in task.name:
-        made = load_callable("rollout.task.name", task.name)(tokenizer=tokenizer, **task.config)
+        made = load_callable("rollout.task.name", task.name)(
+            tokenizer=tokenizer, **(task.config or {})
+        )
         if not isinstance(made, PromptSource):
             raise ValueError(
                 f"rollout.task.name={task.name} made a {type(made).__name__} without "
@@ -205,7 +215,7 @@ def make_task(config: RolloutConfig, tokenizer: Any) -> PromptSource:
     return ReasoningGymTask(
         tokenizer=tokenizer,
         name=task.name,
-        config=task.config,
+        config=task.config or {},
         seed=task.seed,
         size=task.size,
         held_out_share=task.held_out_share,
