@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Rooms within a package: each may import those before it, and modules of a room only by its door.
 ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoint": (
-        *("files", "collective", "table", "description", "families", "arguments", "folders"),
+        *("files", "table", "description", "families", "arguments", "folders"),
         *("load", "export", "one_rank", "sharded_state", "convert", "reshard", "verify"),
         *("inspect", "bridge"),
     ),

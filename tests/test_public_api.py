@@ -51,7 +51,15 @@ def test_megatron_names() -> None:
 def test_sizes() -> None:
     from megatron_pg import parallel
 
-    assert parallel.__all__ == ["MEGATRON_NAMES", "ModelSizes", "ParallelSizes"]
+    assert parallel.__all__ == [
+        "MEGATRON_NAMES",
+        "ModelSizes",
+        "ParallelSizes",
+        "attempt",
+        "on_all_ranks",
+        "on_first_rank",
+        "told_error",
+    ]
     assert all(hasattr(parallel, name) for name in parallel.__all__)
 
 
@@ -92,8 +100,6 @@ def test_checkpoint_names() -> None:
         "make_megatron_args",
         "megatron_to_hf",
         "megatron_to_hf_by_bridge",
-        "on_all_ranks",
-        "on_first_rank",
         "open_weights",
         "parse_dtype",
         "parse_hf_config",

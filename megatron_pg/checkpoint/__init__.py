@@ -2,7 +2,6 @@
 
 from .arguments import hf_model_from_args, make_megatron_args
 from .bridge import hf_to_megatron_by_bridge, megatron_to_hf_by_bridge
-from .collective import on_all_ranks, on_first_rank
 from .convert import hf_to_megatron, megatron_to_hf, open_weights
 from .description import HfModel, parse_hf_config, read_hf_config
 from .export import export_hf, iter_hf_tensors
@@ -67,8 +66,6 @@ __all__ = [
     "make_megatron_args",
     "megatron_to_hf",
     "megatron_to_hf_by_bridge",
-    "on_all_ranks",
-    "on_first_rank",
     "open_weights",
     "parse_dtype",
     "parse_hf_config",

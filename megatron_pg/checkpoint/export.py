@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collective import on_all_ranks
+from ..parallel import on_all_ranks
 from .description import HfModel, read_hf_config
 from .files import finish_folder, partial_path, start_folder
 from .folders import (

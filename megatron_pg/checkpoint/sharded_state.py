@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.validation import (
     validate_sharding_integrity,
 )
 
-from .collective import on_all_ranks
+from ..parallel import on_all_ranks
 from .folders import COMMON_STATE, TorchDistReader, is_extra_state
 
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from ..parallel import attempt, told_error
+
 T = TypeVar("T")
 
 
@@ -110,11 +112,12 @@ class MegatronReplicas:
         """See ``Replicas.gather``."""
         if self.size == 1:
             return [action()]
+        result, error = attempt(action)
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, _attempt(action), group=self._replicas)
-        for _, told in parts:
+        dist.all_gather_object(parts, (result, told_error(error)), group=self._replicas)
+        for rank, (_, told) in enumerate(parts):
             if told is not None:
-                raise told
+                raise error if rank == self.rank and error is not None else told
         return [value for value, _ in parts]
 
     def exchange(self, parts: Sequence[bytes]) -> list[bytes]:
@@ -139,13 +142,13 @@ class MegatronReplicas:
         """See ``Replicas.share``."""
         if self.num_ranks == 1:
             return action()
-        box: list[Any] = [_attempt(action) if self.leads else None]
+        value, error = attempt(action) if self.leads else (None, None)
+        shared: list[Any] = [value, told_error(error)]
         source = dist.get_global_rank(self._replica, 0)
-        dist.broadcast_object_list(box, src=source, group=self._replica, device=self.device)
-        value, error = box[0]
-        if error is not None:
-            raise error
-        return value  # type: ignore[no-any-return]
+        dist.broadcast_object_list(shared, src=source, group=self._replica, device=self.device)
+        if shared[1] is not None:
+            raise error or shared[1]
+        return shared[0]  # type: ignore[no-any-return]
 
     def from_last_stage(self, values: Tensor | None, count: int) -> Tensor:
         """See ``Replicas.from_last_stage``."""
@@ -159,13 +162,6 @@ class MegatronReplicas:
         source = dist.get_global_rank(self._stages, num_stages - 1)
         dist.broadcast(sent, src=source, group=self._stages)
         return sent.cpu()
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return action(), None
-    except (ValueError, NotImplementedError, OSError) as error:  # raised on all ranks
-        return None, error
 
 
 def total_over_replicas(sums: Mapping[str, float], ranks: Ranks) -> dict[str, float]:

@@ -84,7 +84,10 @@ class Case:
 def on_cpu() -> Iterator[None]:
     """The ranks of a case, with Megatron-Core's stand-ins for CUDA."""
     with process_group(), cpu.emulate_cuda():
-        yield
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 def initialize(case: Case) -> None:

@@ -19,12 +19,11 @@ from ...checkpoint import (
     FileChecksum,
     file_checksum,
     iteration_name,
-    on_all_ranks,
-    on_first_rank,
     read_tracker,
     write_hf_metadata_folder,
     write_manifest,
 )
+from ...parallel import on_all_ranks, on_first_rank
 from ..model import Origin, TrainedModel
 from .progress import Progress
 from .run_folder import write_atomically

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...checkpoint import TorchDistReader, load_sharded_state, on_all_ranks
+from ...checkpoint import TorchDistReader, load_sharded_state
+from ...parallel import on_all_ranks
 from ..config import TrainConfig
 from ..model import TrainedModel
 from ..rollouts import SharedStream

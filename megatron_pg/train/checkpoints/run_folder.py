@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ...checkpoint import on_first_rank
+from ...parallel import on_first_rank
 from ..config import TrainConfig
 
 LOCK = "run.lock"

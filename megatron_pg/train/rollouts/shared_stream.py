@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ...checkpoint import on_all_ranks, on_first_rank
 from ...data import Group
+from ...parallel import on_all_ranks, on_first_rank
 from ...rollout import GroupStream, WeightExporter
 
 T = TypeVar("T")

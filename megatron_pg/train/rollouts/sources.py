@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import has_tokenizer, on_first_rank
+from ...checkpoint import has_tokenizer
 from ...data import (
     Group,
     carried_fields,
@@ -17,6 +17,7 @@ from ...data import (
     without_aborted,
 )
 from ...grpo import PackingConfig, Ranks
+from ...parallel import on_first_rank
 from ...rollout import (
     HoldsOut,
     OpenAIServerSource,

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_pg.checkpoint import collective, on_all_ranks, on_first_rank
+from megatron_pg.parallel import collective, on_all_ranks, on_first_rank
 
-pytestmark = pytest.mark.megatron
 NUM_RANKS = 3
 Together = Callable[[Callable[[], Any]], Any]
 

@@ -19,9 +19,9 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         ValueError: or NotImplementedError or OSError, as on the first rank that failed.
         RuntimeError: where another rank failed for a reason that is not the user's.
     """
-    result, error = _attempt(action)
+    result, error = attempt(action)
     errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, _told(error))
+    dist.all_gather_object(errors, told_error(error))
     first = next((rank for rank, problem in enumerate(errors) if problem is not None), None)
     if first is not None:
         raise error if first == dist.get_rank() and error is not None else errors[first]
@@ -35,22 +35,23 @@ def on_first_rank(action: Callable[[], T]) -> T:
         ValueError: or NotImplementedError or OSError, as on rank 0.
         RuntimeError: on other ranks, where it failed for a reason that is not the user's.
     """
-    result, error = _attempt(action) if dist.get_rank() == 0 else (None, None)
-    shared: list[Any] = [result, _told(error)]
+    result, error = attempt(action) if dist.get_rank() == 0 else (None, None)
+    shared: list[Any] = [result, told_error(error)]
     dist.broadcast_object_list(shared, src=0)
     if shared[1] is not None:
         raise error or shared[1]
     return shared[0]  # type: ignore[no-any-return]
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What ``action`` returned, and its error, which the caller raises on every rank."""
     try:
         return action(), None
     except Exception as error:  # raised on every rank
         return None, error
 
 
-def _told(error: Exception | None) -> Exception | None:
+def told_error(error: Exception | None) -> Exception | None:
     """What the other ranks raise: other errors may hold what does not travel."""
     is_users = isinstance(error, (ValueError, NotImplementedError, OSError))
     is_known = type(error).__module__.split(".")[0] in ("builtins", "megatron_pg")
