@@ -2,7 +2,7 @@
 
 from .balance import balance_costs, balance_groups, equalize_num_microbatches, with_num_rows
 from .checksum import content_checksum
-from .cost import CostModel
+from .cost import CostModel, active_ffn_hidden_size
 from .memory import MemoryModel
 from .pack import carried_fields, make_microbatches, make_wave, pack_groups, token_values
 from .plan import (
@@ -45,6 +45,7 @@ __all__ = [
     "Status",
     "TokenValues",
     "Wave",
+    "active_ffn_hidden_size",
     "balance_costs",
     "balance_groups",
     "carried_fields",

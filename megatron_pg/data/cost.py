@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..tree import PrefixTree
 
@@ -86,6 +87,20 @@ class CostModel:
             per_loss_token=2.0 * hidden_size * vocab_size,
         )
 
+    @classmethod
+    def from_config(cls, config: Any, vocab_size: int) -> CostModel:
+        """Of the model of a ``TransformerConfig``, whose vocabulary is not padded."""
+        return cls.from_model_dims(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            ffn_hidden_size=active_ffn_hidden_size(config),
+            vocab_size=vocab_size,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups,
+            kv_channels=config.kv_channels,
+            gated_linear_unit=config.gated_linear_unit,
+        )
+
     def estimate(self, tree: PrefixTree, loss_tokens: int = 0) -> float:
         """Cost of a tree whose samples train ``loss_tokens`` tokens; several trees add up."""
         return (
@@ -93,3 +108,15 @@ class CostModel:
             + self.per_attention_pair * tree.attention_pairs
             + self.per_loss_token * loss_tokens
         )
+
+
+def active_ffn_hidden_size(config: Any) -> int:
+    """Width of the MLP that one token goes through: of all its experts, the shared ones too.
+
+    Args:
+        config: ``TransformerConfig``.
+    """
+    if not config.num_moe_experts:
+        return int(config.ffn_hidden_size)
+    experts = config.moe_router_topk * (config.moe_ffn_hidden_size or config.ffn_hidden_size)
+    return int(experts + (config.moe_shared_expert_intermediate_size or 0))

@@ -6,8 +6,6 @@ from .messages import decode_groups, encode_groups
 from .packing import (
     PackingConfig,
     TokenCounts,
-    active_ffn_hidden_size,
-    cost_model_of,
     count_tokens,
     plan_all_replicas,
 )
@@ -32,10 +30,8 @@ __all__ = [
     "StepBatch",
     "StepShape",
     "TokenCounts",
-    "active_ffn_hidden_size",
     "compute_advantages",
     "compute_logprobs",
-    "cost_model_of",
     "count_tokens",
     "decode_groups",
     "encode_groups",

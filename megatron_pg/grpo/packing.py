@@ -123,32 +123,6 @@ class PlannedRows:
     predicted_cost_repeated: float | None
 
 
-def active_ffn_hidden_size(model: Any) -> int:
-    """Width of the MLP that one token goes through: of all its experts, the shared ones too.
-
-    Args:
-        model: ``TransformerConfig``.
-    """
-    if not model.num_moe_experts:
-        return int(model.ffn_hidden_size)
-    experts = model.moe_router_topk * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
-    return int(experts + (model.moe_shared_expert_intermediate_size or 0))
-
-
-def cost_model_of(model: Any, vocab_size: int) -> CostModel:
-    """Forward FLOPs of the model of a ``TransformerConfig``."""
-    return CostModel.from_model_dims(
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        ffn_hidden_size=active_ffn_hidden_size(model),
-        vocab_size=vocab_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        gated_linear_unit=model.gated_linear_unit,
-    )
-
-
 def plan_rows_of_replica(
     shapes: Sequence[GroupShape],
     minibatches: Sequence[Sequence[int]],

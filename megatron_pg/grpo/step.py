@@ -16,7 +16,7 @@ from ..loss import kl_in_reward
 from ..mcore import PrefixGroupedGPTModel
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
-from .packing import PackingConfig, cost_model_of
+from .packing import PackingConfig
 from .passes import HeadConfig, compute_logprobs, train_pass
 from .placement import Placement, place_groups, written_out
 from .replicas import MegatronReplicas, Ranks
@@ -71,7 +71,7 @@ class GrpoStep:
         settings = settings or PrefixGroupConfig()
         config = get_model_config(self.chunks[0])
         _check_trainable(self.chunks, config)
-        cost_model = cost_model or cost_model_of(config, vocab_size)
+        cost_model = cost_model or CostModel.from_config(config, vocab_size)
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(
             temperature=temperature,

@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ..data import MemoryModel, PackPlan, group_shape, without_aborted
+from ..data import (
+    MemoryModel,
+    PackPlan,
+    active_ffn_hidden_size,
+    group_shape,
+    without_aborted,
+)
 from ..grpo import (
     TokenCounts,
-    active_ffn_hidden_size,
     count_tokens,
     plan_all_replicas,
 )

@@ -19,7 +19,7 @@ from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.model.megatron_rules import layers_per_stage  # noqa: E402
 from megatron_pg.train.model.plan import plan_model  # noqa: E402
-from megatron_pg.train.rollouts.sources import open_sampling  # noqa: E402
+from megatron_pg.train.rollouts import open_sampling  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
 SIZES = dict(num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48)

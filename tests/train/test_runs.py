@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_pg.train import TrainConfig, load_config  # noqa: E402
-from megatron_pg.train.rollouts.sources import open_sampling  # noqa: E402
+from megatron_pg.train.rollouts import open_sampling  # noqa: E402
 from tests.ranks import Job, Pool  # noqa: E402
 from tests.train import tiny  # noqa: E402
 from tests.train.layouts import NUM_RANKS  # noqa: E402

@@ -27,9 +27,10 @@ from megatron_pg.train.config import (
     ServerConfig,
     TrainConfig,
 )
+from megatron_pg.train.rollouts import make_stream
 from megatron_pg.train.rollouts.evaluate import evaluate
+from megatron_pg.train.rollouts.sampling import Sampling
 from megatron_pg.train.rollouts.shared_stream import SharedStream
-from megatron_pg.train.rollouts.sources import Sampling, make_stream
 from tests.rollout.helpers import CharTokenizer, make_response
 
 RANKS = Ranks(

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ...attention import AttentionInputs, select_backend
 from ...checkpoint import HfModel, make_megatron_args, read_hf_config
-from ...grpo import PackingConfig, PrefixGroupConfig, cost_model_of
+from ...data import CostModel
+from ...grpo import PackingConfig, PrefixGroupConfig
 from ...mcore import cpu
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .megatron_rules import megatron_problems
@@ -42,7 +43,7 @@ class ModelPlan:
 
     def packing(self, settings: PrefixGroupConfig) -> PackingConfig:
         """How rows of this model are packed."""
-        cost_model = cost_model_of(self.config, self.vocab_size)
+        cost_model = CostModel.from_config(self.config, self.vocab_size)
         return PackingConfig.from_config(settings, self.config, cost_model)
 
     @property
