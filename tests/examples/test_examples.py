@@ -61,8 +61,11 @@ def test_recorded_rollouts(tmp_path: Path) -> None:
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in steps] == [1, 2, 3, 4]
     assert all(m["tokens/reuse_ratio"] > 1.3 for m in steps)
-    for name in ("summary.json", "reward.png"):
-        assert (tmp_path / name).stat().st_size > 0
+    assert (tmp_path / "reward.png").stat().st_size > 0
+    # The backend that was chosen when the model was built, and its merge if it has one.
+    (backend,) = json.loads((tmp_path / "summary.json").read_text())["attention_backends"]
+    inputs = AttentionInputs(torch.device("cpu"), torch.float32, 16, 4, 2)
+    assert backend.split(",")[0] == available_backends(inputs)[0]
 
 
 @pytest.fixture
