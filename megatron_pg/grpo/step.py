@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from ..data import CostModel, Group
-from ..loss import kl_in_reward
+from ..loss import kl_of_samples
 from ..mcore import PrefixGroupedGPTModel
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
@@ -216,15 +216,14 @@ class GrpoStep:
         found = torch.zeros(len(batch.shape.rewards), dtype=torch.float64)
         if values.old_logprobs is None or values.ref_logprobs is None:
             return found
-        own = kl_in_reward(
-            torch.zeros(len(batch.counts), dtype=torch.float64),
+        own = self.algorithm.kl_coef * kl_of_samples(
             values.old_logprobs,
             values.ref_logprobs,
             batch.sample_ids,
-            kl_coef=self.algorithm.kl_coef,
+            len(batch.counts),
             kind=self.algorithm.kl_penalty,
         )
-        for numbers, kl in self.replicas.gather(lambda: (batch.sample_numbers, -own)):
+        for numbers, kl in self.replicas.gather(lambda: (batch.sample_numbers, own)):
             found[numbers] = kl
         return found
 

@@ -11,7 +11,7 @@ from .advantage import (
 from .aggregate import AGGREGATION_MODES, aggregation_weights
 from .grpo import grpo_loss, metric_means
 from .importance import IMPORTANCE_BOUNDS, importance_weights
-from .kl import KL_KINDS, kl_in_reward, kl_penalty
+from .kl import KL_KINDS, kl_in_reward, kl_of_samples, kl_penalty
 from .logprobs import vocab_parallel_logprobs
 from .policy import POLICY_LOSSES, PolicyLossConfig, register_policy_loss
 from .predictors import gather_predictors
@@ -31,6 +31,7 @@ __all__ = [
     "grpo_loss",
     "importance_weights",
     "kl_in_reward",
+    "kl_of_samples",
     "kl_penalty",
     "metric_means",
     "overlong_penalty",

@@ -85,7 +85,26 @@ def kl_in_reward(
         ValueError: on an unknown kind, a coefficient out of range or unequal lengths.
     """
     check_at_least("kl_coef", kl_coef, 0)
+    kl = kl_of_samples(old_logprobs, ref_logprobs, sample_ids, len(rewards), kind=kind)
+    return rewards.detach().double() - kl_coef * kl
+
+
+def kl_of_samples(
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    sample_ids: Tensor,
+    num_samples: int,
+    *,
+    kind: str = "k1",
+) -> Tensor:
+    """``[num_samples]`` float64 KL estimates, summed over every sample's trained tokens.
+
+    Arguments are those of ``kl_in_reward``.
+
+    Raises:
+        ValueError: on an unknown kind or unequal lengths.
+    """
     check_same_length("old_logprobs", old_logprobs, sample_ids=sample_ids)
     with torch.no_grad():
         kl = kl_penalty(old_logprobs.double(), ref_logprobs.double(), kind)
-        return rewards.double() - kl_coef * sample_sums(kl, sample_ids, len(rewards))
+        return sample_sums(kl, sample_ids, num_samples)
