@@ -87,8 +87,10 @@ class Job:
                     end, grace = min(end, time.monotonic() + grace), None
                 if time.monotonic() > end:
                     hanging = self.running
-                    self.kill(hanging, signal.SIGUSR1)  # They write down where they are.
-                    time.sleep(0.2)
+                    for rank in hanging:
+                        # It writes down where it is; one after another, to be read.
+                        self.kill([rank], signal.SIGUSR1)
+                        time.sleep(0.2)
                     break
         finally:
             left = self._end_sessions()

@@ -65,7 +65,7 @@ def prefix_grouped_attention(
     _check_tensors(q, k, v, layout.total_tokens, kind)
     _check_sink(q, sink, kind)
     inputs = AttentionInputs.of(q, k, kind)
-    if isinstance(backend, str):
+    if not isinstance(backend, AttentionBackend):
         backend = select_backend(inputs, backend)
     elif (reason := backend.refusal(inputs)) is not None:
         raise ValueError(
