@@ -97,7 +97,7 @@ def make_microbatches(
     Raises:
         ValueError: as ``pack_groups``.
     """
-    held = _held_groups(plan, groups)
+    held = groups if isinstance(groups, Mapping) else dict(enumerate(groups))
     values = token_values(plan.shapes, held, sample_weights=sample_weights, advantages=advantages)
     if values.advantages is None:
         if plan.loss_tokens:
@@ -163,10 +163,6 @@ def token_values(
         for name in own.keys() - ({"advantages"} if scalars is not None else set()):
             own[name][offsets[index] : offsets[index + 1]] = _trained_values(group.samples, name)
     return TokenValues(weights=torch.repeat_interleave(weights, counts), **own)
-
-
-def _held_groups(plan: PackPlan, groups: Groups) -> Mapping[int, Group]:
-    return groups if isinstance(groups, Mapping) else dict(enumerate(groups))
 
 
 def carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:

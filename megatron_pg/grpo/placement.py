@@ -76,8 +76,8 @@ def place_groups(
 
     Raises:
         ValueError: on every rank: if there are no groups, a group is brought twice, is none or has
-            a token that is not of the vocabulary, or if some samples carry a kind of values and
-            others do not.
+            a token that is not of the vocabulary, if some replicas number their groups and others
+            do not, or if some samples carry a kind of values and others do not.
     """
     held: list[Numbered] = []
 
@@ -88,6 +88,10 @@ def place_groups(
         return brought
 
     told = replicas.share(lambda: replicas.gather(bring))
+    if len({one.is_in_order for one in told if len(one.numbers)}) > 1:
+        raise ValueError(
+            "some replicas brought their groups by number and others in order; bring them one way"
+        )
     # Groups that were given in order stand after those of the replicas before.
     counts = [len(one.numbers) if one.is_in_order else 0 for one in told]
     firsts = (np.cumsum(counts) - counts).tolist()

@@ -92,18 +92,17 @@ class Replicas(Protocol):
 
 
 class MegatronReplicas:
-    """The replicas of ``parallel_state``, which must be initialized; see ``Replicas``."""
+    """The replicas of ``parallel_state``, which must be initialized; see ``Replicas``.
+
+    Raises:
+        ValueError: on CUDA, if Megatron's gloo groups were left out: messages are made on the host.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.rank, self.size = ranks.dp_rank, ranks.dp_size
         self.leads = ranks.leads_replica
         self.device = ranks.device
-        on_cpu = not torch.cuda.is_available()
-        self._replicas = (
-            parallel_state.get_data_parallel_group()
-            if on_cpu
-            else parallel_state.get_data_parallel_group_gloo()
-        )
+        self._replicas = _host_group()
         self._replica = parallel_state.get_model_parallel_group()
         self.num_ranks = dist.get_world_size(self._replica)
         self._stages = parallel_state.get_pipeline_model_parallel_group()
@@ -162,6 +161,18 @@ class MegatronReplicas:
         source = dist.get_global_rank(self._stages, num_stages - 1)
         dist.broadcast(sent, src=source, group=self._stages)
         return sent.cpu()
+
+
+def _host_group() -> Any:
+    if not torch.cuda.is_available():
+        return parallel_state.get_data_parallel_group()
+    try:
+        return parallel_state.get_data_parallel_group_gloo()
+    except AssertionError as error:
+        raise ValueError(
+            "replicas tell each other their groups on the host, but initialize_model_parallel was "
+            "called with create_gloo_process_groups=False; leave that argument out"
+        ) from error
 
 
 def total_over_replicas(sums: Mapping[str, float], ranks: Ranks) -> dict[str, float]:

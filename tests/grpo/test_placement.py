@@ -147,13 +147,14 @@ def test_groups_in_order_stand_after_those_of_the_replicas_before() -> None:
     [
         ({0: {0: GROUPS[0]}, 1: {0: GROUPS[1]}}, "two replicas brought one group"),
         ({0: {}, 1: {}}, "no replica brought a group"),
+        ({0: [GROUPS[0]], 1: {1: GROUPS[1]}}, "some replicas brought their groups by number"),
         (
             {0: {0: GROUPS[0]}, 1: {1: make_groups(1)[0]}},
             "differ in carrying rollout_logprobs; give them for all",
         ),
         ({0: {0: GROUPS[0]}, 1: {1: Group("long", (make_sample([1] * 50, [2]),))}}, "a row holds"),
     ],
-    ids=["twice", "none", "differing", "too-long"],
+    ids=["twice", "none", "two-ways", "differing", "too-long"],
 )
 def test_a_refusal_on_one_replica_is_raised_on_all(groups: Any, message: str) -> None:
     def prepare(replica: ThreadReplica) -> None:

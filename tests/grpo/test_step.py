@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
 )
 
-from megatron_pg.grpo import GrpoConfig, GrpoStep, PrefixGroupConfig, step  # noqa: E402
+from megatron_pg.grpo import (  # noqa: E402
+    GrpoConfig,
+    GrpoStep,
+    MegatronReplicas,
+    PrefixGroupConfig,
+    Ranks,
+    step,
+)
 from megatron_pg.mcore import with_prefix_grouped_attention  # noqa: E402
 from megatron_pg.train import load_config  # noqa: E402
 from tests.grpo import on_ranks  # noqa: E402
@@ -136,3 +145,15 @@ def test_a_batch_is_read_and_not_changed(chunks: list[Any]) -> None:
     assert two.backward(batch, 1) == first
     after = harness.named_gradients(chunks)
     assert all((before[name] == after[name]).all() and before[name].any() for name in before)
+
+
+def test_a_device_without_gloo_groups_is_refused(
+    chunks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks.from_megatron()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    MegatronReplicas(ranks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="create_gloo_process_groups=False; leave that"):
+        MegatronReplicas(ranks)
