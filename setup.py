@@ -12,8 +12,7 @@ EXTRAS = {
     # Megatron-Core: 0.16.1 is the newest for Python 3.11, later releases need Python 3.12 and,
     # on CPU builds of torch, triton to be importable. psutil: undeclared need of its checkpoints.
     "megatron": [
-        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
-        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
+        "megatron-core>=0.16.1,<0.20",
         "triton; python_version >= '3.12' and platform_machine == 'x86_64'",
         "psutil",
         "einops",

@@ -14,6 +14,19 @@ hypothesis.settings.register_profile("project", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--megatron-core", help="version that must be the imported one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = config.getoption("--megatron-core")
+    if wanted is not None:
+        import megatron.core
+
+        if megatron.core.__version__ != wanted:
+            raise pytest.UsageError(f"megatron-core is {megatron.core.__version__}, not {wanted}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Install everything and run the whole suite, as CI does.
 #
-#   bash tests/run.sh                 both lanes
+#   bash tests/run.sh                 every lane
 #   LANES=311 bash tests/run.sh       Python 3.11 with megatron-core 0.16: lint, types, every test
 #   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, runs, Triton kernels
+#   LANES=between bash tests/run.sh   Python 3.12 with megatron-core 0.17 and 0.18: layers, equivalence, schedule
 #
 # Environments are kept in .venv-tests-* and reused.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-LANES=${LANES:-"311 312"}
+LANES=${LANES:-"311 312 between"}
 export PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 find_python() { # find_python 3.12 -> path of an interpreter of that version, or nothing
@@ -60,8 +61,22 @@ for lane in $LANES; do
         "$environment/bin/python" -m pytest -q -m "megatron or triton" --durations=10 \
             tests/mcore tests/attention tests/parallel tests/train/test_runs.py "$@"
         ;;
+    between)
+        environment=.venv-tests-312
+        echo "== Python 3.12: install"
+        make_environment 3.12 "$environment"
+        "$environment/bin/python" -m pip install -q -e ".[train,dev]"
+        for version in 0.17.1 0.18.2; do
+            echo "== Python 3.12: megatron-core $version"
+            # Found before the environment's own, whose dependencies serve it, too.
+            core=$environment/megatron-core-$version
+            [ -d "$core" ] || "$environment/bin/python" -m pip install -q --no-deps --target "$core" "megatron-core==$version"
+            PYTHONPATH=$PWD/$core "$environment/bin/python" -m pytest -q -m megatron --durations=5 \
+                tests/mcore tests/parallel --megatron-core "$version" "$@"
+        done
+        ;;
     *)
-        echo "error: LANES=$lane is unknown; use 311, 312 or both" >&2
+        echo "error: LANES=$lane is unknown; use one or several of 311, 312, between" >&2
         exit 2
         ;;
     esac

@@ -17,6 +17,7 @@ from .prefix_kv import PrefixKV, ScheduledRow
 from .schedule import prefix_resident_forward_backward
 from .spec import with_prefix_grouped_attention
 from .validate import FieldVerdict, field_verdict, validate_config
+from .versions import TESTED_VERSIONS, own_writer
 
 __all__ = [
     "AttentionCalls",
@@ -29,6 +30,7 @@ __all__ = [
     "ScheduledRow",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "TESTED_VERSIONS",
     "attention_backends",
     "build_gpt_chunks",
     "count_attention_calls",
@@ -37,6 +39,7 @@ __all__ = [
     "generate",
     "gpt_builder",
     "gpt_config_from_args",
+    "own_writer",
     "prefix_resident_forward_backward",
     "validate_config",
     "with_prefix_grouped_attention",

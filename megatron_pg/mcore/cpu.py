@@ -9,8 +9,10 @@ from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
+
+from .versions import missing_names
 
 
 class _Stream:
@@ -82,9 +84,8 @@ def emulate_cuda() -> Iterator[None]:
             (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        if not hasattr(moe_utils, "te_general_gemm"):
-            # Without Transformer Engine, 0.16 reads the name although it never defined it.
-            stack.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
+        for module, name in missing_names():
+            stack.enter_context(mock.patch.object(module, name, None, create=True))
         stack.enter_context(_CpuInsteadOfCuda())
         yield
 

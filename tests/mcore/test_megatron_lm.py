@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import partial
 from typing import Any
@@ -24,9 +25,13 @@ from tests.mcore.test_spec import Arguments, run
 
 pytestmark = pytest.mark.megatron
 
-# The wheel of core 0.19 brings Megatron-LM's training package, that of 0.16 does not.
+# Wheels bring Megatron-LM's training package since core 0.17, with model configs since 0.19.
 has_training = importlib.util.find_spec("megatron.training") is not None
+has_configs = has_training and hasattr(
+    importlib.import_module("megatron.training.argument_utils"), "gpt_config_from_args"
+)
 needs_training = pytest.mark.skipif(not has_training, reason="no megatron.training is installed")
+needs_configs = pytest.mark.skipif(not has_configs, reason="megatron.training has no model configs")
 
 
 def arguments(**changes: Any) -> Arguments:
@@ -101,7 +106,7 @@ def test_layer_settings_reach_the_layers(one_rank, setting: str, name: str) -> N
     assert name in repr(_stock_spec(arguments(), config, None)).replace(repr(IdentityOp), "")
 
 
-@pytest.mark.skipif(has_training, reason="megatron.training is installed")
+@pytest.mark.skipif(has_configs, reason="megatron.training has model configs")
 def test_without_a_megatron_lm_that_has_it() -> None:
     with pytest.raises(ImportError, match="before core 0.19 it builds from gpt_builder"):
         gpt_config_from_args(arguments())
@@ -145,6 +150,15 @@ def build_as_pretrain(model_config: Any) -> list[Any]:
 
 @needs_training
 @pytest.mark.parametrize("more", ["", "--spec megatron_pg.mcore.local_specs rmsnorm_spec"])
+def test_the_builder_takes_the_arguments_as_they_are_parsed(parsed, more: str) -> None:
+    args = parsed(more)
+    model = gpt_builder(args, pre_process=True, post_process=True)
+    assert type(model) is PrefixGroupedGPTModel
+    assert_runs_groups(model)
+
+
+@needs_configs
+@pytest.mark.parametrize("more", ["", "--spec megatron_pg.mcore.local_specs rmsnorm_spec"])
 def test_the_config_as_pretrain_builds_from_it_since_0_19(parsed, more: str) -> None:
     from megatron.training.argument_utils import (
         gpt_config_from_args as stock_config_from_args,
@@ -161,7 +175,7 @@ def test_the_config_as_pretrain_builds_from_it_since_0_19(parsed, more: str) -> 
     assert not any(isinstance(m, PrefixGroupedSelfAttention) for m in stock.modules())
 
 
-@needs_training
+@needs_configs
 def test_a_config_is_refused_when_it_is_built(parsed) -> None:
     args = parsed("--hidden-dropout 0.1")
     model_config = gpt_config_from_args(args)
@@ -172,7 +186,7 @@ def test_a_config_is_refused_when_it_is_built(parsed) -> None:
         gpt_config_from_args(args, model_config_cls=Arguments)
 
 
-@needs_training
+@needs_configs
 def test_specs_that_megatron_lm_takes_as_functions(parsed) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -191,7 +205,7 @@ def test_specs_that_megatron_lm_takes_as_functions(parsed) -> None:
     assert seen == [("PrefixGroupedGPTModelConfig", None)] * 2
 
 
-@needs_training
+@needs_configs
 def test_stages_exchange_shapes(parsed) -> None:
     config = harness.make_config(harness.Case())
     config.pipeline_model_parallel_size, config.variable_seq_lengths = 2, False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import queue
 import shutil
 import threading
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from ...mcore import own_writer
 from .run_folder import writing
 
 
@@ -51,7 +51,7 @@ class CheckpointWrite:
         filesystem_async._results_queue = queue.Queue()
         with self._discarded_on_failure():
             self._request = dist_checkpointing.save(
-                dict(state), str(folder), async_sharded_save=True, **_WRITER
+                dict(state), str(folder), async_sharded_save=True, **own_writer()
             )
         buckets = self._request.preload_fn() if self._request.preload_fn else []
         if in_background:
@@ -128,8 +128,3 @@ def _copy(bucket: Any, source: Any) -> Any:
         for (item, tensor), (_, original) in zip(tensors, source[2][1])
     ]
     return file, name, (objects, own)
-
-
-# 0.19 has two writers; that of nvidia-resiliency-ext, its default, is a process.
-_HAS_CHOICE = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if _HAS_CHOICE else {}

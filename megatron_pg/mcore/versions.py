@@ -1,0 +1,54 @@
+"""Versions of Megatron-Core: which are tested, and what differs between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+import megatron.core
+from megatron.core import dist_checkpointing
+from megatron.core.transformer.moe import moe_utils
+from packaging.version import Version
+
+# The newest of every minor release. setup.py, tests/run.sh and README.md name the same.
+TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+
+
+def check_version(version: str) -> None:
+    """Raise ImportError below the tested versions of Megatron-Core, and warn above them."""
+    oldest, newest = (Version(TESTED_VERSIONS[end]).release[:2] for end in (0, -1))
+    found = Version(version).release[:2]
+    if found < oldest:
+        raise ImportError(
+            f"megatron-core {version} is older than {TESTED_VERSIONS[0]}, the oldest that "
+            'megatron_pg supports: pip install "megatron_pg[megatron]"'
+        )
+    if found > newest:
+        warnings.warn(
+            f"megatron-core {version} is newer than {TESTED_VERSIONS[-1]}, the newest that "
+            "megatron_pg was tested with; a setting that it does not know is refused",
+            stacklevel=3,
+        )
+
+
+def own_writer() -> dict[str, Any]:
+    """Arguments of ``dist_checkpointing.save`` for the writer that is no process of its own.
+
+    0.19 has two writers; that of nvidia-resiliency-ext, its default, is a process.
+    """
+    has_choice = "async_strategy" in signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if has_choice else {}
+
+
+def missing_names() -> Iterator[tuple[Any, str]]:
+    """Modules and names in them that Megatron-Core reads without having defined them.
+
+    Without Transformer Engine, 0.16 reads ``te_general_gemm`` although it never defined it.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        yield moe_utils, "te_general_gemm"
+
+
+check_version(megatron.core.__version__)
