@@ -31,6 +31,8 @@ import torch.distributed as dist
 from tests.fork_server import result_file
 
 ROOT = Path(__file__).parent.parent
+# Of every process that tests start: a Megatron-Core laid over the environment's own stays there.
+PYTHONPATH = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # For importing what a case needs, on a busy machine.
 _ANSWER_SECONDS = 180
@@ -191,7 +193,7 @@ class Pool:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "tests.fork_server", str(other.fileno())],
                 cwd=ROOT,
-                env=kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env=kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ranks import PYTHONPATH
 from tests.utils import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -55,7 +56,7 @@ def run_bash(code: str, folder: Path, timeout: float = 300) -> str:
         (folder / name).symlink_to(ROOT / name)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
     }

@@ -17,9 +17,10 @@ from .prefix_kv import PrefixKV, ScheduledRow
 from .schedule import prefix_resident_forward_backward
 from .spec import with_prefix_grouped_attention
 from .validate import FieldVerdict, field_verdict, validate_config
-from .versions import TESTED_VERSIONS, own_writer
+from .versions import OWN_WRITER, TESTED_VERSIONS
 
 __all__ = [
+    "OWN_WRITER",
     "AttentionCalls",
     "FieldVerdict",
     "GeneratedResponse",
@@ -39,7 +40,6 @@ __all__ = [
     "generate",
     "gpt_builder",
     "gpt_config_from_args",
-    "own_writer",
     "prefix_resident_forward_backward",
     "validate_config",
     "with_prefix_grouped_attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -14,6 +14,12 @@ from packaging.version import Version
 
 # The newest of every minor release. setup.py, tests/run.sh and README.md name the same.
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+
+
+# Arguments of ``dist_checkpointing.save`` for the writer that is no process of its own. 0.19 has
+# two writers; that of nvidia-resiliency-ext, its default, is a process.
+_HAS_CHOICE = "async_strategy" in signature(dist_checkpointing.save).parameters
+OWN_WRITER: Mapping[str, Any] = {"async_strategy": "mcore"} if _HAS_CHOICE else {}
 
 
 def check_version(version: str) -> None:
@@ -31,15 +37,6 @@ def check_version(version: str) -> None:
             "megatron_pg was tested with; a setting that it does not know is refused",
             stacklevel=3,
         )
-
-
-def own_writer() -> dict[str, Any]:
-    """Arguments of ``dist_checkpointing.save`` for the writer that is no process of its own.
-
-    0.19 has two writers; that of nvidia-resiliency-ext, its default, is a process.
-    """
-    has_choice = "async_strategy" in signature(dist_checkpointing.save).parameters
-    return {"async_strategy": "mcore"} if has_choice else {}
 
 
 def missing_names() -> Iterator[tuple[Any, str]]:

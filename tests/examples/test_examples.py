@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from megatron_pg.attention import AttentionInputs, available_backends
+from tests.ranks import PYTHONPATH
 from tests.utils import ROOT
 
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": PYTHONPATH,
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
 }

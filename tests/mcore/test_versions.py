@@ -11,14 +11,20 @@ from packaging.requirements import Requirement
 
 from megatron_pg.mcore import TESTED_VERSIONS
 from megatron_pg.mcore.versions import check_version
+from tests.ranks import Pool
 
 pytestmark = pytest.mark.megatron
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_this_one_is_tested() -> None:
-    assert megatron.core.__version__ in TESTED_VERSIONS
+def imported_version() -> str:
+    return megatron.core.__version__
+
+
+def test_this_one_is_tested(ranks: Pool) -> None:
+    assert imported_version() in TESTED_VERSIONS
+    assert ranks.run(1, imported_version) == [imported_version()]
 
 
 @pytest.mark.parametrize("version", TESTED_VERSIONS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import PYTHONPATH
 from tests.rollout.servers import VLLM_PYTHON, run_server, transformers_server
 from tests.rollout.stand_in import Reply, stand_in, vllm_like
 from tests.rollout.tiny_model import save_tiny_model
@@ -34,7 +35,7 @@ run: {{out: {out}, num_steps: 2, groups_per_step: 2, eval_prompts: 2, save_inter
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launcher, "-m", "megatron_pg.train", str(config), *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from megatron_pg.data import Group, Sample, write_rollouts
+from tests.ranks import PYTHONPATH
 from tests.utils import ROOT
 
 VOCAB = 50
@@ -217,4 +218,4 @@ def clean_environment() -> dict[str, str]:
     """Of a fresh shell: no launcher's variables, one thread."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in launcher}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from ...mcore import own_writer
+from ...mcore import OWN_WRITER
 from .run_folder import writing
 
 
@@ -51,7 +51,7 @@ class CheckpointWrite:
         filesystem_async._results_queue = queue.Queue()
         with self._discarded_on_failure():
             self._request = dist_checkpointing.save(
-                dict(state), str(folder), async_sharded_save=True, **own_writer()
+                dict(state), str(folder), async_sharded_save=True, **OWN_WRITER
             )
         buckets = self._request.preload_fn() if self._request.preload_fn else []
         if in_background:
