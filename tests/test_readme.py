@@ -18,16 +18,21 @@ from tests.utils import ROOT
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+WALK = (ROOT / "megatron_pg/checkpoint/README.md").read_text()
+BLOCKS, WALK_BLOCKS = (
+    re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    for text in (README, WALK)
+)
 
 
-def block(language: str, words: str) -> str:
+def block(language: str, words: str, blocks: list[tuple[str, str]] = BLOCKS) -> str:
     """The one block in a language that holds the words."""
-    (found,) = (code for name, code in BLOCKS if name == language and words in code)
+    (found,) = (code for name, code in blocks if name == language and words in code)
     return found
 
 
-CHECKPOINTS = block("bash", "tools/hf_to_megatron.py")
+CHECKPOINTS = block("bash", "tools/reshard_checkpoint.py", WALK_BLOCKS)
+CONVERSION = block("bash", "tools/hf_to_megatron.py")
 PLANNING = block("bash", "--dry-run")
 MODEL = block("python", "with_prefix_grouped_attention")
 LOOP = block("python", "GrpoStep")
@@ -38,7 +43,7 @@ NOT_RUN = {"pip install -e .": 2, "bash examples/quickstart.sh": 1, "tests/run.s
 
 
 def test_every_block_is_run_or_installs() -> None:
-    run = [CHECKPOINTS, PLANNING, MODEL, LOOP, OWN, ROW]
+    run = [CONVERSION, PLANNING, MODEL, LOOP, OWN, ROW]
     others = [code for _, code in BLOCKS if code not in run]
     assert len(others) == len(NOT_RUN)
     for words, num_lines in NOT_RUN.items():
@@ -152,6 +157,14 @@ with cpu.emulate_cuda():
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert "ran (1, 6, 64)" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.megatron
+def test_conversion_commands_run(tmp_path: Path) -> None:
+    from tests.checkpoint.tiny import SMOLLM2, save_hf
+
+    save_hf(SMOLLM2, tmp_path / "MODEL")
+    assert "runs/start and runs/hf are equal" in run_bash(CONVERSION, tmp_path)
 
 
 @pytest.mark.megatron
