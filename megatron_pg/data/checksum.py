@@ -16,12 +16,12 @@ def content_checksum(groups: Sequence[Group]) -> str:
     digest = hashlib.sha256()
     for group in groups:
         digest.update(f"group of {len(group.samples)};".encode())
-        executions: dict[object, int] = {}
+        rollouts: dict[object, int] = {}
         for sample in group.samples:
-            # Which samples share an execution counts, not what it is called.
-            execution = executions.setdefault(sample.execution_id or object(), len(executions))
+            # Which samples share a rollout counts, not what it is called.
+            rollout = rollouts.setdefault(sample.rollout_id or object(), len(rollouts))
             digest.update(
-                f"{sample.status} {float(sample.reward).hex()} execution {execution};".encode()
+                f"{sample.status} {float(sample.reward).hex()} rollout {rollout};".encode()
             )
             for field in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
                 values = getattr(sample, field)

@@ -38,9 +38,9 @@ class Sample:
         advantages: ``[R]`` when the caller computed them; else from the group's rewards.
         status: whether the response ended by itself.
         sample_id: name of the sample in its source, for messages.
-        execution_id: samples of a group with equal ids come from one execution of an agent that
-            was recorded in parts. They share its reward, and the execution counts once where a
-            group's rewards or an average over sequences is taken. None is an execution of its own.
+        rollout_id: samples of a group with equal ids are turns, sub-agents and compacted contexts
+            of one rollout. They share its reward, and the rollout counts once where a group's
+            rewards or an average over sequences is taken. None is a rollout of its own.
         metadata: carried along, never read by training.
 
     Raises:
@@ -57,7 +57,7 @@ class Sample:
     advantages: Tensor | None = None
     status: Status = "completed"
     sample_id: str | None = None
-    execution_id: str | None = None
+    rollout_id: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,10 +114,10 @@ class Group:
         return torch.tensor([sample.reward for sample in self.samples], dtype=torch.float64)
 
     @property
-    def executions(self) -> Tensor:
-        """``[num_samples]`` int64: the execution of every sample, from 0 in order of appearance."""
+    def rollouts(self) -> Tensor:
+        """``[num_samples]`` int64: the rollout of every sample, from 0 in order of appearance."""
         numbers: dict[Any, int] = {}
-        keys = [i if s.execution_id is None else s.execution_id for i, s in enumerate(self.samples)]
+        keys = [i if s.rollout_id is None else s.rollout_id for i, s in enumerate(self.samples)]
         found = [numbers.setdefault(key, len(numbers)) for key in keys]
         return torch.tensor(found, dtype=torch.int64)
 

@@ -39,21 +39,21 @@ def shaped_rewards(
 def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig) -> Tensor:
     """``[N]`` advantages of the samples of one step from their ``rewards [N]``.
 
-    An execution counts once, its samples take its advantage. No sample may be aborted.
+    A rollout counts once, its samples take its advantage. No sample may be aborted.
 
     Raises:
-        ValueError: if samples of one execution have different rewards.
+        ValueError: if samples of one rollout have different rewards.
     """
-    executions, counts = shape.count_executions()
+    rollouts, counts = shape.count_rollouts()
     places = torch.arange(len(rewards))
-    first = torch.full_like(counts, len(rewards)).scatter_reduce(0, executions, places, "amin")
-    others = first[executions]
+    first = torch.full_like(counts, len(rewards)).scatter_reduce(0, rollouts, places, "amin")
+    others = first[rollouts]
     differs = torch.nonzero((others != places) & (rewards[others] != rewards))
     if len(differs):
         group = shape.group_ids[int(shape.group_numbers[differs[0]])]
         raise ValueError(
-            f"samples of one execution of group {group!r} have different rewards; give "
-            "them one reward, or an execution_id each"
+            f"samples of one rollout of group {group!r} have different rewards; give "
+            "them one reward, or a rollout_id each"
         )
     settings: dict[str, Any] = {}
     if algorithm.adv_estimator == "grpo":
@@ -68,13 +68,13 @@ def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig)
         trained_counts=counts,
         **settings,
     )
-    return found.advantages[executions]
+    return found.advantages[rollouts]
 
 
 def sample_weights(shape: StepShape, algorithm: GrpoConfig) -> Tensor:
     """``[N]`` weight of every trained token of a sample in the loss of the minibatch ``shape``."""
-    executions, counts = shape.count_executions()
+    rollouts, counts = shape.count_rollouts()
     weights = aggregation_weights(
         counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
     )
-    return weights[executions]
+    return weights[rollouts]

@@ -35,7 +35,7 @@ def encode_groups(groups: Sequence[Numbered]) -> bytes:
             _flat([values.detach().double() for values in given if values is not None]),
         )
     columns["samples"] = [
-        (places[id(s.prompt_ids)], s.reward, s.status, s.sample_id, s.execution_id) for s in samples
+        (places[id(s.prompt_ids)], s.reward, s.status, s.sample_id, s.rollout_id) for s in samples
     ]
     columns["groups"] = [(n, g.group_id, len(g.samples), shape) for n, g, shape in groups]
     return pickle.dumps(columns, protocol=5)
@@ -59,10 +59,10 @@ def decode_groups(content: bytes) -> list[Numbered]:
             reward=reward,
             status=status,
             sample_id=sample_id,
-            execution_id=execution_id,
+            rollout_id=rollout_id,
             **{name: column[i] for name, column in (tokens | values).items()},
         )
-        for i, (prompt, reward, status, sample_id, execution_id) in enumerate(columns["samples"])
+        for i, (prompt, reward, status, sample_id, rollout_id) in enumerate(columns["samples"])
     )
     return [
         (number, Group(group_id, tuple(next(samples) for _ in range(count))), shape)

@@ -31,7 +31,7 @@ class StepShape:
         loss_lens: ``[N]`` trained tokens.
         prompt_lens, response_lens: ``[N]`` tokens.
         statuses: ``[N]`` index into ``Status``.
-        executions: ``[N]`` execution of the sample within its group, from 0.
+        rollouts: ``[N]`` rollout of the sample within its group, from 0.
         carried: names of the per-token values that the samples with trained tokens carry; None
             when there is no such sample.
     """
@@ -44,7 +44,7 @@ class StepShape:
     prompt_lens: IntArray
     response_lens: IntArray
     statuses: IntArray
-    executions: IntArray
+    rollouts: IntArray
     carried: tuple[str, ...] | None
 
     @classmethod
@@ -77,7 +77,7 @@ class StepShape:
             prompt_lens=_ints(len(s.prompt_ids) for s in samples),
             response_lens=_ints(len(s.response_ids) for s in samples),
             statuses=_ints(_STATUSES.index(s.status) for s in samples),
-            executions=_ints(n for group in groups for n in group.executions.tolist()),
+            rollouts=_ints(n for group in groups for n in group.rollouts.tolist()),
             carried=carried_fields(groups) if is_trained else None,
         )
 
@@ -135,20 +135,20 @@ class StepShape:
             group_ids=tuple(f"{name}/{i}" for name, count in names for i in range(count)),
             num_samples=ones,
             costs=np.zeros(len(ones)),
-            executions=np.zeros_like(ones),
+            rollouts=np.zeros_like(ones),
         )
 
-    def count_executions(self) -> tuple[Tensor, Tensor]:
-        """The sequences that averages are taken over: samples, or executions of several samples.
+    def count_rollouts(self) -> tuple[Tensor, Tensor]:
+        """The sequences that averages are taken over: samples, or rollouts of several samples.
 
         Returns:
-            ``[N]`` execution of every sample, from 0 in order of appearance, and
-            ``[num_executions]`` trained tokens of every execution.
+            ``[N]`` rollout of every sample, from 0 in order of appearance, and
+            ``[num_rollouts]`` trained tokens of every rollout.
         """
         lasts = np.zeros(len(self.group_ids), dtype=np.int64)
-        np.maximum.at(lasts, self.group_numbers.numpy(), self.executions + 1)
+        np.maximum.at(lasts, self.group_numbers.numpy(), self.rollouts + 1)
         numbers = torch.from_numpy(
-            self.executions + np.repeat(np.cumsum(lasts) - lasts, self.num_samples)
+            self.rollouts + np.repeat(np.cumsum(lasts) - lasts, self.num_samples)
         )
         counts = torch.zeros(int(lasts.sum()), dtype=torch.int64)
         return numbers, counts.index_add(0, numbers, torch.from_numpy(self.loss_lens))

@@ -49,14 +49,14 @@ SLIME_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] 
 
 
 def slime_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
-    made = make_input(seed, has_executions=True)
+    made = make_input(seed, has_rollouts=True)
     files = [folder / f"{i}.pt" for i in range(len(made.samples))]
-    names_executions, names_rollout = made.chance(0.5), made.chance(0.8)
+    names_rollouts, names_rollout = made.chance(0.5), made.chance(0.8)
     for number, (file, known) in enumerate(zip(files, made.samples)):
         ids: dict[Any, int] = {}
         samples = []
         for place, s in enumerate(known):
-            key = place if s.execution is None else s.execution
+            key = place if s.rollout is None else s.rollout
             sample = {
                 "group_index": s.group,
                 "index": place,
@@ -70,9 +70,9 @@ def slime_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
                 "metadata": {"turns": place},
                 "spec_info": {},
             }
-            if names_executions or s.execution is not None:
+            if names_rollouts or s.rollout is not None:
                 sample["rollout_id"] = ids.setdefault(key, 100 + place)
-                if s.execution is not None and made.chance(0.5):
+                if s.rollout is not None and made.chance(0.5):
                     sample["index"] = list(ids).index(key) + 1000
             elif made.chance(0.5):
                 sample["rollout_id"] = None

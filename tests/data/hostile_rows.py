@@ -23,7 +23,7 @@ def own_row(made: Input, sample: Known, has_ids: bool) -> dict[str, Any]:
         "reward": sample.reward,
         "loss_mask": made.pick(sample.mask, [int(flag) for flag in sample.mask]),
         "rollout_logprobs": sample.logprobs,
-        "execution_id": sample.execution,
+        "rollout_id": sample.rollout,
     }
     if has_ids:
         row["group_id"] = sample.group
@@ -76,7 +76,7 @@ ROW_FAULTS: dict[str, Fault] = {
     "advantage infinite": ("advantage", lambda r: math.inf),
     "status": ("status", lambda r: "finished"),
     "group point": ("group_id", lambda r: 0.5),
-    "execution list": ("execution_id", lambda r: [1]),
+    "rollout list": ("rollout_id", lambda r: [1]),
     "metadata": ("metadata", lambda r: "[1]"),
     "unknown": ("uid", lambda r: 3),
     "near": ("response_id", lambda r: [3]),
@@ -108,15 +108,15 @@ def spoil_pair(
     where = next(i for i, g in zip(trained, groups) if groups.count(g) > 1)
     again = trained[groups.index(made.samples[number][where].group) + 1]
     first, second = rows[number][where], rows[number][again]
-    kinds = ["sample_id", "rollout_logprobs", "execution_id"]
+    kinds = ["sample_id", "rollout_logprobs", "rollout_id"]
     name = made.rng.choice(kinds + ["group_id", "group_id of all"] * ("group_id" in second))
     if name == "sample_id":
         first[name] = second[name] = "same"
-        first["execution_id"] = None
+        first["rollout_id"] = None
     elif name == "rollout_logprobs":
         count = len(second["response_ids"])
         second[name] = None if second[name] is not None else [-1.0] * count
-    elif name == "execution_id":
+    elif name == "rollout_id":
         first[name] = second[name] = "same"
         second["reward"] = float(first["reward"]) + 1
     elif name == "group_id":
@@ -128,7 +128,7 @@ def spoil_pair(
 
 
 def jsonl_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
-    made = make_input(seed, has_executions=True)
+    made = make_input(seed, has_rollouts=True)
     has_ids = made.chance(0.6)
     suffix = made.pick(".jsonl", ".json", ".jsonl.gz")
     files = [folder / f"step{i}{suffix}" for i in range(len(made.samples))]
@@ -178,7 +178,7 @@ IDS = [
 
 
 def parquet_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
-    made = make_input(seed, has_executions=True)
+    made = make_input(seed, has_rollouts=True)
     has_ids = made.chance(0.6)
     files = [folder / f"step{i}.parquet" for i in range(len(made.samples))]
     rows = [[one_type(own_row(made, s, has_ids)) for s in samples] for samples in made.samples]

@@ -24,7 +24,7 @@ class Known:
     logprobs: list[float] | None
     group: Any
     status: str = "completed"
-    execution: Any = None
+    rollout: Any = None
 
     def abort(self, is_empty: bool) -> None:
         self.status, self.logprobs = "aborted", None
@@ -48,7 +48,7 @@ class Input:
         return self.rng.random() < share
 
 
-def make_input(seed: int, *, has_executions: bool = False) -> Input:
+def make_input(seed: int, *, has_rollouts: bool = False) -> Input:
     """Up to three files whose group ids start anew, with the odd response that trains nothing."""
     made = Input(random.Random(seed))
     rng = made.rng
@@ -71,10 +71,10 @@ def make_input(seed: int, *, has_executions: bool = False) -> Input:
                         group,
                     )
                 )
-                if has_executions and number and made.chance(0.3):
+                if has_rollouts and number and made.chance(0.3):
                     samples[-1].reward = samples[-2].reward
-                    samples[-2].execution = samples[-2].execution or f"{group}.{number}"
-                    samples[-1].execution = samples[-2].execution
+                    samples[-2].rollout = samples[-2].rollout or f"{group}.{number}"
+                    samples[-1].rollout = samples[-2].rollout
         if samples[0].status == "completed" and made.chance(0.3):
             rng.choice(samples).abort(made.chance(0.5))
         made.samples.append(samples)
@@ -90,10 +90,8 @@ def assert_read(made: Input, paths: list[Path], **options: Any) -> None:
             want.setdefault((number, sample.group), []).append(sample)
     assert len({g.group_id for g in groups}) == len(groups) == len(want)
     for group, known in zip(groups, want.values()):
-        executions = [i if s.execution is None else s.execution for i, s in enumerate(known)]
-        assert group.executions.tolist() == [
-            list(dict.fromkeys(executions)).index(e) for e in executions
-        ]
+        rollouts = [i if s.rollout is None else s.rollout for i, s in enumerate(known)]
+        assert group.rollouts.tolist() == [list(dict.fromkeys(rollouts)).index(e) for e in rollouts]
         assert len(group.samples) == len(known)
         for got, sample in zip(group.samples, known):
             assert got.prompt_ids.tolist() == sample.prompt

@@ -1,4 +1,4 @@
-"""slime's dumps: prompts, executions and samples that fan out of them."""
+"""slime's dumps: prompts, rollouts and samples that fan out of them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ FAN_OUT = [
     slime_sample(1, 3, Q, [17], 0.0, rollout_id=2),
     slime_sample(1, 4, Q, [18, 19], 1.0, rollout_id=3),
 ]
-# samples, and executions of every group
+# samples, and rollouts of every group
 SLIME = {
     "an id that is null": (PLAIN, [[0, 1], [0, 1]]),
     "no id": (
         [{k: v for k, v in s.items() if k != "rollout_id"} for s in PLAIN],
         [[0, 1], [0, 1]],
     ),
-    "an id of every execution": ([s | {"rollout_id": s["index"]} for s in PLAIN], [[0, 1], [0, 1]]),
+    "an id of every rollout": ([s | {"rollout_id": s["index"]} for s in PLAIN], [[0, 1], [0, 1]]),
     "the id of the file among them": (
         [s | {"rollout_id": 5 + s["index"]} for s in PLAIN],
         [[0, 1], [0, 1]],

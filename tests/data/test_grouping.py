@@ -16,10 +16,10 @@ from tests.data.slime import FAN_OUT, PLAIN, SLIME, P, Q, save_slime, slime_samp
 
 @pytest.mark.parametrize("case", SLIME)
 def test_slime_groups_by_prompt_whatever_the_sample_s_rollout_id(tmp_path, case):
-    samples, executions = SLIME[case]
+    samples, rollouts = SLIME[case]
     groups = read_rollouts(save_slime(tmp_path / "7.pt", samples))
     assert [g.group_id for g in groups] == ["7/0", "7/1"]
-    assert [g.executions.tolist() for g in groups] == executions
+    assert [g.rollouts.tolist() for g in groups] == rollouts
     assert sum(len(g.samples) for g in groups) == len(samples)
     # Another rollout has groups of its own.
     later = save_slime(tmp_path / "8.pt", samples, rollout_id=8)
@@ -27,7 +27,7 @@ def test_slime_groups_by_prompt_whatever_the_sample_s_rollout_id(tmp_path, case)
     assert ids == ["7/0", "7/1", "8/0", "8/1"]
     write_rollouts(groups, tmp_path / "again.jsonl")
     again = read_rollouts(tmp_path / "again.jsonl")
-    assert [g.executions.tolist() for g in again] == executions
+    assert [g.rollouts.tolist() for g in again] == rollouts
 
 
 # samples, field, part of the message
@@ -36,11 +36,11 @@ BAD_SLIME = {
         [PLAIN[0], PLAIN[1] | {"index": 0}],
         "sample 1: field 'sample_id' '7/0' is also that of",
     ),
-    "an execution of two rewards": (
+    "a rollout of two rewards": (
         [FAN_OUT[0], FAN_OUT[1] | {"reward": 0.5}],
-        "sample 1: field 'execution_id' '7/0' .*sample 0, whose reward is 1.0, not 0.5",
+        "sample 1: field 'rollout_id' '7/0' .*sample 0, whose reward is 1.0, not 0.5",
     ),
-    "an execution of two prompts": (
+    "a rollout of two prompts": (
         [s | {"rollout_id": 7, "reward": 1.0} for s in PLAIN],
         "sample 2: field 'rollout_id' is 7 in group_index 0 and 1",
     ),

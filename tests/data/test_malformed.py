@@ -104,7 +104,8 @@ BAD_ROWS = {
     "template fails": (chat({"role": "user", "content": "x"}), "prompt", "KeyError: 'no template'"),
     "prompt text of no tokens": (text_with(prompt=" "), "prompt", "has no tokens"),
     "id beyond int64": (row_with(group_id=2**70), "group_id", "string or an integer"),
-    "execution_id is a float": (row_with(execution_id=1.5), "execution_id", "string or an integer"),
+    "rollout_id is a float": (row_with(rollout_id=1.5), "rollout_id", "string or an integer"),
+    "another name": (row_with(execution_id="a"), "execution_id", "its name here is 'rollout_id'"),
     "mask for text": (text_with(loss_mask=[1]), "loss_mask", "text does not determine"),
 }
 

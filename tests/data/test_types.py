@@ -1,4 +1,4 @@
-"""Responses that train nothing, and executions of several samples."""
+"""Responses that train nothing, and rollouts of several samples."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_sample_without_response_ends_at_its_prompt(min_shared):
     assert alone.segment_lens.tolist() == [2] and alone.sample_lens.tolist() == [2]
 
 
-def test_executions_are_numbered_within_a_group():
+def test_rollouts_are_numbered_within_a_group():
     sample = make_sample([1], [2])
     ids = ["a", None, "b", "a", None, "b"]
-    samples = tuple(replace(sample, execution_id=i) for i in ids)
-    assert Group("g", samples).executions.tolist() == [0, 1, 2, 0, 3, 2]
+    samples = tuple(replace(sample, rollout_id=i) for i in ids)
+    assert Group("g", samples).rollouts.tolist() == [0, 1, 2, 0, 3, 2]

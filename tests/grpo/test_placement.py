@@ -171,7 +171,7 @@ def test_a_refusal_on_one_replica_is_raised_on_all(groups: Any, message: str) ->
 
 def test_a_message_keeps_all_but_metadata() -> None:
     samples = tuple(
-        replace(s, sample_id=str(i), execution_id="e", metadata={"text": "x"})
+        replace(s, sample_id=str(i), rollout_id="e", metadata={"text": "x"})
         for i, s in enumerate(GROUPS[0].samples)
     )
     sent = [(7, replace(GROUPS[0], samples=samples), group_shape(GROUPS[0]))]
@@ -185,7 +185,7 @@ def test_a_message_keeps_all_but_metadata() -> None:
             for name in ("prompt_ids", "response_ids", "loss_mask", "rollout_logprobs"):
                 assert torch.equal(getattr(a, name), getattr(b, name))
             assert (a.reward, a.status, a.sample_id) == (b.reward, b.status, b.sample_id)
-            assert a.execution_id == b.execution_id and b.metadata == {} and b.advantages is None
+            assert a.rollout_id == b.rollout_id and b.metadata == {} and b.advantages is None
 
 
 def test_a_message_takes_values_of_any_floating_dtype() -> None:

@@ -283,18 +283,18 @@ def how_files_are_read_is_said_in_the_config(folder: Path) -> None:
 
 
 @check
-def an_execution_counts_once(folder: Path) -> None:
-    """The first two samples of every group are one execution with the reward of the first."""
+def a_rollout_counts_once(folder: Path) -> None:
+    """The first two samples of every group are one rollout with the reward of the first."""
     parts, once = [], []
     for group in tiny.make_groups(5):
         first, *others = group.samples
-        first = replace(first, execution_id="a")
-        second = [replace(s, execution_id="a", reward=first.reward) for s in others[:1]]
+        first = replace(first, rollout_id="a")
+        second = [replace(s, rollout_id="a", reward=first.reward) for s in others[:1]]
         parts.append(Group(group.group_id, (first, *second, *others[1:])))
         once.append(Group(group.group_id, (first, *others[1:])))
-    by_execution = dense.advantages_of(once).tolist()
+    by_rollout = dense.advantages_of(once).tolist()
     # Group 3 has one sample.
-    by_sample = [by_execution[i] for n in (0, 3, 6, None, 10)
+    by_sample = [by_rollout[i] for n in (0, 3, 6, None, 10)
                  for i in ((9,) if n is None else (n, n, n + 1, n + 2))]  # fmt: skip
     given = tiny.one_sample_groups(parts, torch.tensor(by_sample))
     (got,), weights = run(folder / "parts", parts)
@@ -302,10 +302,10 @@ def an_execution_counts_once(folder: Path) -> None:
     assert near(got["actor/loss"], want["actor/loss"])
     assert all(torch.allclose(weights[n], plain[n], atol=1e-5) for n in plain)
     (step,), _ = run(folder / "mean", parts, algorithm__loss_agg_mode="seq-mean-token-mean")
-    assert near(step["actor/loss"], -sum(by_execution) / 13)
+    assert near(step["actor/loss"], -sum(by_rollout) / 13)
     assert not near(step["actor/loss"], -sum(by_sample) / 17, 1e-3)
     for shaping in ({"algorithm__use_kl_in_reward": True}, {"algorithm__overlong_buffer_len": 4}):
-        refused("executions of several samples", folder / "refused", parts, **shaping)
+        refused("rollouts of several samples", folder / "refused", parts, **shaping)
 
 
 @check

@@ -1,4 +1,4 @@
-"""Advantages and weights of groups with executions of several samples, by hand."""
+"""Advantages and weights of groups with rollouts of several samples, by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_advantages_of_slime_s_groups(tmp_path, case):
     groups = read_rollouts(save_slime(tmp_path / "7.pt", samples))
     rewards = torch.cat([g.rewards for g in groups])
     got = advantages(groups)
-    # Two executions with rewards 1 and 0: half a point from the mean, a deviation of sqrt(1 / 2).
+    # Two rollouts with rewards 1 and 0: half a point from the mean, a deviation of sqrt(1 / 2).
     want = (2 * rewards - 1) * 0.5**0.5
     assert torch.allclose(got, want, atol=2e-6) and len(rewards) == len(samples)
 
@@ -45,10 +45,10 @@ def test_an_aborted_sample_does_not_count(tmp_path):
     assert StepShape.of(groups).statistics()["response_length/aborted"] == 2 / 6
 
 
-def executions(*parts: tuple[float, list[int]]) -> list[Group]:
-    """A group of executions: reward, and trained tokens of every part."""
+def rollouts(*parts: tuple[float, list[int]]) -> list[Group]:
+    """A group of rollouts: reward, and trained tokens of every part."""
     samples = [
-        replace(make_sample([1, 2], [3] * n, reward=reward), execution_id=str(i))
+        replace(make_sample([1, 2], [3] * n, reward=reward), rollout_id=str(i))
         for i, (reward, lens) in enumerate(parts)
         for n in lens
     ]
@@ -56,7 +56,7 @@ def executions(*parts: tuple[float, list[int]]) -> list[Group]:
 
 
 ONE = [(1.0, [2]), (0.0, [5]), (0.5, [3])]
-# The same executions in parts, with as many tokens each.
+# The same rollouts in parts, with as many tokens each.
 PARTS = [(1.0, [1, 1]), (0.0, [5]), (0.5, [1, 1, 1])]
 
 
@@ -65,24 +65,24 @@ PARTS = [(1.0, [1, 1]), (0.0, [5]), (0.5, [1, 1, 1])]
 )
 def test_parts_take_the_advantage_of_the_whole(estimator):
     algorithm = GrpoConfig(adv_estimator=estimator)
-    whole, parts = executions(*ONE), executions(*PARTS)
+    whole, parts = rollouts(*ONE), rollouts(*PARTS)
     want = advantages(whole, algorithm)
     got = advantages(parts, algorithm)
     assert torch.equal(got, want[[0, 0, 1, 2, 2, 2]]) and want.unique().numel() == 3
     # Counted by samples they would be others.
-    alone = [Group("g", tuple(replace(s, execution_id=None) for s in parts[0].samples))]
+    alone = [Group("g", tuple(replace(s, rollout_id=None) for s in parts[0].samples))]
     if estimator in ("grpo", "rloo"):
         assert not torch.allclose(advantages(alone, algorithm), got)
 
 
-def test_executions_are_counted_over_groups():
-    groups = executions(*ONE) + executions(*PARTS)
-    numbers, counts = StepShape.of(groups).count_executions()
+def test_rollouts_are_counted_over_groups():
+    groups = rollouts(*ONE) + rollouts(*PARTS)
+    numbers, counts = StepShape.of(groups).count_rollouts()
     assert numbers.tolist() == [0, 1, 2, 3, 3, 4, 5, 5, 5] and counts.tolist() == [2, 5, 3] * 2
 
 
 def test_parts_of_different_rewards_are_refused():
-    groups = executions(*PARTS)
+    groups = rollouts(*PARTS)
     shaped = groups[0].rewards - torch.arange(6)
-    with pytest.raises(ValueError, match="one execution of group 'g' have different rewards"):
+    with pytest.raises(ValueError, match="one rollout of group 'g' have different rewards"):
         compute_advantages(StepShape.of(groups), shaped, GrpoConfig())

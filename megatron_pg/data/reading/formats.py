@@ -55,10 +55,10 @@ def slime_converter(
     """For records ``{"rollout_id": of the file, "sample": slime's Sample.to_dict()}``.
 
     The prompt is what precedes the last ``response_length`` tokens. Samples of one ``group_index``
-    form a group. A sample's own ``rollout_id`` is its ``execution_id``: an agent's execution that
-    fans out into several samples, which share its reward, counts once. ``remove_sample`` leaves no
-    token trained, the reward counts. A failed sample counts as aborted; a pending one is refused. A
-    sample that was aborted before it had any tokens takes the prompt of its group.
+    form a group. Samples of one ``rollout_id`` (turns, sub-agents, compacted contexts) share its
+    reward, which counts once. ``remove_sample`` leaves no token trained, the reward counts. A
+    failed sample counts as aborted; a pending one is refused. A sample that was aborted before it
+    had any tokens takes the prompt of its group.
     """
     prompts: dict[int | str, list[int]] = {}
     for record in records:
@@ -69,19 +69,19 @@ def slime_converter(
         if is_whole and isinstance(group_index, int | str):
             prompts.setdefault(group_index, tokens[: len(tokens) - length])
 
-    executions: dict[int | str, int | str | None] = {}
+    groups: dict[int | str, int | str | None] = {}
 
     def convert(record: Row) -> Row:
-        rollout_id, sample = _id(record, "rollout_id"), record["sample"]
+        file_id, sample = _id(record, "rollout_id"), record["sample"]
         tokens = _take(sample, "tokens", list)
         length = _take(sample, "response_length", int)
         index, group_index = _id(sample, "index"), _id(sample, "group_index")
-        execution = _id(sample, "rollout_id")
-        if execution is not None and executions.setdefault(execution, group_index) != group_index:
+        rollout = _id(sample, "rollout_id")
+        if rollout is not None and groups.setdefault(rollout, group_index) != group_index:
             raise FormatError(
                 "rollout_id",
-                f"is {execution!r} in group_index {executions[execution]!r} and {group_index!r}; "
-                "an execution answers one prompt, leave it out of samples that count by themselves",
+                f"is {rollout!r} in group_index {groups[rollout]!r} and {group_index!r}; a rollout "
+                "answers one prompt, leave it out of samples that count by themselves",
             )
         if not tokens and length == 0:
             tokens = prompts.get(group_index, []) if group_index is not None else []
@@ -102,9 +102,9 @@ def slime_converter(
             "loss_mask": sample.get("loss_mask"),
             "rollout_logprobs": sample.get("rollout_log_probs"),
             "status": "aborted" if status == "failed" else status,
-            "sample_id": _join_ids(rollout_id, index),
-            "group_id": _join_ids(rollout_id, group_index),
-            "execution_id": _join_ids(rollout_id, execution),
+            "sample_id": _join_ids(file_id, index),
+            "group_id": _join_ids(file_id, group_index),
+            "rollout_id": _join_ids(file_id, rollout),
             "metadata": {"slime": {name: sample.get(name) for name in kept}},
         }
         if sample.get("remove_sample"):

@@ -34,7 +34,7 @@ def check_rows(rows: Sequence[PlacedRow], problems: Problems) -> None:
             problems.add(placed.where, message, "group_id")
     _check_sample_ids(rows, problems)
     _check_prompts(rows, problems)
-    _check_executions(rows, problems)
+    _check_rollouts(rows, problems)
     _check_token_values(rows, problems)
 
 
@@ -65,14 +65,14 @@ def _check_sample_ids(rows: Sequence[PlacedRow], problems: Problems) -> None:
         if sample.sample_id is None:
             continue
         earlier = ids.setdefault((placed.scope, sample.sample_id), placed)
-        execution = (earlier.group, earlier.row.sample.execution_id)
+        rollout = (earlier.group, earlier.row.sample.rollout_id)
         if earlier is placed or (
-            sample.execution_id is not None and (placed.group, sample.execution_id) == execution
+            sample.rollout_id is not None and (placed.group, sample.rollout_id) == rollout
         ):
             continue
         message = (
             f"{sample.sample_id!r} is also that of {earlier.where}; rename one, or give parts of "
-            "one execution their execution_id"
+            "one rollout their rollout_id"
         )
         problems.add(placed.where, message, "sample_id")
 
@@ -92,21 +92,21 @@ def _check_prompts(rows: Sequence[PlacedRow], problems: Problems) -> None:
             problems.add(placed.where, message, "group_id")
 
 
-def _check_executions(rows: Sequence[PlacedRow], problems: Problems) -> None:
-    first_of_execution: dict[Any, PlacedRow] = {}
+def _check_rollouts(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    first_of_rollout: dict[Any, PlacedRow] = {}
     for placed in rows:
         sample = placed.row.sample
-        if sample.execution_id is None or sample.status == "aborted":
+        if sample.rollout_id is None or sample.status == "aborted":
             continue
-        first = first_of_execution.setdefault((placed.group, sample.execution_id), placed)
+        first = first_of_rollout.setdefault((placed.group, sample.rollout_id), placed)
         reward = first.row.sample.reward
         if sample.reward != reward:
             message = (
-                f"{sample.execution_id!r} is also that of {first.where}, whose reward is {reward}, "
-                f"not {sample.reward}: parts of one execution share its reward; leave the id out "
+                f"{sample.rollout_id!r} is also that of {first.where}, whose reward is {reward}, "
+                f"not {sample.reward}: parts of one rollout share its reward; leave the id out "
                 "of samples that count by themselves"
             )
-            problems.add(placed.where, message, "execution_id")
+            problems.add(placed.where, message, "rollout_id")
 
 
 def _check_token_values(rows: Sequence[PlacedRow], problems: Problems) -> None:

@@ -138,7 +138,7 @@ def _as_row(group_id: str, sample: Sample) -> dict[str, object]:
     row: dict[str, object] = {
         "group_id": group_id,
         "sample_id": sample.sample_id,
-        "execution_id": sample.execution_id,
+        "rollout_id": sample.rollout_id,
         "prompt_ids": sample.prompt_ids.tolist(),
         "response_ids": sample.response_ids.tolist(),
         "reward": sample.reward,

@@ -11,9 +11,9 @@ reward              yes        finite number, or a boolean for 1 and 0; none is 
                                or empty response
 group_id            no         string or integer, on every row of a file or on none; without it,
                                rows with equal prompts form a group
-sample_id           no         string or integer, unique in its file except within an execution
-execution_id        no         string or integer: rows of a group with equal ones are parts of one
-                               execution; they share its reward, which counts once
+sample_id           no         string or integer, unique in its file except within a rollout
+rollout_id          no         string or integer: rows of a group with equal ones are turns,
+                               sub-agents and contexts of one rollout (see ``Sample``)
 loss_mask           no         0 or 1 per response token; all 1 when absent
 rollout_logprobs    no         number <= 0 per response token, likewise ``old_logprobs``,
                                ``ref_logprobs``; on all rows of a group that train a token, or none
@@ -143,7 +143,7 @@ class RowParser:
             advantages=_as_float64(advantage),
             status=row.get("status", "completed"),
             sample_id=_as_id(row.get("sample_id")),
-            execution_id=_as_id(row.get("execution_id")),
+            rollout_id=_as_id(row.get("rollout_id")),
             metadata=json.loads(metadata) if isinstance(metadata, str) else metadata,
         )
         return ParsedRow(sample, _as_id(row.get("group_id")), key)
@@ -172,7 +172,13 @@ def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
     return errors
 
 
+# What other programs call a field.
+_OTHER_NAMES = {"execution_id": "rollout_id", "trajectory_id": "rollout_id", "uid": "group_id"}
+
+
 def _unknown_field(name: str) -> str:
+    if name in _OTHER_NAMES:
+        return f"is no field of the schema; its name here is {_OTHER_NAMES[name]!r}"
     close = get_close_matches(name, FIELDS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "put it under 'metadata'"
     return f"is no field of the schema; {hint}"
@@ -254,7 +260,7 @@ FIELDS: dict[str, Callable[[Any], str | None]] = {
     "reward": reward_problem,
     "group_id": _check_id,
     "sample_id": _check_id,
-    "execution_id": _check_id,
+    "rollout_id": _check_id,
     "loss_mask": _check_mask,
     "rollout_logprobs": _check_logprobs,
     "old_logprobs": _check_logprobs,

@@ -117,19 +117,19 @@ def _recording_problems(
             "no row has a trained token: every response is aborted or empty, or its loss_mask is 0 "
             "throughout"
         )
-    problems += _execution_problems(recording.groups, algorithm)
+    problems += _rollout_problems(recording.groups, algorithm)
     return problems + _length_problems(recording.groups, packing)
 
 
-def _execution_problems(groups: Sequence[Group], algorithm: AlgorithmConfig) -> Iterator[str]:
-    """Rewards shaped by a sample's own length or KL would differ within an execution."""
-    split = next((g for g in groups if len(g.executions.unique()) < len(g.samples)), None)
+def _rollout_problems(groups: Sequence[Group], algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Rewards shaped by a sample's own length or KL would differ within a rollout."""
+    split = next((g for g in groups if len(g.rollouts.unique()) < len(g.samples)), None)
     for name in ("use_kl_in_reward", "overlong_buffer_len"):
         if split is not None and (value := getattr(algorithm, name)):
             yield (
                 f"algorithm.{name}={value!r} changes the reward of every sample, but group "
-                f"{split.group_id!r} has executions of several samples, which share one reward; "
-                "turn it off, or leave execution_id (slime: rollout_id) out"
+                f"{split.group_id!r} has rollouts of several samples, which share one reward; "
+                "turn it off, or leave rollout_id out"
             )
 
 
