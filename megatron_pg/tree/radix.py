@@ -16,13 +16,14 @@ class _Node:
     tokens: IntArray
     samples: list[int] = field(default_factory=list)
     children: list[_Node] = field(default_factory=list)
-    multiplicity: int = 0
 
 
 def build_radix_segments(
     sequences: list[IntArray], min_shared: int
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Segments in pre-order of the compressed tree of ``sequences``, shared runs >= min_shared.
+    """Segments in pre-order of the compressed tree of ``sequences``.
+
+    What samples share before they part has at least ``min_shared`` tokens.
 
     Returns:
         ``(segment_lens, segment_parents, sample_segments, token_ids)`` as ``PrefixTree`` takes
@@ -46,24 +47,22 @@ def _insert_all(sequences: list[IntArray]) -> _Node:
 
     for sample, tokens in enumerate(sequences):
         node, rest = root, tokens
-        node.multiplicity += 1
         while len(rest):
             slot = by_token[node].get(int(rest[0]))
             if slot is None:
-                leaf = _Node(rest, multiplicity=1)
+                leaf = _Node(rest)
                 add_child(node, leaf)
                 node = leaf
                 break
             child = node.children[slot]
             shared = _common_len(child.tokens, rest)
             if shared < len(child.tokens):
-                head = _Node(child.tokens[:shared], multiplicity=child.multiplicity)
+                head = _Node(child.tokens[:shared])
                 child.tokens = child.tokens[shared:]
                 by_token[head] = {}
                 add_child(head, child)
                 node.children[slot] = head
                 child = head
-            child.multiplicity += 1
             node, rest = child, rest[shared:]
         node.samples.append(sample)
     return root
@@ -77,23 +76,38 @@ def _common_len(a: IntArray, b: IntArray) -> int:
 
 
 def _write_out_short_runs(root: _Node, min_shared: int) -> None:
-    """Push every shared run shorter than ``min_shared`` down into its children and samples."""
+    """Push every run shorter than ``min_shared`` down to where samples part after it.
+
+    A run with one way on, or none, attends like one segment with it, so that sharing it is free.
+    """
     stack = [root]
     while stack:
         node = stack.pop()
         kept: list[_Node] = []
         pending = node.children[::-1]
         while pending:
-            child = pending.pop()
-            if child.multiplicity == 1 or len(child.tokens) >= min_shared:
-                kept.append(child)
+            chain = _until_fork(pending.pop())
+            forks = chain[-1].children
+            if not forks or sum(len(part.tokens) for part in chain) >= min_shared:
+                kept.append(chain[0])
+                stack.append(chain[-1])
                 continue
-            kept += [_Node(child.tokens, samples=[s], multiplicity=1) for s in child.samples]
-            for grandchild in child.children:
-                grandchild.tokens = np.concatenate([child.tokens, grandchild.tokens])
-            pending += child.children[::-1]
+            tokens = chain[0].tokens[:0]
+            for part in chain:
+                tokens = np.concatenate([tokens, part.tokens])
+                kept += [_Node(tokens, samples=[sample]) for sample in part.samples]
+            for fork in forks:
+                fork.tokens = np.concatenate([tokens, fork.tokens])
+            pending += forks[::-1]
         node.children = kept
-        stack += kept
+
+
+def _until_fork(node: _Node) -> list[_Node]:
+    """The node and all that follows it alone."""
+    chain = [node]
+    while len(chain[-1].children) == 1:
+        chain += chain[-1].children
+    return chain
 
 
 def _flatten(root: _Node, num_samples: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:

@@ -83,7 +83,8 @@ class PrefixTree:
         Args:
             sequences: one-dimensional integer sequences (lists, arrays or CPU tensors), one per
                 sample, prompt included.
-            min_shared: shortest run of tokens that may be shared; shorter ones are written out.
+            min_shared: shortest run of tokens after which samples part; shorter ones are written
+                out. A run after which they do not costs nothing and is shared at any length.
 
         Raises:
             ValueError: on no sequences, an empty one, tokens that are no integers, or

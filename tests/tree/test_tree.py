@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -50,8 +52,22 @@ def test_short_runs_are_written_out(samples: list[list[int]]) -> None:
     for min_shared in (2, 3, 5):
         tree = PrefixTree.from_sequences(samples, min_shared=min_shared)
         assert written_out(tree) == samples
-        shared = tree.segment_multiplicity > 1
-        assert (tree.segment_lens[shared] >= min_shared).all()
+        children = Counter(tree.segment_parents.tolist())
+        for fork in (s for s in range(tree.num_segments) if children[s] > 1):
+            run, above = int(tree.segment_lens[fork]), int(tree.segment_parents[fork])
+            while above >= 0 and children[above] == 1:
+                run, above = run + int(tree.segment_lens[above]), int(tree.segment_parents[above])
+            assert run >= min_shared
+
+
+@settings(max_examples=100)
+@given(sample_lists())
+def test_turns_of_one_context_stand_in_it_once(samples: list[list[int]]) -> None:
+    """Where no samples part, each being the start of the longest, all is shared."""
+    longest = max(samples, key=len)
+    turns = [longest[:n] for n in (1, len(longest) // 2 + 1, len(longest), len(longest))]
+    tree = PrefixTree.from_sequences(turns, min_shared=100)
+    assert written_out(tree) == turns and tree.unique_tokens == len(longest)
 
 
 @settings(max_examples=100)
