@@ -23,6 +23,8 @@ def content_checksum(groups: Sequence[Group]) -> str:
             digest.update(
                 f"{sample.status} {float(sample.reward).hex()} rollout {rollout};".encode()
             )
+            if sample.loss_weight is not None:
+                digest.update(f"loss_weight {float(sample.loss_weight).hex()};".encode())
             for field in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
                 values = getattr(sample, field)
                 if values is not None:

@@ -62,7 +62,8 @@ def pack_groups(
 
     Raises:
         ValueError: if one sample exceeds the budget, on missing advantages, if some samples have a
-            kind of logprobs and others do not, or if a tensor does not have N entries.
+            kind of logprobs and others do not, if they have loss weights and ``sample_weights`` is
+            None, or if a tensor does not have N entries.
     """
     shapes = [group_shape(group, min_shared) for group in groups]
     plan = plan_rows(
@@ -141,20 +142,28 @@ def token_values(
             are; None takes those that all samples with trained tokens have.
 
     Raises:
-        ValueError: if some samples have a kind of values and others do not, or if a tensor does not
-            have one entry per sample.
+        ValueError: if some samples have a kind of values and others do not, if they have loss
+            weights and ``sample_weights`` is None, or if a tensor does not have one entry per
+            sample.
     """
     counts = torch.from_numpy(
         np.concatenate([np.empty(0, np.int64), *(shape.loss_lens for shape in shapes)])
     )
     num_tokens = int(counts.sum())
     weights = _per_sample("sample_weights", sample_weights, len(counts))
+    given = carried_fields(groups.values()) if carried is None else carried
     if weights is None:
+        if "loss_weight" in given:
+            raise ValueError(
+                "the samples carry loss_weight, which the token mean would ignore; pass "
+                "sample_weights=loss.aggregation_weights(..., loss_weights=...)"
+            )
         weights = torch.full((len(counts),), 1 / max(num_tokens, 1), dtype=torch.float64)
     scalars = _per_sample("advantages", advantages, len(counts))
     own = {
         name: torch.zeros(num_tokens, dtype=torch.float64)
-        for name in (carried_fields(groups.values()) if carried is None else carried)
+        for name in given
+        if name in OPTIONAL_TOKEN_VALUES
     }
     if scalars is not None:
         own["advantages"] = torch.repeat_interleave(scalars, counts)
@@ -166,26 +175,29 @@ def token_values(
 
 
 def carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
-    """Names of the optional per-token values that all samples with trained tokens carry.
+    """Names of the optional values that all samples with trained tokens carry.
+
+    Those of ``TokenValues`` besides ``weights``, and "loss_weight".
 
     Raises:
         ValueError: when some of them carry one and others do not; names two of them.
     """
+    names = (*OPTIONAL_TOKEN_VALUES, "loss_weight")
     first: tuple[str, int, dict[str, bool]] | None = None
     for group in groups:
         for i, sample in enumerate(group.samples):
             if not sample.num_loss_tokens:
                 continue
-            has = {name: getattr(sample, name) is not None for name in OPTIONAL_TOKEN_VALUES}
+            has = {name: getattr(sample, name) is not None for name in names}
             first = first or (group.group_id, i, has)
-            for name in OPTIONAL_TOKEN_VALUES:
+            for name in names:
                 if has[name] != first[2][name]:
                     one, other = ("has", "has not") if has[name] else ("has no", "has")
                     raise ValueError(
                         f"sample {i} of group {group.group_id!r} {one} {name}, sample {first[1]} "
                         f"of group {first[0]!r} {other}; give them for all samples or for none"
                     )
-    return tuple(name for name in OPTIONAL_TOKEN_VALUES if first and first[2][name])
+    return tuple(name for name in names if first and first[2][name])
 
 
 def _per_sample(name: str, values: Tensor | None, num_samples: int) -> Tensor | None:

@@ -12,6 +12,9 @@ from ..tree import IntArray, PrefixTree
 from .cost import CostModel
 from .types import Group, Sample
 
+# A fork costs every layer a pass over all that follows it, and saves what its tokens cost.
+_LEAST_RUN = 64
+
 
 @dataclass(frozen=True, eq=False)
 class GroupShape:
@@ -92,15 +95,19 @@ def group_tree(group: Group, min_shared: int | None = None) -> PrefixTree:
 
     Args:
         group: at least one sample.
-        min_shared: None shares exactly the prompt; samples of the group whose prompts differ get
-            one root per distinct prompt, and equal responses stay separate. An integer shares
-            every run of at least that many tokens, at any depth.
+        min_shared: an integer shares every run of at least that many tokens, at any depth (see
+            ``PrefixTree.from_sequences``). None takes 64, or the length of the shortest prompt
+            where that is less, for a group that has a rollout of several samples. For others it
+            shares exactly the prompt: samples whose prompts differ get one root per distinct
+            prompt, and equal responses stay separate.
 
     Raises:
         ValueError: on an empty group or ``min_shared < 1``.
     """
     if not group.samples:
         raise ValueError(f"group {group.group_id!r} has no samples; leave it out")
+    if min_shared is None and len(group.rollouts.unique()) < len(group.samples):
+        min_shared = min(_LEAST_RUN, *(len(sample.prompt_ids) for sample in group.samples))
     if min_shared is not None:
         return PrefixTree.from_sequences([sample.tokens for sample in group.samples], min_shared)
     by_prompt: dict[bytes, list[int]] = {}

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ..tree import PackedLayout
+from .values import weight_problem
 
 Status = Literal["completed", "truncated", "aborted"]
 
+# Given for every response token, or not at all.
 OPTIONAL_TOKEN_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
 
 
@@ -40,11 +42,17 @@ class Sample:
         sample_id: name of the sample in its source, for messages.
         rollout_id: samples of a group with equal ids are turns, sub-agents and compacted contexts
             of one rollout. They share its reward, and the rollout counts once where a group's
-            rewards or an average over sequences is taken. None is a rollout of its own.
+            rewards or an average over sequences is taken. None is a rollout of its own. What they
+            share is found in their tokens (see ``group_tree``); a ratio or an importance weight of
+            a whole sequence is that of one sample.
+        loss_weight: how often the sample counts among the sequences of its minibatch, finite and
+            above 0, in place of once for each rollout (see ``loss.aggregation_weights``).
+            Advantages do not depend on it.
         metadata: carried along, never read by training.
 
     Raises:
-        ValueError: if a tensor has another shape, dtype or device, or if the reward is not finite.
+        ValueError: if a tensor has another shape, dtype or device, if the reward is not finite, or
+            if the loss weight is not above 0.
     """
 
     prompt_ids: Tensor
@@ -58,6 +66,7 @@ class Sample:
     status: Status = "completed"
     sample_id: str | None = None
     rollout_id: str | None = None
+    loss_weight: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +92,8 @@ class Sample:
                 raise ValueError(f"{name} lives on {values.device}; samples do on the CPU: .cpu()")
         if not math.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} must be finite; drop or re-score the sample")
+        if self.loss_weight is not None and (wrong := weight_problem(self.loss_weight)):
+            raise ValueError(f"loss_weight {wrong}")
         if self.status == "aborted" or not len(self.response_ids):
             object.__setattr__(self, "status", "aborted")
             object.__setattr__(self, "loss_mask", torch.zeros_like(self.loss_mask))
@@ -100,9 +111,10 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The samples of one prompt.
+    """The samples of one prompt, or of the rollouts that began with it.
 
-    ``group_id`` is authoritative: equal prompts of two groups are never merged.
+    ``group_id`` is authoritative: equal prompts of two groups are never merged. Samples of one
+    group may begin with different tokens.
     """
 
     group_id: str

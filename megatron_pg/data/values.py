@@ -95,6 +95,13 @@ def reward_problem(value: Any) -> str | None:
     return None if type(value) is bool else number_problem(value)
 
 
+def weight_problem(value: Any) -> str | None:
+    """What keeps a value from being a weight, a finite number above 0; None when nothing does."""
+    if wrong := number_problem(value):
+        return wrong
+    return None if value > 0 else f"is {shorten(value)}, must be above 0; mask what is not trained"
+
+
 def number_problem(value: Any) -> str | None:
     """What keeps a value from being a finite number; None when nothing does."""
     if type(value) not in (int, float):

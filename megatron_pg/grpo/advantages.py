@@ -44,16 +44,16 @@ def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig)
     Raises:
         ValueError: if samples of one rollout have different rewards.
     """
-    rollouts, counts = shape.count_rollouts()
-    places = torch.arange(len(rewards))
-    first = torch.full_like(counts, len(rewards)).scatter_reduce(0, rollouts, places, "amin")
-    others = first[rollouts]
-    differs = torch.nonzero((others != places) & (rewards[others] != rewards))
+    rollouts, firsts = shape.rollout_numbers, shape.rollout_firsts
+    others = firsts[rollouts]
+    is_other = others != torch.arange(len(rewards))
+    differs = torch.nonzero(is_other & (rewards[others] != rewards))
     if len(differs):
         group = shape.group_ids[int(shape.group_numbers[differs[0]])]
         raise ValueError(
-            f"samples of one rollout of group {group!r} have different rewards; give "
-            "them one reward, or a rollout_id each"
+            f"samples of one rollout of group {group!r} have different rewards; give them one "
+            "reward, which no penalty of a sample's own (overlong_buffer_len, use_kl_in_reward) "
+            "changes, or a rollout_id each"
         )
     settings: dict[str, Any] = {}
     if algorithm.adv_estimator == "grpo":
@@ -62,10 +62,10 @@ def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig)
             "std_floor": algorithm.std_floor,
         }
     found = group_advantages(
-        rewards[first],
-        shape.group_numbers[first],
+        rewards[firsts],
+        shape.group_numbers[firsts],
         estimator=algorithm.adv_estimator,
-        trained_counts=counts,
+        trained_counts=shape.rollout_counts,
         **settings,
     )
     return found.advantages[rollouts]
@@ -73,8 +73,11 @@ def compute_advantages(shape: StepShape, rewards: Tensor, algorithm: GrpoConfig)
 
 def sample_weights(shape: StepShape, algorithm: GrpoConfig) -> Tensor:
     """``[N]`` weight of every trained token of a sample in the loss of the minibatch ``shape``."""
-    rollouts, counts = shape.count_rollouts()
-    weights = aggregation_weights(
-        counts, algorithm.loss_agg_mode, loss_scale_factor=algorithm.loss_scale_factor
+    is_weighted = "loss_weight" in (shape.carried or ())
+    return aggregation_weights(
+        torch.from_numpy(shape.loss_lens),
+        algorithm.loss_agg_mode,
+        rollouts=None if is_weighted else shape.rollout_numbers,
+        loss_weights=torch.from_numpy(shape.loss_weights) if is_weighted else None,
+        loss_scale_factor=algorithm.loss_scale_factor,
     )
-    return weights[rollouts]

@@ -15,6 +15,7 @@ Numbered = tuple[int, Group, GroupShape]
 
 _TOKENS = ("response_ids", "loss_mask")
 _VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
+_SCALARS = ("reward", "status", "sample_id", "rollout_id", "loss_weight")
 
 
 def encode_groups(groups: Sequence[Numbered]) -> bytes:
@@ -35,7 +36,7 @@ def encode_groups(groups: Sequence[Numbered]) -> bytes:
             _flat([values.detach().double() for values in given if values is not None]),
         )
     columns["samples"] = [
-        (places[id(s.prompt_ids)], s.reward, s.status, s.sample_id, s.rollout_id) for s in samples
+        (places[id(s.prompt_ids)], [getattr(s, name) for name in _SCALARS]) for s in samples
     ]
     columns["groups"] = [(n, g.group_id, len(g.samples), shape) for n, g, shape in groups]
     return pickle.dumps(columns, protocol=5)
@@ -56,13 +57,10 @@ def decode_groups(content: bytes) -> list[Numbered]:
     samples = iter(
         Sample(
             prompt_ids=prompts[prompt],
-            reward=reward,
-            status=status,
-            sample_id=sample_id,
-            rollout_id=rollout_id,
+            **dict(zip(_SCALARS, scalars)),
             **{name: column[i] for name, column in (tokens | values).items()},
         )
-        for i, (prompt, reward, status, sample_id, rollout_id) in enumerate(columns["samples"])
+        for i, (prompt, scalars) in enumerate(columns["samples"])
     )
     return [
         (number, Group(group_id, tuple(next(samples) for _ in range(count))), shape)

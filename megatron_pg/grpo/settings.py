@@ -15,7 +15,8 @@ class PrefixGroupConfig:
     Attributes:
         attention_backend: "auto", which takes the fastest that can run, or a key of
             ``attention.ATTENTION_BACKENDS``.
-        min_shared: share every common run of at least this many tokens; None shares the prompt.
+        min_shared: share every common run of at least this many tokens; None shares the prompt,
+            and of rollouts of several samples what their contexts have in common.
         max_tokens_per_microbatch: budget of a packed row in unique tokens.
         prefix_resident: what becomes of a group that is larger than a row: "never" repeats its
             prompt in each of its rows, "always" encodes it once and keeps it resident on every
@@ -48,7 +49,8 @@ class GrpoConfig:
         std_floor: smallest standard deviation divided by.
         skip_groups_without_spread: leave out groups whose rewards, as they were given, are all
             equal. A step that is left without groups updates nothing and still counts as a step.
-        loss_agg_mode: see ``loss.AGGREGATION_MODES``.
+        loss_agg_mode: see ``loss.AGGREGATION_MODES``; averages over sequences are over rollouts,
+            or as the samples' ``loss_weight`` say.
         loss_scale_factor: constant of "seq-mean-token-sum-norm".
         ppo_epochs: passes over the groups of a step.
         num_minibatches: optimizer steps per pass; whole groups in the order of the rollout, as

@@ -32,8 +32,9 @@ class StepShape:
         prompt_lens, response_lens: ``[N]`` tokens.
         statuses: ``[N]`` index into ``Status``.
         rollouts: ``[N]`` rollout of the sample within its group, from 0.
-        carried: names of the per-token values that the samples with trained tokens carry; None
-            when there is no such sample.
+        loss_weights: ``[N]`` as they were given, 0 where none was.
+        carried: names of the optional values that the samples with trained tokens carry (see
+            ``data.carried_fields``); None when there is no such sample.
     """
 
     group_ids: tuple[str, ...]
@@ -45,6 +46,7 @@ class StepShape:
     response_lens: IntArray
     statuses: IntArray
     rollouts: IntArray
+    loss_weights: FloatArray
     carried: tuple[str, ...] | None
 
     @classmethod
@@ -78,6 +80,7 @@ class StepShape:
             response_lens=_ints(len(s.response_ids) for s in samples),
             statuses=_ints(_STATUSES.index(s.status) for s in samples),
             rollouts=_ints(n for group in groups for n in group.rollouts.tolist()),
+            loss_weights=np.array([s.loss_weight or 0.0 for s in samples], dtype=np.float64),
             carried=carried_fields(groups) if is_trained else None,
         )
 
@@ -138,26 +141,33 @@ class StepShape:
             rollouts=np.zeros_like(ones),
         )
 
-    def count_rollouts(self) -> tuple[Tensor, Tensor]:
-        """The sequences that averages are taken over: samples, or rollouts of several samples.
-
-        Returns:
-            ``[N]`` rollout of every sample, from 0 in order of appearance, and
-            ``[num_rollouts]`` trained tokens of every rollout.
-        """
+    @cached_property
+    def rollout_numbers(self) -> Tensor:
+        """``[N]`` rollout of every sample within the step, from 0 in order of appearance."""
         lasts = np.zeros(len(self.group_ids), dtype=np.int64)
         np.maximum.at(lasts, self.group_numbers.numpy(), self.rollouts + 1)
-        numbers = torch.from_numpy(
-            self.rollouts + np.repeat(np.cumsum(lasts) - lasts, self.num_samples)
-        )
-        counts = torch.zeros(int(lasts.sum()), dtype=torch.int64)
-        return numbers, counts.index_add(0, numbers, torch.from_numpy(self.loss_lens))
+        firsts = np.repeat(np.cumsum(lasts) - lasts, self.num_samples)
+        return torch.from_numpy(self.rollouts + firsts)
+
+    @property
+    def rollout_counts(self) -> Tensor:
+        """``[R]`` trained tokens of every rollout, in all its samples."""
+        counts = torch.zeros(len(self.rollout_numbers.unique()), dtype=torch.int64)
+        return counts.index_add(0, self.rollout_numbers, torch.from_numpy(self.loss_lens))
+
+    @property
+    def rollout_firsts(self) -> Tensor:
+        """``[R]`` first sample of every rollout."""
+        places = torch.arange(len(self.rewards))
+        firsts = torch.full_like(self.rollout_counts, len(places))
+        return firsts.scatter_reduce(0, self.rollout_numbers, places, "amin")
 
     def statistics(self) -> dict[str, float]:
-        """Rewards and lengths of the samples, as ``metrics.jsonl`` names them."""
+        """Rewards of the rollouts and lengths of the samples, as ``metrics.jsonl`` names them."""
         aborted = self.statuses == _STATUSES.index("aborted")
-        judged = self.rewards if aborted.all() else self.rewards[~aborted]
-        rewards = torch.from_numpy(judged)
+        judged = np.arange(len(aborted)) if aborted.all() else np.nonzero(~aborted)[0]
+        _, firsts = np.unique(self.rollout_numbers.numpy()[judged], return_index=True)
+        rewards = torch.from_numpy(self.rewards[judged[firsts]])
         count = len(self.rewards)
         return {
             "reward/mean": float(rewards.mean()),

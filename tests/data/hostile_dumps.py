@@ -49,13 +49,14 @@ SLIME_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] 
 
 
 def slime_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
-    made = make_input(seed, has_rollouts=True)
+    made = make_input(seed, has_rollouts=True, has_ids=True)
     files = [folder / f"{i}.pt" for i in range(len(made.samples))]
     names_rollouts, names_rollout = made.chance(0.5), made.chance(0.8)
     for number, (file, known) in enumerate(zip(files, made.samples)):
         ids: dict[Any, int] = {}
         samples = []
         for place, s in enumerate(known):
+            s.weight = None  # slime writes none
             key = place if s.rollout is None else s.rollout
             sample = {
                 "group_index": s.group,
@@ -80,7 +81,8 @@ def slime_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
                 sample |= {"reward": made.pick(None, 0.0), "loss_mask": None}
                 sample["status"] = made.pick("aborted", "failed")
                 siblings = [t for t in known if t.group == s.group and t is not s]
-                if not s.response and siblings and made.chance(0.5):
+                is_first = siblings and siblings[0].prompt == s.prompt
+                if not s.response and is_first and made.chance(0.5):
                     sample["tokens"] = []
             elif all(s.mask) and made.chance(0.5):
                 sample["loss_mask"] = None

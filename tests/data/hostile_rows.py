@@ -24,6 +24,7 @@ def own_row(made: Input, sample: Known, has_ids: bool) -> dict[str, Any]:
         "loss_mask": made.pick(sample.mask, [int(flag) for flag in sample.mask]),
         "rollout_logprobs": sample.logprobs,
         "rollout_id": sample.rollout,
+        "loss_weight": sample.weight,
     }
     if has_ids:
         row["group_id"] = sample.group
@@ -77,6 +78,11 @@ ROW_FAULTS: dict[str, Fault] = {
     "status": ("status", lambda r: "finished"),
     "group point": ("group_id", lambda r: 0.5),
     "rollout list": ("rollout_id", lambda r: [1]),
+    "weight zero": ("loss_weight", lambda r: 0),
+    "weight below": ("loss_weight", lambda r: -0.5),
+    "weight infinite": ("loss_weight", lambda r: math.inf),
+    "weight text": ("loss_weight", lambda r: "1.0"),
+    "weight list": ("loss_weight", lambda r: [1.0] * len(r["response_ids"])),
     "metadata": ("metadata", lambda r: "[1]"),
     "unknown": ("uid", lambda r: 3),
     "near": ("response_id", lambda r: [3]),
@@ -108,7 +114,7 @@ def spoil_pair(
     where = next(i for i, g in zip(trained, groups) if groups.count(g) > 1)
     again = trained[groups.index(made.samples[number][where].group) + 1]
     first, second = rows[number][where], rows[number][again]
-    kinds = ["sample_id", "rollout_logprobs", "rollout_id"]
+    kinds = ["sample_id", "rollout_logprobs", "rollout_id", "loss_weight"]
     name = made.rng.choice(kinds + ["group_id", "group_id of all"] * ("group_id" in second))
     if name == "sample_id":
         first[name] = second[name] = "same"
@@ -119,8 +125,10 @@ def spoil_pair(
     elif name == "rollout_id":
         first[name] = second[name] = "same"
         second["reward"] = float(first["reward"]) + 1
+    elif name == "loss_weight":
+        second[name] = 1.0 if second[name] is None else None
     elif name == "group_id":
-        second["prompt_ids"] = [6, *second["prompt_ids"][1:]]
+        second |= {"prompt_ids": [6, *second["prompt_ids"][1:]], "rollout_id": None}
     else:
         name = "group_id"
         second[name] = None
@@ -129,7 +137,7 @@ def spoil_pair(
 
 def jsonl_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
     made = make_input(seed, has_rollouts=True)
-    has_ids = made.chance(0.6)
+    has_ids = made.has_ids
     suffix = made.pick(".jsonl", ".json", ".jsonl.gz")
     files = [folder / f"step{i}{suffix}" for i in range(len(made.samples))]
     rows = [[own_row(made, s, has_ids) for s in samples] for samples in made.samples]
@@ -179,7 +187,7 @@ IDS = [
 
 def parquet_input(seed: int, folder: Path) -> tuple[Input, list[Path]]:
     made = make_input(seed, has_rollouts=True)
-    has_ids = made.chance(0.6)
+    has_ids = made.has_ids
     files = [folder / f"step{i}.parquet" for i in range(len(made.samples))]
     rows = [[one_type(own_row(made, s, has_ids)) for s in samples] for samples in made.samples]
     clean = copy.deepcopy(rows)

@@ -25,6 +25,7 @@ class Known:
     group: Any
     status: str = "completed"
     rollout: Any = None
+    weight: float | None = None
 
     def abort(self, is_empty: bool) -> None:
         self.status, self.logprobs = "aborted", None
@@ -40,6 +41,7 @@ class Input:
     samples: list[list[Known]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     fault: tuple[str, ...] | None = None
+    has_ids: bool = True
 
     def pick(self, *choices: Any) -> Any:
         return self.rng.choice(choices)
@@ -48,16 +50,33 @@ class Input:
         return self.rng.random() < share
 
 
-def make_input(seed: int, *, has_rollouts: bool = False) -> Input:
-    """Up to three files whose group ids start anew, with the odd response that trains nothing."""
+def next_prompt(made: Input, before: Known) -> list[int]:
+    """Of the next row of a rollout: a turn, a compacted context, a sub-agent, or once more."""
+    rng = made.rng
+    some = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 3))]
+    return made.pick(
+        before.prompt + before.response + some,
+        before.prompt[: rng.randint(1, len(before.prompt))] + some,
+        [7, *some],
+        before.prompt,
+    )
+
+
+def make_input(seed: int, *, has_rollouts: bool = False, has_ids: bool | None = None) -> Input:
+    """Up to three files whose group ids start anew, with the odd response that trains nothing.
+
+    Where groups have ids, rows of one rollout are a forest.
+    """
     made = Input(random.Random(seed))
     rng = made.rng
+    made.has_ids = made.chance(0.6) if has_ids is None else has_ids
     for _ in range(made.pick(1, 1, 2, 3)):
         samples = []
         carries_logprobs = made.chance(0.5)
         for group in range(rng.randint(1, 3)):
             # Distinct within a file, so that prompts make the same groups as ids.
             prompt = [5, 10 + group, *(rng.randrange(VOCAB) for _ in range(rng.randint(0, 3)))]
+            is_weighted = has_rollouts and made.chance(0.3)
             for number in range(rng.randint(1, 4)):
                 response = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
                 logprobs = [-rng.random() * made.pick(1, 30, 999) for _ in response]
@@ -75,6 +94,9 @@ def make_input(seed: int, *, has_rollouts: bool = False) -> Input:
                     samples[-1].reward = samples[-2].reward
                     samples[-2].rollout = samples[-2].rollout or f"{group}.{number}"
                     samples[-1].rollout = samples[-2].rollout
+                    if made.has_ids:
+                        samples[-1].prompt = next_prompt(made, samples[-2])
+                samples[-1].weight = made.pick(1.0, 0.25, 3.0) if is_weighted else None
         if samples[0].status == "completed" and made.chance(0.3):
             rng.choice(samples).abort(made.chance(0.5))
         made.samples.append(samples)
@@ -99,6 +121,7 @@ def assert_read(made: Input, paths: list[Path], **options: Any) -> None:
             assert got.loss_mask.tolist() == sample.mask and got.status == sample.status
             assert got.status == "aborted" or got.reward == sample.reward
             if any(sample.mask):
+                assert got.loss_weight == sample.weight
                 carried = got.rollout_logprobs
                 assert (None if carried is None else carried.tolist()) == sample.logprobs
 

@@ -122,7 +122,7 @@ def assert_same_groups(got: list[Group], want: list[Group]) -> None:
                 p, q = getattr(x, name), getattr(y, name)
                 assert (p is None) == (q is None), name
                 assert p is None or (p.dtype == q.dtype and torch.equal(p, q)), name
-            for name in ("reward", "status", "sample_id", "rollout_id", "metadata"):
+            for name in ("reward", "status", "sample_id", "rollout_id", "loss_weight", "metadata"):
                 assert getattr(x, name) == getattr(y, name)
 
 

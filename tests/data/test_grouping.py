@@ -188,6 +188,64 @@ def test_an_id_of_two_prompts_is_refused(tmp_path):
         read_rollouts(joined)
 
 
+TURNS = [
+    {"prompt_ids": [1, 2], "response_ids": [3]},
+    {"prompt_ids": [1, 2, 3, 4], "response_ids": [5]},
+    {"prompt_ids": [9, 2], "response_ids": [3]},
+]
+
+
+def write_turns(path, *rollouts):
+    """Rows of each rollout, with the fields that are given for all of them."""
+    rows = [{"reward": 1.0} | fields | row for fields, rows in rollouts for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_sub_agent_may_begin_with_tokens_of_its_own(tmp_path):
+    a, b = {"group_id": 0, "rollout_id": "a"}, {"group_id": 0, "rollout_id": "b", "reward": 0.5}
+    path = write_turns(tmp_path / "r.jsonl", (a, TURNS), (b, TURNS[::-1]))
+    (group,) = read_rollouts(path)
+    assert group.rollouts.tolist() == [0, 0, 0, 1, 1, 1]
+    assert group.rewards.tolist() == [1.0] * 3 + [0.5] * 3
+    # A rollout that has no such beginning is one of another prompt, told once.
+    path = write_turns(tmp_path / "r.jsonl", (a, TURNS[:2]), (b, [TURNS[2], TURNS[2]]))
+    with pytest.raises(ValueError, match=r"1 problem .*\n.*line 3: field 'group_id' '0' is also"):
+        read_rollouts(path)
+
+
+def test_a_rollout_of_several_prompts_needs_the_id_of_its_group(tmp_path):
+    path = write_turns(tmp_path / "r.jsonl", ({"rollout_id": "a"}, TURNS[:1] * 2))
+    (group,) = read_rollouts(path)
+    assert group.rollouts.tolist() == [0, 0]
+    path = write_turns(tmp_path / "r.jsonl", ({"rollout_id": "a"}, TURNS[:2]))
+    with pytest.raises(ValueError, match="line 2: field 'rollout_id' 'a' .*give all rows a group"):
+        read_rollouts(path)
+    # With it, every group may count its rollouts anew.
+    first, second = ({"group_id": i, "rollout_id": 0} for i in range(2))
+    path = write_turns(tmp_path / "r.jsonl", (first, TURNS[:2]), (second, TURNS[:1]))
+    assert [g.rollouts.tolist() for g in read_rollouts(path)] == [[0, 0], [0]]
+
+
+def test_rows_that_carry_advantages_may_have_rewards_of_their_own(tmp_path):
+    fields = {"group_id": 0, "rollout_id": "a"}
+    rows = [row | {"reward": float(i)} for i, row in enumerate(TURNS)]
+    with pytest.raises(ValueError, match="2 problems .*\n.*field 'rollout_id' 'a' is also that of"):
+        read_rollouts(write_turns(tmp_path / "r.jsonl", (fields, rows)))
+    path = write_turns(tmp_path / "r.jsonl", (fields | {"advantage": 0.5}, rows))
+    (group,) = read_rollouts(path)
+    assert group.rollouts.tolist() == [0, 0, 0]
+
+
+def test_loss_weights_stand_on_all_rows_of_a_group_or_on_none(tmp_path):
+    fields = {"group_id": 0, "rollout_id": "a"}
+    rows = [row | {"loss_weight": w} for row, w in zip(TURNS, (1, 0.5, None))]
+    with pytest.raises(ValueError, match="line 3: field 'loss_weight' must be on all rows"):
+        read_rollouts(write_turns(tmp_path / "r.jsonl", (fields, rows)))
+    (group,) = read_rollouts(write_turns(tmp_path / "r.jsonl", (fields, rows[:2])))
+    assert [s.loss_weight for s in group.samples] == [1, 0.5]
+
+
 def test_ids_that_only_one_file_has_stay_as_they_are(tmp_path):
     first = own_jsonl(tmp_path / "a", [1, 2], [1.0])
     second = own_jsonl(tmp_path / "b", [1, 2], [1.0])

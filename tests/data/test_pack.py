@@ -17,6 +17,7 @@ from megatron_pg.data import (
     pack_groups,
     plan_rows,
 )
+from tests.data.forests import forest_groups
 from tests.data.samples import make_sample, random_groups, shapes_of
 
 BUDGET = 40
@@ -70,11 +71,14 @@ def entries_by_enumeration(microbatch: Microbatch, groups, weights):
     pad_to_multiple=st.sampled_from([1, 4]),
     same_prompt=st.booleans(),
     has_empty=st.booleans(),
+    is_forest=st.booleans(),
 )
 def test_microbatches_equal_enumeration(
-    seed, num_groups, min_shared, pad_to_multiple, same_prompt, has_empty
+    seed, num_groups, min_shared, pad_to_multiple, same_prompt, has_empty, is_forest
 ):
     groups = random_groups(seed, num_groups, same_prompt=same_prompt, has_empty=has_empty)
+    if is_forest:
+        groups += forest_groups(seed, 2, vocab_size=6, has_values=True)
     # Of a batch that trains nothing no values are known.
     assume(any(sample.num_loss_tokens for sample in flat_samples(groups)))
     samples = flat_samples(groups)

@@ -20,6 +20,7 @@ from megatron_pg.data import (
     step_cost,
 )
 from megatron_pg.tree import PrefixTree
+from tests.data.forests import forest_groups
 from tests.data.samples import make_sample, random_groups
 
 BUDGET = 22
@@ -50,18 +51,25 @@ def large_groups(seed: int, min_shared: int | None) -> list[Group]:
     ]  # fmt: skip
 
 
-seen = {"resident": 0, "rows": 0, "waves": 0, "two_roots": 0}
+seen = {"resident": 0, "rows": 0, "waves": 0, "two_roots": 0, "forest": 0}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([None, 1, 3]), st.sampled_from([12, 40]))
-def test_every_token_is_seen_as_in_its_sample(seed, min_shared, max_resident) -> None:
-    groups = large_groups(seed, min_shared)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from([12, 40]),
+    st.booleans(),
+)
+def test_every_token_is_seen_as_in_its_sample(seed, min_shared, max_resident, is_forest) -> None:
+    groups = forest_groups(seed) if is_forest else large_groups(seed, min_shared)
+    # Some rows of a forest are longer than a row of BUDGET tokens beside any prefix.
+    budget = 2 * BUDGET if is_forest else BUDGET
     shapes = [group_shape(g, min_shared) for g in groups]
     # Groups without a prefix worth keeping are repeated, as "auto" may decide too.
     plans = plan_waves(
         shapes,
-        BUDGET,
+        budget,
         ResidencyConfig(choice="auto", max_resident_tokens=max_resident),
         pad_to_multiple=2,
         cost_model=CostModel(per_token=1.0, per_attention_pair=0.0, per_loss_token=0.0),
@@ -77,7 +85,7 @@ def test_every_token_is_seen_as_in_its_sample(seed, min_shared, max_resident) ->
             or not plan.prefix_rows
         )
         for row in (*wave.prefix_rows, *wave.microbatches):
-            assert row.layout.total_tokens <= BUDGET and len(row.tokens) % 2 == 0
+            assert row.layout.total_tokens <= budget and len(row.tokens) % 2 == 0
         for batch in wave.microbatches:
             layout = batch.layout
             before = [[] for _ in range(layout.total_tokens)]
@@ -101,6 +109,7 @@ def test_every_token_is_seen_as_in_its_sample(seed, min_shared, max_resident) ->
                 assert target == int(samples[number].tokens[position])
                 trained += 1
             seen["rows"] += len(layout.resident_spans) > 0
+            seen["forest"] += is_forest and len(layout.resident_spans) > 0
         seen["waves"] += len(plans) > 1
         seen["two_roots"] += any(
             (shapes[g].resident_lens > 0).sum() > 1 for row in plan.prefix_rows for g in row

@@ -30,6 +30,7 @@ from megatron_pg.grpo import (  # noqa: E402
     plan_all_replicas,
 )
 from megatron_pg.loss import ADVANTAGE_ESTIMATORS  # noqa: E402
+from tests.data.forests import forest_groups  # noqa: E402
 from tests.data.samples import make_sample  # noqa: E402
 from tests.grpo.threads import ThreadReplica, on_replicas  # noqa: E402
 from tests.train.tiny import make_groups  # noqa: E402
@@ -152,9 +153,13 @@ def test_groups_in_order_stand_after_those_of_the_replicas_before() -> None:
             {0: {0: GROUPS[0]}, 1: {1: make_groups(1)[0]}},
             "differ in carrying rollout_logprobs; give them for all",
         ),
+        (
+            {0: {0: forest_groups(0, 1)[0]}, 1: {1: forest_groups(0, 1, is_weighted=True)[0]}},
+            "differ in carrying loss_weight; give them for all",
+        ),
         ({0: {0: GROUPS[0]}, 1: {1: Group("long", (make_sample([1] * 50, [2]),))}}, "a row holds"),
     ],
-    ids=["twice", "none", "two-ways", "differing", "too-long"],
+    ids=["twice", "none", "two-ways", "differing", "weights", "too-long"],
 )
 def test_a_refusal_on_one_replica_is_raised_on_all(groups: Any, message: str) -> None:
     def prepare(replica: ThreadReplica) -> None:
@@ -171,7 +176,7 @@ def test_a_refusal_on_one_replica_is_raised_on_all(groups: Any, message: str) ->
 
 def test_a_message_keeps_all_but_metadata() -> None:
     samples = tuple(
-        replace(s, sample_id=str(i), rollout_id="e", metadata={"text": "x"})
+        replace(s, sample_id=str(i), rollout_id="e", loss_weight=0.5, metadata={"text": "x"})
         for i, s in enumerate(GROUPS[0].samples)
     )
     sent = [(7, replace(GROUPS[0], samples=samples), group_shape(GROUPS[0]))]
@@ -184,8 +189,9 @@ def test_a_message_keeps_all_but_metadata() -> None:
         for a, b in zip(before.samples, after.samples, strict=True):
             for name in ("prompt_ids", "response_ids", "loss_mask", "rollout_logprobs"):
                 assert torch.equal(getattr(a, name), getattr(b, name))
-            assert (a.reward, a.status, a.sample_id) == (b.reward, b.status, b.sample_id)
-            assert a.rollout_id == b.rollout_id and b.metadata == {} and b.advantages is None
+            for name in ("reward", "status", "sample_id", "rollout_id", "loss_weight"):
+                assert getattr(a, name) == getattr(b, name)
+            assert b.metadata == {} and b.advantages is None
 
 
 def test_a_message_takes_values_of_any_floating_dtype() -> None:

@@ -77,8 +77,10 @@ def test_parts_take_the_advantage_of_the_whole(estimator):
 
 def test_rollouts_are_counted_over_groups():
     groups = rollouts(*ONE) + rollouts(*PARTS)
-    numbers, counts = StepShape.of(groups).count_rollouts()
-    assert numbers.tolist() == [0, 1, 2, 3, 3, 4, 5, 5, 5] and counts.tolist() == [2, 5, 3] * 2
+    shape = StepShape.of(groups)
+    assert shape.rollout_numbers.tolist() == [0, 1, 2, 3, 3, 4, 5, 5, 5]
+    assert shape.rollout_counts.tolist() == [2, 5, 3] * 2
+    assert shape.rollout_firsts.tolist() == [0, 1, 2, 3, 5, 6]
 
 
 def test_parts_of_different_rewards_are_refused():

@@ -23,6 +23,11 @@ class PlacedRow(NamedTuple):
         """Equal for the rows of one group."""
         return self.scope, self.row.prompt_key if self.row.group_id is None else self.row.group_id
 
+    @property
+    def rollout(self) -> tuple[Any, Any]:
+        """Equal for the rows of one rollout of a group."""
+        return self.group, self.row.sample.rollout_id or (self.where,)
+
 
 def check_rows(rows: Sequence[PlacedRow], problems: Problems) -> None:
     """Note what only shows between rows."""
@@ -65,10 +70,7 @@ def _check_sample_ids(rows: Sequence[PlacedRow], problems: Problems) -> None:
         if sample.sample_id is None:
             continue
         earlier = ids.setdefault((placed.scope, sample.sample_id), placed)
-        rollout = (earlier.group, earlier.row.sample.rollout_id)
-        if earlier is placed or (
-            sample.rollout_id is not None and (placed.group, sample.rollout_id) == rollout
-        ):
+        if earlier.rollout == placed.rollout:
             continue
         message = (
             f"{sample.sample_id!r} is also that of {earlier.where}; rename one, or give parts of "
@@ -78,11 +80,20 @@ def _check_sample_ids(rows: Sequence[PlacedRow], problems: Problems) -> None:
 
 
 def _check_prompts(rows: Sequence[PlacedRow], problems: Problems) -> None:
-    """Samples of one prompt share at least its first token; else ids joined what is not one."""
-    first_of_group: dict[tuple[str, str | bytes], PlacedRow] = {}
+    """Rollouts of one prompt share at least a first token; else ids joined what is not one.
+
+    Within a rollout a sub-agent may begin with tokens of its own.
+    """
+    first_tokens: dict[Any, dict[bytes, None]] = {}
+    for placed in rows:
+        first_tokens.setdefault(placed.rollout, {})[placed.row.first_token] = None
+    first_of_group: dict[Any, PlacedRow] = {}
+    told = set()
     for placed in rows:
         first = first_of_group.setdefault(placed.group, placed)
-        if placed.row.first_token != first.row.first_token:
+        own, others = first_tokens[placed.rollout], first_tokens[first.rollout]
+        if own.keys().isdisjoint(others) and placed.rollout not in told:
+            told.add(placed.rollout)
             message = (
                 f"{placed.row.group_id!r} is also that of {first.where}, whose prompt has not even "
                 "the first token in common; give every prompt a group_id of its own"
@@ -93,12 +104,23 @@ def _check_prompts(rows: Sequence[PlacedRow], problems: Problems) -> None:
 
 
 def _check_rollouts(rows: Sequence[PlacedRow], problems: Problems) -> None:
+    """Rows of one rollout stand in one group and, unless they carry advantages, share a reward."""
+    first_of_id: dict[Any, PlacedRow] = {}
     first_of_rollout: dict[Any, PlacedRow] = {}
     for placed in rows:
         sample = placed.row.sample
-        if sample.rollout_id is None or sample.status == "aborted":
+        if sample.rollout_id is None:
             continue
-        first = first_of_rollout.setdefault((placed.group, sample.rollout_id), placed)
+        earlier = first_of_id.setdefault((placed.scope, sample.rollout_id), placed)
+        if placed.row.group_id is None and earlier.group != placed.group:
+            message = (
+                f"{sample.rollout_id!r} is also that of {earlier.where}, whose prompt is another; "
+                "without ids, equal prompts make a group: give all rows a group_id"
+            )
+            problems.add(placed.where, message, "rollout_id")
+        if sample.status == "aborted" or sample.advantages is not None:
+            continue
+        first = first_of_rollout.setdefault(placed.rollout, placed)
         reward = first.row.sample.reward
         if sample.reward != reward:
             message = (
@@ -116,7 +138,7 @@ def _check_token_values(rows: Sequence[PlacedRow], problems: Problems) -> None:
         if not sample.num_loss_tokens:
             continue
         first = first_of_group.setdefault(placed.group, placed)
-        for name in OPTIONAL_TOKEN_VALUES:
+        for name in (*OPTIONAL_TOKEN_VALUES, "loss_weight"):
             if (getattr(sample, name) is None) != (getattr(first.row.sample, name) is None):
                 field = "advantage" if name == "advantages" else name
                 message = f"must be on all rows of a group or on none; compare {first.where}"

@@ -139,6 +139,7 @@ def _as_row(group_id: str, sample: Sample) -> dict[str, object]:
         "group_id": group_id,
         "sample_id": sample.sample_id,
         "rollout_id": sample.rollout_id,
+        "loss_weight": sample.loss_weight,
         "prompt_ids": sample.prompt_ids.tolist(),
         "response_ids": sample.response_ids.tolist(),
         "reward": sample.reward,

@@ -14,6 +14,8 @@ group_id            no         string or integer, on every row of a file or on n
 sample_id           no         string or integer, unique in its file except within a rollout
 rollout_id          no         string or integer: rows of a group with equal ones are turns,
                                sub-agents and contexts of one rollout (see ``Sample``)
+loss_weight         no         number above 0: how often the row counts among sequences, in place of
+                               once for each rollout; as the logprobs
 loss_mask           no         0 or 1 per response token; all 1 when absent
 rollout_logprobs    no         number <= 0 per response token, likewise ``old_logprobs``,
                                ``ref_logprobs``; on all rows of a group that train a token, or none
@@ -47,6 +49,7 @@ from ..values import (
     reward_problem,
     show,
     token_problem,
+    weight_problem,
 )
 from .text import TextEncoder, check_prompt
 
@@ -144,6 +147,7 @@ class RowParser:
             status=row.get("status", "completed"),
             sample_id=_as_id(row.get("sample_id")),
             rollout_id=_as_id(row.get("rollout_id")),
+            loss_weight=row.get("loss_weight"),
             metadata=json.loads(metadata) if isinstance(metadata, str) else metadata,
         )
         return ParsedRow(sample, _as_id(row.get("group_id")), key)
@@ -261,6 +265,7 @@ FIELDS: dict[str, Callable[[Any], str | None]] = {
     "group_id": _check_id,
     "sample_id": _check_id,
     "rollout_id": _check_id,
+    "loss_weight": weight_problem,
     "loss_mask": _check_mask,
     "rollout_logprobs": _check_logprobs,
     "old_logprobs": _check_logprobs,
