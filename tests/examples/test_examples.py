@@ -135,6 +135,18 @@ def test_two_node_launch_meets_across_hosts(two_hosts: tuple[str, str], tmp_path
 
 
 @pytest.mark.megatron
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2"])
+def test_a_forest_of_an_agent_equals_its_rows_written_out(layout: str) -> None:
+    ranks = "1" if layout == "one" else "2"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+    done = run(sys.executable, *launcher, "examples/agent_forest.py", layout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The example itself compares the loss and every gradient.
+    told = "64 rows: 8,832 tokens written out, 2,656 encoded; gradients differ by "
+    assert done.stdout.count(told) == int(ranks)
+
+
+@pytest.mark.megatron
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_a_loop_of_one_s_own_equals_the_written_out_loop(layout: str) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
