@@ -88,6 +88,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     flops = report["step_flops"]
     return [
         ("groups, samples", f"{report['groups']}, {report['samples']}"),
+        *_rollout_facts(report["rollouts"]),
         ("prompt tokens", _spread(report["prompt_len"])),
         ("response tokens", _spread(report["response_len"])),
         ("depth of the deepest tree", str(report["depth"])),
@@ -101,6 +102,23 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("predicted step-time ratio", f"{report['predicted_step_time_ratio']:.2f}"),
         ("recommended token budget", str(report["recommended_max_tokens"])),
         ("token budget used here", str(report["max_tokens"])),
+    ]
+
+
+def _rollout_facts(rollouts: dict[str, Any]) -> list[tuple[str, str]]:
+    if not rollouts["several_rows"]:
+        return []
+    growth, logical = rollouts["growth"], max(rollouts["logical_tokens"], 1)
+    within, across = (rollouts[f"shared_{where}"] for where in ("within", "across"))
+    return [
+        ("rollouts, of several rows", f"{rollouts['count']}, {rollouts['several_rows']}"),
+        ("rows of a rollout", _spread(rollouts["rows"])),
+        (
+            "shared within a rollout",
+            f"{within} tokens, {within / logical:.0%} of those written out",
+        ),
+        ("shared across rollouts", f"{across} tokens, {across / logical:.0%}"),
+        ("rows written out / a rollout", f"mean {growth['mean']:.2f}, at most {growth['max']:.2f}"),
     ]
 
 

@@ -21,20 +21,13 @@ from megatron_pg.data import (
     row_budget,
 )
 from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
+from tools.sharing.memory import RESIDENT_MODE, stage_memory
 from tools.sharing.model import ModelDims
+from tools.sharing.rollouts import rollout_report, summary
 from tools.sharing.settings import Settings, raise_problems, setting_problems
 
 # Below this a group's own gain is within the noise of a step.
 PAYS_FROM = 1.03
-# Of resident prompts, as it is when nothing is said.
-_MODE = ResidencyConfig.mode
-_MEMORY_FIELDS = (
-    "rows_in_flight",
-    "activation_bytes",
-    "resident_bytes",
-    "written_out_activation_bytes",
-    "kv_bytes",
-)
 
 
 @dataclass(frozen=True)
@@ -102,9 +95,10 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "settings": values.pop("sizes") | values,
         "groups": len(groups),
         "samples": sum(tree.num_samples for tree in trees),
-        "group_size": _summary(tree.num_samples for tree in trees),
-        "prompt_len": _summary(n for r in reports for n in r.prompt_lens),
-        "response_len": _summary(n for r in reports for n in r.response_lens),
+        "group_size": summary(tree.num_samples for tree in trees),
+        "prompt_len": summary(n for r in reports for n in r.prompt_lens),
+        "response_len": summary(n for r in reports for n in r.response_lens),
+        "rollouts": rollout_report(groups, trees),
         "depth": max(tree.depth for tree in trees),
         "unique_tokens": unique,
         "logical_tokens": written,
@@ -117,7 +111,7 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "max_tokens": max_tokens,
         "row_budget": row_budget(max_tokens, settings.sizes.row_multiple),
         "rows": sum(len(wave.rows) + len(wave.prefix_rows) for wave in waves),
-        "memory": _memory(waves, dims, settings),
+        "memory": stage_memory(waves, dims, settings),
         "does_not_fit": unfit,
         "does_not_pay": [name for name, r in group_ratios.items() if r < PAYS_FROM],
         "pays": ratio >= PAYS_FROM and dims.training_refusal is None,
@@ -175,7 +169,10 @@ def _plan_rows(
 ) -> list[PackPlan]:
     """The recipe's own plan of one step on one data-parallel rank, with its defaults."""
     residency = ResidencyConfig(
-        choice="auto", mode=_MODE, max_resident_tokens=max_tokens, num_stages=settings.sizes.pp
+        choice="auto",
+        mode=RESIDENT_MODE,
+        max_resident_tokens=max_tokens,
+        num_stages=settings.sizes.pp,
     )
     return plan_waves(
         shapes,
@@ -217,7 +214,7 @@ def _recommend_max_tokens(trees: Sequence[PrefixTree], dims: ModelDims, settings
         held = _tokens_held(memory.activations * settings.sizes.pp, dims, settings)
         if held < largest:
             # Groups are divided, and prompts of up to one row's tokens are resident beside them.
-            resident = memory.resident(_MODE)
+            resident = memory.resident(RESIDENT_MODE)
             held = _tokens_held(memory.activations * settings.sizes.pp + resident, dims, settings)
         budget = min(budget, held)
     multiple = settings.sizes.row_multiple
@@ -255,52 +252,4 @@ def _why_unfit(
         "parts": len(wave.rows),
         "repeated_tokens": encoded - unique,
         "action": f"divided into {len(wave.rows)} rows, {why}",
-    }
-
-
-def _memory(waves: Sequence[PackPlan], dims: ModelDims, settings: Settings) -> list[dict[str, Any]]:
-    """Peak of every pipeline stage under 1F1B, in the wave that takes most; no recompute.
-
-    As many of the longest row as are in flight, and the resident prompts beside them. Written out,
-    the samples of those same rows stand in full, each with its prompt, and nothing is resident.
-    """
-    memory = dims.memory_model(settings.bytes_per_value, settings.sizes.tp)
-    layers = dims.num_layers // settings.sizes.pp
-    lens = [max(_row_lens(wave)) for wave in waves]
-    stages = []
-    for stage in range(settings.sizes.pp):
-        peak = dict.fromkeys(_MEMORY_FIELDS, 0)
-        for wave, (longest, written_out) in zip(waves, lens):
-            in_flight = min(settings.sizes.pp - stage, len(wave.rows))
-            values = (
-                in_flight,
-                in_flight * longest * layers * memory.activations,
-                wave.prefix_tokens * layers * memory.resident(_MODE),
-                in_flight * written_out * layers * memory.activations,
-                (in_flight * longest + wave.prefix_tokens) * layers * memory.kv,
-            )
-            sizes = dict(zip(_MEMORY_FIELDS, values))
-            peak = max(peak, sizes, key=lambda s: s["activation_bytes"] + s["resident_bytes"])
-        stages.append({"stage": stage, **peak})
-    return stages
-
-
-def _row_lens(wave: PackPlan) -> list[tuple[int, int]]:
-    """Of every row, its tokens and those of its samples written out; padding included in both."""
-    lens = []
-    for number, row in enumerate(wave.rows):
-        trees = [(wave.shapes[part.group].tree, list(part.samples)) for part in row]
-        logical = sum(int(tree.sample_lens[samples].sum()) for tree, samples in trees)
-        padded = -(-logical // wave.pad_to_multiple) * wave.pad_to_multiple
-        lens.append((wave.row_layout(number).total_tokens, padded))
-    return lens
-
-
-def _summary(values: Iterable[int]) -> dict[str, float]:
-    array = np.array(list(values))
-    return {
-        "min": int(array.min()),
-        "median": float(np.median(array)),
-        "mean": float(array.mean()),
-        "max": int(array.max()),
     }
