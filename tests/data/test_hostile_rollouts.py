@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,7 +79,7 @@ def hide(rng: random.Random, payload: Payload, samples: list[dict[str, Any]]) ->
     """A slime file with the payload somewhere in it."""
     content: dict[Any, Any] = {"rollout_id": 0, "samples": samples}
     sample = rng.choice(samples)
-    place = rng.choice(["root", "list", "value", "metadata", "key", "rollout_id", "tokens"])
+    place = rng.choice(["root", "list", "value", "metadata", "key", "rollout_id", "array"])
     if place == "root":
         return payload
     if place == "list":
@@ -89,8 +90,8 @@ def hide(rng: random.Random, payload: Payload, samples: list[dict[str, Any]]) ->
         content[payload] = 1
     elif place == "rollout_id":
         content["rollout_id"] = payload
-    elif place == "tokens":
-        sample["tokens"] = [*sample["tokens"], payload]
+    elif place == "array":
+        sample["tokens"] = np.array([*sample["tokens"], payload], dtype=object)
     else:
         sample["note"] = payload
     return content

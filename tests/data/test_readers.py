@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -213,6 +214,25 @@ def test_slime(tmp_path):
     assert not groups[1].samples[0].loss_mask.any()
 
 
+def test_slime_arrays(tmp_path):
+    """miles stores routes as numpy arrays, and reward functions give numpy's numbers."""
+    arrays = {
+        "tokens": np.array([1, 2, 3, 4, 5], dtype=np.int32),
+        "loss_mask": np.array([True, False, True]),
+        "rollout_log_probs": torch.tensor([-0.5, 0.0, -0.25]),
+        "reward": np.float32(0.5),
+        "rollout_routed_experts": np.zeros((4, 2, 2), dtype=np.int32),
+        "rollout_indexer_topk": torch.zeros(4, 2, 2),
+    }
+    torch.save({"rollout_id": 7, "samples": [slime_sample(**arrays)]}, tmp_path / "7.pt")
+    torch.save({"rollout_id": 7, "samples": [slime_sample(reward=0.5)]}, tmp_path / "plain.pt")
+    assert_same_groups(read_rollouts(tmp_path / "7.pt"), read_rollouts(tmp_path / "plain.pt"))
+    objects = slime_sample(tokens=np.array([1, None], dtype=object))
+    torch.save({"rollout_id": 7, "samples": [objects]}, tmp_path / "7.pt")
+    with pytest.raises(ValueError, match="does not load as plain data"):
+        read_rollouts(tmp_path / "7.pt")
+
+
 def test_slime_reward_parts(tmp_path):
     torch.save({"samples": [slime_sample(reward={"a": 1.0, "b": 0.5})]}, tmp_path / "d.pt")
     assert read_rollouts(tmp_path / "d.pt", reward_key="a")[0].rewards.tolist() == [1.0]
@@ -267,6 +287,36 @@ def test_verl(tmp_path):
     assert groups[0].samples[0].metadata["verl"] == {"gts": "4", "step": 1, "acc": 1.0}
     with pytest.raises(ValueError, match="is text; pass tokenizer="):
         read_rollouts(path)
+
+
+def test_verl_sessions_of_several_outputs(tmp_path):
+    rows = [
+        ("u_0_0", "q", "a", 0.0),
+        ("u_0_2", "s", "c", 1.0),
+        ("u_0_1", "qa", "b", 0.0),
+        ("u_1_0", "q", "d", 0.25),
+        ("w_w_0_10", "q", "e", 0.5),
+        ("w_w_0_9", "q", "f", 0.0),
+    ]
+    records = [
+        {"input": i, "output": o, "gts": None, "score": s, "step": 1, "uid": u}
+        for u, i, o, s in rows
+    ]
+    path = write_lines(tmp_path / "1.jsonl", records)
+    first, second = read_rollouts(path, tokenizer=LetterTokenizer())
+    # A session has the reward of its last output.
+    assert first.rollouts.tolist() == [0, 0, 0, 1]
+    assert first.rewards.tolist() == [1.0, 1.0, 1.0, 0.25]
+    assert second.rollouts.tolist() == [0, 0] and second.rewards.tolist() == [0.5, 0.5]
+    # Prompts are those of the outputs: a later one need not begin as the first does.
+    prompts = [bytes(s.prompt_ids[1:].tolist()).decode() for s in first.samples]
+    assert prompts == ["q", "s", "qa", "q"]
+    write_lines(path := tmp_path / "1.jsonl", [*records, records[0] | {"uid": "u"}])
+    with pytest.raises(ValueError, match="field 'uid' names prompt, session and output of some"):
+        read_rollouts(path, tokenizer=LetterTokenizer())
+    write_lines(path, [records[0], records[2], records[1] | {"score": None}])
+    with pytest.raises(ValueError, match="3 problems .*\n.*line 1: field 'reward' is missing"):
+        read_rollouts(path, tokenizer=LetterTokenizer())
 
 
 def test_trl(tmp_path):

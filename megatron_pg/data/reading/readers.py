@@ -48,7 +48,7 @@ def read_rollouts(
     """Groups of samples from files, in order of first appearance.
 
     Our own format has one row per response, in JSONL (gzipped or not) or parquet; its fields are
-    listed in ``reading/schema.py``, other trainers' formats in ``reading/formats.py``. Rows of a
+    listed in ``reading/schema.py``, other trainers' formats in ``reading/formats/``. Rows of a
     file belong to one group when their ``group_id`` is equal. Ids that several files use are told
     apart by the file's name. No row is dropped.
 

@@ -10,12 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 
 from .problems import Problems
 
 Record = tuple[str, dict[str, Any]]
 
+# What numpy's numbers and arrays of them are pickled as.
+_ARRAYS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.array([0]).__reduce__()[0],
+    np.float64(0).__reduce__()[0],
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+]
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 
 
@@ -74,10 +83,12 @@ def parquet_columns(path: Path) -> set[str]:
 def read_slime_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Samples of a slime debug file, counted from 0, each beside the file's ``rollout_id``.
 
-    Only plain data is loaded: a pickle that names other classes could run code.
+    Only plain data is loaded, numpy's numbers included: a pickle that names other classes could
+    run code. Arrays of several dims (miles stores routes and top-k choices) stay what they are.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ARRAYS):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and unsafe pickles raise many kinds
         # torch's own text recommends what would execute the file.
         told = re.search(r"GLOBAL \S+|failed finding.*|[Ii]nvalid .*", str(error))
@@ -97,10 +108,15 @@ def read_slime_records(path: Path, problems: Problems) -> Iterator[Record]:
     for number, sample in enumerate(samples):
         where = f"{path}, sample {number}"
         if isinstance(sample, dict):
-            plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+            plain = {name: _as_plain(value) for name, value in sample.items()}
             yield where, {"rollout_id": data.get("rollout_id"), "sample": plain}
         else:
             problems.add(where, f"must be a dict, got {type(sample).__name__}")
+
+
+def _as_plain(value: Any) -> Any:
+    is_flat = isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim < 2
+    return value.tolist() if is_flat else value
 
 
 def _open_lines(path: Path) -> IO[bytes]:
