@@ -132,9 +132,11 @@ def text_of(ids: list[int]) -> str:
 
 def text_input(seed: int, folder: Path) -> tuple[Input, list[Path], WordTokenizer]:
     """Prompts plain, rendered or as messages; verl's, TRL's and our own rows."""
-    made = make_input(seed)
+    # verl's sessions may have several outputs.
+    has_uids = seed % 4 == 0
+    made = make_input(seed, has_rollouts=has_uids, has_ids=has_uids)
     tokenizer = WordTokenizer(made.chance(0.5))
-    kind = made.pick("own", "verl", "trl")
+    kind = "verl" if has_uids else made.pick("own", "verl", "trl")
     form = (
         made.pick("plain", "rendered", "messages")
         if kind == "own"
@@ -152,7 +154,7 @@ def text_input(seed: int, folder: Path) -> tuple[Input, list[Path], WordTokenize
             s.response = [i if i > 4 else 9 for i in s.response]
             if s.status == "aborted":
                 s.response = []
-            s.mask, s.logprobs = [bool(s.response)] * len(s.response), None
+            s.mask, s.logprobs, s.weight = [bool(s.response)] * len(s.response), None, None
             s.reward = made.pick(0.0, 1.0, 0.5)
             chat = [{"role": "user", "content": text_of(s.prompt)}]
             text = text_of(s.prompt)
@@ -164,12 +166,16 @@ def text_input(seed: int, folder: Path) -> tuple[Input, list[Path], WordTokenize
                 )
                 s.prompt = [BOS] * tokenizer.writes_bos + [3, *s.prompt, 4]
             rows.append(text_row(kind, parts, chat if form == "messages" else text, s))
+        sessions = name_outputs(made, known, rows) if has_uids else []
         if made.fault is None and made.chance(0.4):
             living = [i for i, s in enumerate(known) if s.response]
             if living:
                 where = made.rng.choice(living)
                 place = f"row {where}" if kind == "trl" else f"line {where + 1}"
                 name = TEXT_FAULTS[made.rng.randrange(len(TEXT_FAULTS))](kind, rows, where)
+                for session in sessions if name == "reward" else []:
+                    if where in session:
+                        rows[session[-1]]["score"] = None
                 made.fault = (f"{file}, {place}: field {name!r}",)
         if kind == "trl":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(uniform(rows)), file)
@@ -189,6 +195,20 @@ def text_row(kind: str, parts: int, prompt: Any, sample: Known) -> dict[str, Any
         # The part that does not apply to a sample is null.
         row |= {"acc": reward - 0.25, "form": 0.25} if reward else {"acc": 0.0, "form": None}
     return row
+
+
+def name_outputs(made: Input, known: list[Known], rows: list[dict[str, Any]]) -> list[list[int]]:
+    """Rows of every session, which get their ``uid``; the last one's score is the reward of all."""
+    members: dict[Any, list[int]] = {}
+    for place, s in enumerate(known):
+        members.setdefault((s.group, s.rollout or (place,)), []).append(place)
+    for number, ((group, _), places) in enumerate(members.items()):
+        for index, place in enumerate(places):
+            rows[place]["uid"] = f"{'p_' * (group % 2)}{group}_{number}_{index + 9}"
+            if index + 1 < len(places):
+                rows[place]["score"] = made.pick(None, -7.0)
+            known[place].reward = known[places[-1]].reward
+    return list(members.values())
 
 
 NAMES = {
