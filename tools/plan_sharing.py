@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", type=Path, required=True, help="folder with config.json or args.json"
     )
-    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--json", type=Path, help="write what make_report returns here")
     parser.add_argument("--plot", type=Path, help="write a page of plots here")
     parser.add_argument("--tp", type=int, default=1, help="with sequence parallelism")
     parser.add_argument("--pp", type=int, default=1)

@@ -20,6 +20,7 @@ from megatron_pg.train import METRICS, load_config, parallel_run
 from megatron_pg.train import run as run_parts
 from megatron_pg.train.config import ParallelConfig
 from megatron_pg.train.rollouts.shared_stream import SharedStream
+from tests.data.forests import forest_groups
 from tests.data.samples import make_large_groups
 from tests.train import dense, late_imports, tiny  # noqa: F401
 
@@ -306,6 +307,28 @@ def a_rollout_counts_once(folder: Path) -> None:
     assert not near(step["actor/loss"], -sum(by_sample) / 17, 1e-3)
     for shaping in ({"algorithm__use_kl_in_reward": True}, {"algorithm__overlong_buffer_len": 4}):
         refused("rollouts of several samples", folder / "refused", parts, **shaping)
+
+
+@check
+def rollouts_in_several_rows_train_from_a_file(folder: Path) -> None:
+    """A group's rows begin with two tokens, and are shared at any depth without being told."""
+    groups = forest_groups(5, 4, vocab_size=tiny.VOCAB)
+    firsts, counts = [], []
+    for group in groups:
+        numbers = group.rollouts.tolist()
+        firsts.append(Group("g", tuple(group.samples[numbers.index(n)] for n in set(numbers))))
+        for n in range(max(numbers) + 1):
+            own = [s for s, number in zip(group.samples, numbers) if number == n]
+            counts.append(sum(s.num_loss_tokens for s in own))
+    (step,), _ = run(folder, groups, run__groups_per_step=4)
+    advantages = dense.advantages_of(firsts).tolist()
+    loss = -sum(a * n for a, n in zip(advantages, counts, strict=True)) / sum(counts)
+    assert near(step["actor/loss"], loss) and abs(loss) > 1e-3
+    assert step["actor/trained_tokens"] == sum(counts)
+    rewards = [s.reward for g in firsts for s in g.samples]
+    assert near(step["reward/mean"], sum(rewards) / len(rewards))
+    assert step["check/packed_vs_written_out"] < 1e-5 and step["tokens/reuse_ratio"] > 1.5
+    assert all({int(s.prompt_ids[0]) for s in g.samples} == {0, 1} for g in groups[:1])
 
 
 @check

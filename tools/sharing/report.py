@@ -70,6 +70,10 @@ class GroupReport:
 def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) -> dict[str, Any]:
     """Everything that the command prints, as plain values.
 
+    ``rollouts`` is described by ``rollout_report``, ``memory`` by ``stage_memory``. Tokens and
+    attention pairs are ``unique`` after sharing and ``logical`` written out; ``group_ratios`` and
+    ``predicted_step_time_ratio`` are predicted times written out over packed.
+
     Raises:
         ValueError: if the settings cannot be, all problems in one error.
     """

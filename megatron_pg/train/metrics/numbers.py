@@ -21,7 +21,7 @@ from ..rollouts import Evaluation
 
 METRICS: dict[str, str] = {
     "step": "number of the step, from 1",
-    "reward/mean": "mean reward, as given, of the samples that were not aborted",
+    "reward/mean": "mean reward, as given, of the rollouts that were not aborted",
     "reward/std": "their standard deviation",
     "reward/max": "largest reward",
     "reward/min": "smallest reward",
