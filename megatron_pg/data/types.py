@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..tree import PackedLayout
-from .values import weight_problem
 
 Status = Literal["completed", "truncated", "aborted"]
 
@@ -92,8 +91,11 @@ class Sample:
                 raise ValueError(f"{name} lives on {values.device}; samples do on the CPU: .cpu()")
         if not math.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} must be finite; drop or re-score the sample")
-        if self.loss_weight is not None and (wrong := weight_problem(self.loss_weight)):
-            raise ValueError(f"loss_weight {wrong}")
+        weight = self.loss_weight
+        if weight is not None and not (math.isfinite(weight) and weight > 0):
+            raise ValueError(
+                f"loss_weight={weight} must be finite and above 0; mask what is not to be trained"
+            )
         if self.status == "aborted" or not len(self.response_ids):
             object.__setattr__(self, "status", "aborted")
             object.__setattr__(self, "loss_mask", torch.zeros_like(self.loss_mask))

@@ -9,10 +9,20 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.data import Group  # noqa: E402
-from megatron_pg.grpo import GrpoConfig, StepShape, compute_advantages  # noqa: E402
+from megatron_pg.data import CostModel, Group, ResidencyConfig  # noqa: E402
+from megatron_pg.grpo import (  # noqa: E402
+    GrpoConfig,
+    PackingConfig,
+    StepBatch,
+    StepShape,
+    compute_advantages,
+    pack_batch,
+    place_groups,
+)
 from megatron_pg.grpo.advantages import sample_weights  # noqa: E402
 from tests.data.forests import forest_groups  # noqa: E402
+from tests.grpo.threads import ThreadReplica, on_replicas  # noqa: E402
+from tests.hostile import seeds  # noqa: E402
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 FORESTS = forest_groups(5)
@@ -101,6 +111,49 @@ def test_mean_rewards_are_over_rollouts() -> None:
     assert found["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
     assert found["reward/max"] == max(rewards)
     assert len(rewards) < len(FORESTS[0].samples)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("seed", seeds(10))
+def test_every_row_is_packed_once_with_its_weight(seed: int, size: int) -> None:
+    """Forests larger than a row, on replicas of which each brings some, with resident roots."""
+    is_weighted = seed % 2 == 0
+    groups = forest_groups(seed, 5, has_values=True, is_weighted=is_weighted)
+    packing = PackingConfig(
+        max_tokens=48,
+        pad_to_multiple=1 + seed % 3,
+        num_microbatches_multiple=1,
+        min_shared=[None, 1, 2][seed % 3],
+        cost_model=CostModel(),
+        residency=ResidencyConfig(
+            choice=("auto", "never")[seed // 2 % 2], max_resident_tokens=16 + seed % 9
+        ),
+    )
+    algorithm = GrpoConfig(loss_agg_mode=MODES[seed % len(MODES)], num_minibatches=1)
+
+    def prepare(replica: ThreadReplica) -> StepBatch:
+        mine = {i: g for i, g in enumerate(groups) if i % replica.size == replica.rank}
+        placement = place_groups(mine, algorithm, packing, replica)
+        return pack_batch(placement, algorithm, packing, replica)
+
+    found: dict[tuple[int, int, int], tuple[float, float]] = {}
+    for batch in on_replicas(size, prepare):
+        assert isinstance(batch, StepBatch), batch
+        for row in (row for part in batch.minibatches for row in part.rows if not row.is_filler):
+            micro = row.with_values(batch.values)
+            numbers = batch.sample_numbers[row.sample_numbers[row.sample_ids]].tolist()
+            targets = row.target_tokens[row.prediction_ids].tolist()
+            values = zip(micro.weights.tolist(), micro.advantages.tolist())
+            for key, value in zip(zip(numbers, row.positions.tolist(), targets), values):
+                assert key not in found
+                found[key] = value
+    weights = sample_weights(StepShape.of(groups), algorithm)
+    want = {}
+    for number, sample in enumerate(s for g in groups for s in g.samples):
+        for place in torch.nonzero(sample.loss_mask).flatten().tolist():
+            key = number, len(sample.prompt_ids) + place, int(sample.response_ids[place])
+            want[key] = float(weights[number]), float(sample.advantages[place])
+    assert found == want and len(want) > 50
 
 
 def test_a_shaped_reward_of_a_sample_is_refused() -> None:
