@@ -16,18 +16,9 @@ from .plan import (
 )
 from .reading import read_rollouts, write_rollouts
 from .residency import ResidencyConfig, plan_waves, step_cost
+from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import (
-    Group,
-    Microbatch,
-    PackedRow,
-    PrefixRow,
-    Sample,
-    Status,
-    TokenValues,
-    Wave,
-    without_aborted,
-)
+from .types import Group, Sample, Status, without_aborted
 from .values import response_problems
 
 __all__ = [

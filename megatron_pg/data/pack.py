@@ -12,17 +12,9 @@ from torch import Tensor
 from ..tree import PackedLayout
 from .cost import CostModel
 from .plan import PackPlan, RowPart, plan_rows
+from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape
-from .types import (
-    OPTIONAL_TOKEN_VALUES,
-    Group,
-    Microbatch,
-    PackedRow,
-    PrefixRow,
-    Sample,
-    TokenValues,
-    Wave,
-)
+from .types import OPTIONAL_TOKEN_VALUES, Group, Sample
 
 Groups = Sequence[Group] | Mapping[int, Group]
 
