@@ -36,10 +36,12 @@ def test_megatron_names() -> None:
 
     contract = {
         "PrefixGroupedSeqParams",
+        "PrefixSharingGPTModel",
         "SequenceParallelLayerNorm",
         "SequenceParallelRMSNorm",
         "attention_backends",
         "count_attention_calls",
+        "count_shared_tokens",
         "cpu",
         "validate_config",
         "with_prefix_grouped_attention",

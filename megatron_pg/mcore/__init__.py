@@ -15,6 +15,7 @@ from .params import PrefixGroupedSeqParams
 from .predictions import Predictions
 from .prefix_kv import PrefixKV, ScheduledRow
 from .schedule import prefix_resident_forward_backward
+from .sharing import PrefixSharingGPTModel, SharedTokens, count_shared_tokens
 from .spec import with_prefix_grouped_attention
 from .validate import FieldVerdict, field_verdict, validate_config
 from .versions import OWN_WRITER, TESTED_VERSIONS
@@ -28,13 +29,16 @@ __all__ = [
     "PrefixGroupedGPTModel",
     "PrefixGroupedSeqParams",
     "PrefixKV",
+    "PrefixSharingGPTModel",
     "ScheduledRow",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "SharedTokens",
     "TESTED_VERSIONS",
     "attention_backends",
     "build_gpt_chunks",
     "count_attention_calls",
+    "count_shared_tokens",
     "cpu",
     "field_verdict",
     "generate",

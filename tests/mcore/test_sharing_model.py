@@ -1,0 +1,104 @@
+"""The transparent model equals the stock model on the same call, on every parallel layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_pg.mcore import count_attention_calls, count_shared_tokens
+from tests.mcore import cases, harness
+from tests.mcore.harness import Case
+from tests.mcore.sharing_rows import Comparison, Variant, build, make_rows, run, tokens_fed
+from tests.ranks import Pool
+
+pytestmark = pytest.mark.megatron
+
+FULL = cases.FULL_RECOMPUTE
+VARIANTS = {
+    "plain": Variant(),
+    "tied": Variant(case=Case(tied=True)),
+    "yarn": Variant(case=Case(position_embedding_type="yarn")),
+    "learned": Variant(case=Case(position_embedding_type="learned_absolute")),
+    "learned_positions": Variant(
+        case=Case(position_embedding_type="learned_absolute"), positions=True
+    ),
+    "positions": Variant(positions=True),
+    "qk_layernorm": Variant(case=cases.EQUIVALENCE["qk_layernorm"]),
+    "moe": Variant(case=Case(**cases.MOE)),
+    "full": Variant(case=Case(config=FULL)),
+    "selective": Variant(case=Case(config=cases.SELECTIVE_RECOMPUTE)),
+    "labels": Variant(labels=True),
+    "padded": Variant(padded=True),
+    "borders": Variant(borders=True),
+    "unshared": Variant(shares=False),
+    "as_it_came": Variant(shares=False, takes_thd=True),
+    "takes_thd": Variant(takes_thd=True),
+    "tp2": Variant(case=Case(tp=2)),
+    "tp2_labels": Variant(case=Case(tp=2), labels=True),
+    "tp2_sp": Variant(case=Case(tp=2, sp=True)),
+    "tp2_sp_tied_full": Variant(case=Case(tp=2, sp=True, tied=True, config=FULL)),
+    "tp2_sp_labels": Variant(case=Case(tp=2, sp=True), labels=True),
+    "tp2_sp_unshared": Variant(case=Case(tp=2, sp=True), shares=False),
+    "pp2": Variant(case=Case(pp=2)),
+    "pp2_tied_full": Variant(case=Case(pp=2, tied=True, config=FULL)),
+    "pp2_as_it_came": Variant(case=Case(pp=2), shares=False, takes_thd=True),
+    "pp2_vpp2": Variant(case=Case(pp=2, vpp=2, num_layers=4)),
+    "dp2": Variant(case=Case(dp=2)),
+    "tp2_sp_pp2": Variant(case=Case(tp=2, sp=True, pp=2)),
+    "tp2_sp_pp2_vpp2_full": Variant(
+        case=Case(tp=2, sp=True, pp=2, vpp=2, num_layers=4, config=FULL)
+    ),
+}
+
+
+def compare(name: str) -> Comparison:
+    variant = VARIANTS[name]
+    case = variant.case
+    with harness.on_cpu():
+        harness.initialize(case)
+        configs = harness.make_config(case), harness.make_config(case)
+        ours, stock = build(variant, configs[0], True), build(variant, configs[1], False)
+        for chunk, other in zip(ours, stock):
+            assert list(chunk.state_dict()) == list(other.state_dict())
+            other.load_state_dict(chunk.state_dict())
+        ours = harness.wrap_ddp(case, configs[0], ours)
+        stock = harness.wrap_ddp(case, configs[1], stock)
+        rows = make_rows(variant, 2)
+        assert len({len(row.tokens) for row in rows}) > 1, "microbatches must differ in length"
+        with tokens_fed(ours) as seen:
+            outputs = run(variant, ours, rows)
+        controls = run(variant, stock, rows)
+        got, want = harness.named_gradients(ours), harness.named_gradients(stock)
+        calls = [count_attention_calls(chunk) for chunk in ours]
+        return Comparison(
+            output_errors=[
+                float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs, controls)
+            ],
+            gradient_errors={n: float((got[n] - want[n]).norm() / want[n].norm()) for n in want},
+            least_gradient=float(min(x.norm() for x in want.values())),
+            calls=(sum(c.prefix_grouped for c in calls), sum(c.ordinary for c in calls)),
+            counted=[tuple(count_shared_tokens(chunk)) for chunk in ours],
+            seen=[n * (case.tp if case.sp else 1) for n in seen],
+            logical=sum(len(row.tokens) for row in rows),
+        )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_stock_model_on_the_same_rows(ranks: Pool, name: str) -> None:
+    variant = VARIANTS[name]
+    case: Any = variant.case
+    results = ranks.run(case.world_size, compare, name)
+    last = [result for result in results if result.output_errors]
+    assert len(last) == case.world_size // case.pp
+    for result in results:
+        assert result.gradient_errors and result.least_gradient > 0
+        harness.assert_within(result.gradient_errors, case.bound)
+        assert all(error <= case.loss_bound for error in result.output_errors)
+        is_whole = variant.takes_thd and not variant.shares
+        assert (result.calls[0] > 0) != is_whole and (result.calls[1] > 0) == is_whole
+        assert {logical for _, logical in result.counted} == {result.logical}
+        runs = 2 if case.config.get("recompute_granularity") == "full" else 1
+        assert result.seen == [runs * unique for unique, _ in result.counted]
+        ratio = result.logical / result.counted[0][0]
+        assert ratio > 1.3 if variant.shares else ratio == 1
