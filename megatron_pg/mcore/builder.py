@@ -16,11 +16,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
     get_gpt_heterogeneous_layer_spec,
 )
-from megatron.core.transformer.spec_utils import import_module
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from .model import PrefixGroupedGPTModel
 from .norm import with_sequence_parallel_norms
+from .sharing import PrefixSharingGPTModel
 from .spec import with_prefix_grouped_attention
 from .validate import validate_config
 
@@ -41,15 +41,19 @@ def gpt_builder(
     vp_stage: int | None = None,
     config: TransformerConfig | None = None,
     pg_collection: Any = None,
-) -> PrefixGroupedGPTModel:
+) -> PrefixSharingGPTModel:
     """Build the GPT model that Megatron-LM's arguments describe, able to run packed groups.
+
+    It is the transparent model: ``thd`` rows, as ``pretrain_gpt.py`` makes them of packed
+    sequences, run with their shared tokens encoded once; other batches run as in the stock model.
 
     A drop-in for ``gpt_builders.gpt_builder``, from which Megatron-LM's ``pretrain_gpt.py`` builds
     up to core 0.18 (later ones import it, and build from ``gpt_config_from_args``). Checkpoints
     have the stock keys.
 
     Args:
-        args: Megatron-LM's parsed arguments; ``args.spec`` may name any GPT spec.
+        args: Megatron-LM's parsed arguments; ``args.spec`` may name any GPT spec, or a function of
+            ``(args, config, vp_stage)`` that makes one.
         pre_process: whether this chunk embeds tokens.
         post_process: whether this chunk predicts.
         vp_stage: virtual pipeline stage of the chunk.
@@ -73,7 +77,7 @@ def gpt_builder(
 
         config = core_transformer_config_from_args(args)
     validate_config(_exchange_shapes(config))
-    return PrefixGroupedGPTModel(
+    return PrefixSharingGPTModel(
         config=config,
         transformer_layer_spec=with_prefix_grouped_attention(_stock_spec(args, config, vp_stage)),
         vocab_size=args.padded_vocab_size,
@@ -100,7 +104,7 @@ def gpt_config_from_args(
 
     A drop-in for ``megatron.training.argument_utils.gpt_config_from_args``, from which
     Megatron-LM's ``pretrain_gpt.py`` builds since core 0.19: what its ``pretrain`` builds from the
-    result is a ``PrefixGroupedGPTModel`` of wrapped layers, with the stock keys in checkpoints.
+    result is a ``PrefixSharingGPTModel`` as of ``gpt_builder``, with the stock keys in checkpoints.
 
     Args:
         args: Megatron-LM's parsed arguments; ``args.spec`` may name any GPT spec.
@@ -142,7 +146,9 @@ def _exchange_shapes(config: TransformerConfig) -> TransformerConfig:
 
 def _stock_spec(args: Any, config: TransformerConfig, vp_stage: int | None) -> Any:
     if getattr(args, "spec", None) is not None:
-        return import_module(args.spec)
+        spec = import_module(args.spec)
+        is_made = callable(spec) and not isinstance(spec, ModuleSpec)
+        return spec(args, config, vp_stage) if is_made else spec
     implementation = getattr(args, "transformer_impl", "transformer_engine")
     if implementation not in ("transformer_engine", "local"):
         raise NotImplementedError(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
-from .model import PrefixGroupedGPTModel
+from .sharing import PrefixSharingGPTModel
 from .spec import with_prefix_grouped_attention
 from .validate import validate_config
 
@@ -37,7 +37,7 @@ class PrefixGroupedGPTModelBuilder(GPTModelBuilder):
         super().__init__(model_config)
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``GPTModelBuilder.build_model``, a ``PrefixGroupedGPTModel``.
+        """As ``GPTModelBuilder.build_model``, a ``PrefixSharingGPTModel``.
 
         Raises:
             ValueError: listing every setting that prefix grouping does not support.
@@ -46,7 +46,7 @@ class PrefixGroupedGPTModelBuilder(GPTModelBuilder):
         validate_config(self._model_config.transformer)
         model = super().build_model(*args, **kwargs)
         # The builder names GPTModel itself; ours has the same state and other methods.
-        model.__class__ = PrefixGroupedGPTModel
+        model.__class__ = PrefixSharingGPTModel
         return model
 
 

@@ -319,6 +319,18 @@ def test_the_default_leaves_short_runs_alone(one_rank) -> None:
         call(model)
 
 
+def test_finding_can_be_turned_off(one_rank) -> None:
+    model = sharing_model(takes_thd=True)
+    want = call(model)
+    model.min_shared = None
+    calls, counted = count_attention_calls(model), count_shared_tokens(model)
+    torch.testing.assert_close(call(model), want, rtol=1e-9, atol=1e-9)
+    assert count_attention_calls(model).ordinary == calls.ordinary + 2
+    assert count_shared_tokens(model) == counted
+    with pytest.raises(ValueError, match=r"group_sizes=\[4\] belong .*\(min_shared=None\)"):
+        call(model, group_sizes=[4])
+
+
 def test_rows_that_sequence_parallelism_cannot_split(one_rank) -> None:
     model = sharing_model()
     model.config.sequence_parallel, model.config.tensor_model_parallel_size = True, 4

@@ -62,10 +62,11 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
     they are fetched in one copy. ``count_shared_tokens`` says what was saved.
 
     Attributes:
-        min_shared: shortest run of tokens that is shared; set it on the model.
+        min_shared: shortest run of tokens that is shared; set it on the model. None finds nothing:
+            rows run as in the stock model.
     """
 
-    min_shared: int = 32
+    min_shared: int | None = 32
     num_unique_tokens: int = 0
     num_logical_tokens: int = 0
 
@@ -113,14 +114,17 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
             extra_block_kwargs=extra_block_kwargs,
         )
         more |= dict(labels=labels, runtime_gather_output=runtime_gather_output)
-        if not _is_ordinary_row(packed_seq_params):
+        if self.min_shared is None or not _is_ordinary_row(packed_seq_params):
             if group_sizes is not None:
-                raise ValueError(f"group_sizes={group_sizes} belong to a 'thd' row; leave them out")
+                raise ValueError(
+                    f"group_sizes={group_sizes} belong to a 'thd' row in which shared runs are "
+                    f"found (min_shared={self.min_shared}); leave them out"
+                )
             more["packed_seq_params"] = packed_seq_params
             return super().forward(input_ids, **inputs, **others, **more)
         self._refuse(attention_mask=attention_mask, **others, **more)
         row = OrdinaryRow.from_batch(input_ids, packed_seq_params)
-        layout = self._layout(row, group_sizes)
+        layout = self._layout(row, self.min_shared, group_sizes)
         device = next(self.parameters()).device
         if layout.unique_tokens == row.num_tokens and self._runs_thd_rows():
             more["packed_seq_params"] = _on_device(packed_seq_params, device)
@@ -157,7 +161,9 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
             split_over=self.pg_collection.tp if is_split else None,
         )
 
-    def _layout(self, row: OrdinaryRow, group_sizes: Sequence[int] | None) -> PackedLayout:
+    def _layout(
+        self, row: OrdinaryRow, min_shared: int, group_sizes: Sequence[int] | None
+    ) -> PackedLayout:
         multiple = ParallelSizes.from_config(self.config).row_multiple
         if row.num_tokens % multiple:
             raise ValueError(
@@ -165,10 +171,7 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
                 "(tensor_model_parallel_size under sequence_parallel); pad the row"
             )
         layout = find_shared(
-            row,
-            min_shared=self.min_shared,
-            group_sizes=group_sizes,
-            pad_to_multiple=multiple,
+            row, min_shared=min_shared, group_sizes=group_sizes, pad_to_multiple=multiple
         )
         self.num_unique_tokens += layout.total_tokens
         self.num_logical_tokens += row.num_tokens

@@ -44,7 +44,7 @@ class OrdinaryRow:
         if input_ids is None:
             raise ValueError(
                 "input_ids=None: every pipeline stage finds what the row shares from its tokens; "
-                "pass input_ids on all of them"
+                "pass input_ids on all of them, or set min_shared=None on the model"
             )
         _check_integers("input_ids", input_ids)
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
