@@ -61,6 +61,7 @@ class Variant:
         case: model and layout.
         positions: hand position_ids over.
         labels: the model returns losses.
+        hidden: its head is turned off, so that the last stage returns hidden states.
         padded: every sequence in a padded place (``cu_seqlens_q_padded``).
         borders: say which sequences may share.
         shares: the rows have something to share.
@@ -70,6 +71,7 @@ class Variant:
     case: Case = field(default_factory=Case)
     positions: bool = False
     labels: bool = False
+    hidden: bool = False
     padded: bool = False
     borders: bool = False
     shares: bool = True
@@ -170,6 +172,7 @@ def build(variant: Variant, config: TransformerConfig, ours: bool) -> list[Any]:
             vp_stage=vp_stage,
             **case.model,
         ).to(case.dtype)
+        chunk.post_process &= not variant.hidden
         if ours:
             chunk.min_shared = 4
         chunks.append(chunk)
@@ -202,25 +205,33 @@ def call(model: Any, row: Row, variant: Variant) -> Tensor:
 def run(variant: Variant, chunks: list[Any], rows: list[Row]) -> list[Tensor]:
     """Forward and backward under Megatron's schedule; outputs of the last stage, by row."""
     outputs: list[Tensor] = []
-    tp = parallel_state.get_tensor_model_parallel_rank()
 
     def step(batches: Iterator[Row], model: Any) -> Any:
         row = next(batches)
         output = call(model, row, variant)
 
         def loss_func(output: Tensor) -> Any:
-            outputs.append(output.detach()[0])
-            width = output.shape[-1] if output.dim() == 3 else 1
-            cotangent = row.cotangent[:, tp * width : (tp + 1) * width] if width > 1 else None
-            # Of a vocabulary-parallel output the ranks' losses are parts of one loss.
-            weights = row.cotangent[:, 0] if cotangent is None else cotangent
-            loss = (output[0] * weights).sum()
+            # Logits and losses of the row, or hidden states, split under sequence parallelism.
+            output = output[:, 0] if variant.hidden else output[0]
+            outputs.append(output.detach())
+            loss = (output * cotangent_of(output, row, variant)).sum()
             return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach()}
 
         return output, loss_func
 
     harness.run_step(variant.case, chunks, step, rows)
     return outputs
+
+
+def cotangent_of(output: Tensor, row: Row, variant: Variant) -> Tensor:
+    """This rank's part: of the vocabulary, or of the row."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    if variant.labels:
+        return row.cotangent[:, 0]
+    if variant.hidden:
+        rows = slice(rank * len(output), None) if len(output) < len(row.tokens) else slice(None)
+        return row.cotangent[rows][: len(output), : output.shape[1]]
+    return row.cotangent[:, rank * output.shape[1] :][:, : output.shape[1]]
 
 
 @dataclass(frozen=True)

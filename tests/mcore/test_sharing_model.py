@@ -15,6 +15,14 @@ from tests.ranks import Pool
 pytestmark = pytest.mark.megatron
 
 FULL = cases.FULL_RECOMPUTE
+
+
+def headless(**sizes: Any) -> Variant:
+    return Variant(
+        case=Case(trains=lambda s, c, name: "output_layer" not in name, **sizes), hidden=True
+    )
+
+
 VARIANTS = {
     "plain": Variant(),
     "tied": Variant(case=Case(tied=True)),
@@ -29,6 +37,7 @@ VARIANTS = {
     "full": Variant(case=Case(config=FULL)),
     "selective": Variant(case=Case(config=cases.SELECTIVE_RECOMPUTE)),
     "labels": Variant(labels=True),
+    "hidden": headless(),
     "padded": Variant(padded=True),
     "borders": Variant(borders=True),
     "unshared": Variant(shares=False),
@@ -40,10 +49,13 @@ VARIANTS = {
     "tp2_sp_tied_full": Variant(case=Case(tp=2, sp=True, tied=True, config=FULL)),
     "tp2_sp_labels": Variant(case=Case(tp=2, sp=True), labels=True),
     "tp2_sp_unshared": Variant(case=Case(tp=2, sp=True), shares=False),
+    "tp2_sp_hidden": headless(tp=2, sp=True),
+    "tp2_hidden": headless(tp=2),
     "pp2": Variant(case=Case(pp=2)),
     "pp2_tied_full": Variant(case=Case(pp=2, tied=True, config=FULL)),
     "pp2_as_it_came": Variant(case=Case(pp=2), shares=False, takes_thd=True),
     "pp2_vpp2": Variant(case=Case(pp=2, vpp=2, num_layers=4)),
+    "tp2_sp_pp2_hidden": headless(tp=2, sp=True, pp=2),
     "dp2": Variant(case=Case(dp=2)),
     "tp2_sp_pp2": Variant(case=Case(tp=2, sp=True, pp=2)),
     "tp2_sp_pp2_vpp2_full": Variant(

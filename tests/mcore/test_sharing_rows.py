@@ -22,6 +22,7 @@ from megatron_pg.mcore import (
     count_shared_tokens,
     with_sequence_parallel_norms,
 )
+from megatron_pg.mcore.sharing import write_out as write_out_module
 from megatron_pg.mcore.sharing.rows import OrdinaryRow, find_shared
 from megatron_pg.mcore.sharing.write_out import write_out
 from tests.mcore import harness
@@ -68,6 +69,27 @@ def test_shared_runs_are_those_of_the_definition(seed: int) -> None:
     assert torch.equal(layout.token_ids[layout.logical_to_packed], torch.from_numpy(row.tokens))
     positions = torch.cat([torch.arange(len(s)) for s in sequences])
     assert torch.equal(layout.position_ids[layout.logical_to_packed], positions)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_is_packed_in_another_order_only_where_it_shares(seed: int) -> None:
+    """Equal sequences that are shorter than the least run stand where they stood."""
+    g = np.random.default_rng(seed)
+    num_whole = 0
+    for least in (2, 3, 4, 5):
+        sequences = [[1, 2], [2, 1, 1, 2, 2], [1, 2]]
+        sequences += [g.integers(0, 4, g.integers(0, 7)).tolist() for _ in range(3)]
+        row = row_of(sequences)
+        layout = find(row, least)
+        heads = [tuple(s[:least]) for s in sequences if len(s) >= least]
+        shares = len(set(heads)) < len(heads)
+        assert (layout.unique_tokens < row.num_tokens) == shares
+        index = layout.logical_to_packed
+        assert torch.equal(layout.token_ids[index], torch.from_numpy(row.tokens))
+        if not shares:
+            num_whole += 1
+            assert index.tolist() == list(range(row.num_tokens))
+    assert num_whole > 0
 
 
 def test_short_runs_are_written_out() -> None:
@@ -219,7 +241,7 @@ def test_what_the_caller_gave_reaches_the_head(one_rank) -> None:
             return super().forward(x), None
 
     model.output_layer = Head(32, 1, dtype=torch.float64)
-    assert call(model).shape == (1, 18, 1) and seen == [(18, 1, 32)]
+    assert call(model).shape == (1, 18, 1) and seen == [(10, 1, 32)]
 
 
 def test_hidden_states_are_written_out_where_the_head_is_turned_off(one_rank) -> None:
@@ -280,6 +302,23 @@ def test_arguments_that_a_row_cannot_have(one_rank, name: str) -> None:
         call(sharing_model(), **{name: REFUSED[name]})
 
 
+def test_it_lies_over_a_model_class_of_the_callers(one_rank) -> None:
+    """As trainers derive from ``GPTModel``; a model that is built already takes the class too."""
+
+    class Theirs(GPTModel):
+        def forward(self, *args: Any, scale: float = 1.0, **kwargs: Any) -> Any:
+            return scale * super().forward(*args, **kwargs)
+
+    class Both(PrefixSharingGPTModel, Theirs):
+        pass
+
+    model = sharing_model()
+    want = call(model)
+    model.__class__ = Both
+    torch.testing.assert_close(call(model, scale=2.0), 2.0 * want)
+    assert count_shared_tokens(model) == (20, 36)
+
+
 def test_unknown_arguments_are_refused(one_rank) -> None:
     with pytest.raises(TypeError, match="mtp_kwargs"):
         call(sharing_model(), mtp_kwargs={})
@@ -317,6 +356,18 @@ def test_the_default_leaves_short_runs_alone(one_rank) -> None:
     model.min_shared = 0
     with pytest.raises(ValueError, match="min_shared=0 must be at least 1"):
         call(model)
+
+
+def test_the_model_keeps_to_the_groups_that_it_is_told(one_rank) -> None:
+    model = sharing_model()
+    want = call(model)
+    counts = []
+    for sizes in ([4], [2, 2], [1, 2], [1, 1, 1, 1]):
+        before = count_shared_tokens(model).unique
+        got = call(model, group_sizes=sizes)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        counts.append(count_shared_tokens(model).unique - before)
+    assert counts == [10, 14, 14, 18]
 
 
 def test_finding_can_be_turned_off(one_rank) -> None:
@@ -363,6 +414,16 @@ def write_out_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.randint(0, 6, (64,), generator=g)
     hidden, cotangent = (torch.randn(n, 1, 16, generator=g).to(dtype) for n in (8, 64))
     return hidden, ids, cotangent
+
+
+def test_gradients_of_wide_rows_are_summed_a_part_at_a_time(monkeypatch) -> None:
+    hidden, ids, cotangent = write_out_case(torch.float64)
+    want = torch.zeros(8, 1, 16, dtype=torch.float64).index_add(0, ids, cotangent)
+    for columns in (1, 3, 16, 99):
+        monkeypatch.setattr(write_out_module, "_SCRATCH_ELEMENTS", 8 * columns)
+        hidden.grad = None
+        write_out(hidden.requires_grad_(), ids).backward(cotangent)
+        torch.testing.assert_close(hidden.grad, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

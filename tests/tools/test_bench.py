@@ -67,6 +67,17 @@ def test_step_runs_on_one_rank_and_on_two(tmp_path: Path) -> None:
     assert lone["bound"] == 1.0
 
 
+@pytest.mark.megatron
+@pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
+def test_ordinary_rows_run_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    rows = run("transparent", tmp_path)
+    check_rows("transparent", rows)
+    assert {(r["shape"]["tp"], r["shape"]["pp"]) for r in rows} == {(1, 1), (2, 1), (1, 2)}
+    nothing = [r for r in rows if "nothing shared" in r["shape"]["name"]]
+    assert len(nothing) == 3 and all(r["bound"] == 1.0 for r in nothing)
+    assert all(r["bound"] > 1.3 for r in rows if r not in nothing)
+
+
 def check_rows(name: str, rows: list[dict]) -> None:
     assert len(rows) > 2
     for row in rows:
@@ -207,7 +218,7 @@ def test_a_wrong_result_stops_without_a_speed_up(
 @pytest.mark.megatron
 @pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
 @pytest.mark.parametrize(
-    "name", ["layer", "logprob", "step", "memory", "resident", "resident_memory"]
+    "name", ["layer", "logprob", "step", "memory", "resident", "resident_memory", "transparent"]
 )
 def test_a_wrong_model_stops_without_a_speed_up(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

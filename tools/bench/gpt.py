@@ -139,10 +139,15 @@ def make_config(dims: Dims, dtype: torch.dtype) -> TransformerConfig:
     return TransformerConfig(**settings)
 
 
-def build_model(dims: Dims, config: TransformerConfig, whole: bool = True) -> PrefixGroupedGPTModel:
+def build_model(
+    dims: Dims,
+    config: TransformerConfig,
+    whole: bool = True,
+    model_class: type[PrefixGroupedGPTModel] = PrefixGroupedGPTModel,
+) -> PrefixGroupedGPTModel:
     """This rank's stage of the model; without embedding and output layer when not ``whole``."""
     model: PrefixGroupedGPTModel = _build(
-        PrefixGroupedGPTModel, with_prefix_grouped_attention, dims, config, whole
+        model_class, with_prefix_grouped_attention, dims, config, whole
     )
     return model
 
@@ -188,9 +193,9 @@ class Work:
         inputs = self.tokens[None], self.params.position_ids[None], None
         return model(*inputs, packed_seq_params=self.params)
 
-    def loss(self, logprobs: Tensor) -> Tensor:
-        """Weighted sum, equal for the packed and the written-out row."""
-        return -(logprobs * self.weights).sum()
+    def loss(self, output: Tensor) -> Tensor:
+        """Weighted sum of logprobs, equal for the packed and the written-out row."""
+        return -(output * self.weights).sum()
 
 
 def make_work(shape: Shape, dims: Dims, device: torch.device, seed: int = 0) -> dict[str, Work]:

@@ -23,7 +23,7 @@ class Options:
         shapes: only shapes whose name contains one of these; empty takes all.
         clock: "wall", or "cpu" for the time that the process got (see ``time_interleaved``).
         sweep: also the shapes of the plots.
-        ranks: ``step`` and ``resident`` on one process, on two, or both.
+        ranks: ``step``, ``transparent`` and ``resident`` on one process, on two, or both.
     """
 
     quick: bool = False

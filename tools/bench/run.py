@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=_positive, help="of torch (default: torch's own number)")
     parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
     parser.add_argument(
-        "--ranks", type=int, choices=(1, 2), help="step, resident: on so many processes"
+        "--ranks",
+        type=int,
+        choices=(1, 2),
+        help="step, transparent, resident: on so many processes",
     )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
@@ -47,7 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
-    from tools.bench import attention, layer, logprob, memory, pack, prepare, resident, step  # noqa: F401
+    from tools.bench import (  # noqa: F401
+        attention,
+        layer,
+        logprob,
+        memory,
+        pack,
+        prepare,
+        resident,
+        step,
+        transparent,
+    )
     from tools.bench.machine import describe_machine, keep_freed_memory
     from tools.bench.processes import rows_of_processes
     from tools.bench.registry import BENCHMARKS, BenchmarkMismatch, Options

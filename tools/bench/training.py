@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import (
@@ -13,15 +13,33 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
-from tools.bench.gpt import Dims, Work, build_model, make_config
+from megatron_pg.mcore import PrefixGroupedGPTModel
+from tools.bench.gpt import Dims, build_model, make_config
 from tools.bench.timing import check_equal
+
+
+class Batch(Protocol):
+    """One microbatch: how the model is called on it, and the loss of what it returns."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    def forward(self, model: Any) -> Any: ...
+
+    def loss(self, output: Tensor) -> Tensor: ...
 
 
 class Trainer:
     """A model with its optimizer. Every step starts from cleared gradients."""
 
-    def __init__(self, dims: Dims, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        dims: Dims,
+        dtype: torch.dtype,
+        model_class: type[PrefixGroupedGPTModel] = PrefixGroupedGPTModel,
+    ) -> None:
         self.is_single_precision = dtype == torch.float32
         config = make_config(dims, dtype)
         config.finalize_model_grads_func = finalize_model_grads
@@ -29,7 +47,7 @@ class Trainer:
         self.model = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=dtype != torch.float32),
-            build_model(dims, config),
+            build_model(dims, config, model_class=model_class),
         )
         # A rate of zero: the optimizer does all of its work and every step stays comparable.
         self.optimizer = get_megatron_optimizer(
@@ -45,7 +63,7 @@ class Trainer:
         )
         config.grad_scale_func = self.optimizer.scale_loss
 
-    def forward_backward(self, batches: list[Work]) -> float | None:
+    def forward_backward(self, batches: Sequence[Batch]) -> float | None:
         """Summed loss on the last stage, gradients in ``main_grad``."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -60,7 +78,7 @@ class Trainer:
         )
         return float(sum(float(r["loss"]) for r in results)) if results else None
 
-    def step(self, batches: list[Work]) -> None:
+    def step(self, batches: Sequence[Batch]) -> None:
         """Forward, backward, clipping and Adam."""
         self.forward_backward(batches)
         success, _, _ = self.optimizer.step()
@@ -93,7 +111,7 @@ class Trainer:
         return check_equal(pairs, 1e-3 if self.is_single_precision else 1e-1)
 
 
-def _forward_step(batches: Iterator[Work], model: Any) -> Any:
+def _forward_step(batches: Iterator[Batch], model: Any) -> Any:
     work = next(batches)
 
     def loss_func(output: Any) -> Any:

@@ -53,10 +53,11 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
     """``GPTModel`` that encodes once what the sequences of a ``thd`` row share.
 
     Equals the stock model on the same call: logits ``[1, T, V / tp]`` of the row as it came, or the
-    loss when ``labels`` are given, and every gradient. In between, the layers run the packed row,
-    which is also what pipeline stages send each other; the row is written out again before the
-    output layer. Every stage needs ``input_ids``. Rows that share nothing run as they came. A
-    ``PrefixGroupedSeqParams`` and batches without packing are taken as by the base class.
+    loss when ``labels`` are given, and every gradient. In between, the layers and the output layer
+    run the packed row, which is also what pipeline stages send each other; its logits are written
+    out at the end, its hidden states where the caller takes those. Every stage needs ``input_ids``.
+    Rows that share nothing run as they came. A ``PrefixGroupedSeqParams`` and batches without
+    packing are taken as by the base class.
 
     Nothing waits for a device where ``input_ids`` and ``cu_seqlens_q`` lie on the CPU; otherwise
     they are fetched in one copy. ``count_shared_tokens`` says what was saved.
@@ -142,24 +143,26 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
     ) -> Any:
-        if isinstance(packed_seq_params, SharingSeqParams):
-            # Not post_process, which callers turn off to be given the hidden states.
-            if self.decoder.post_process:
-                hidden_states = self._write_out(hidden_states, packed_seq_params.layout)
-            kwargs |= packed_seq_params.given
-        else:
+        if not isinstance(packed_seq_params, SharingSeqParams):
             kwargs["packed_seq_params"] = packed_seq_params
-        return super()._postprocess(hidden_states, *args, **kwargs)
-
-    def _write_out(self, hidden_states: Tensor, layout: PackedLayout) -> Tensor:
-        if layout.unique_tokens == layout.logical_tokens:
-            return hidden_states
-        is_split = ParallelSizes.from_config(self.config).sp_size > 1
-        return write_out(
-            hidden_states,
-            layout.logical_to_packed,
-            split_over=self.pg_collection.tp if is_split else None,
-        )
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        layout = packed_seq_params.layout
+        kwargs |= packed_seq_params.given
+        # Not post_process, which callers turn off to be given the hidden states.
+        if not self.decoder.post_process or layout.unique_tokens == layout.logical_tokens:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        index = layout.logical_to_packed
+        if not self.post_process or kwargs.get("output_processor") is not None:
+            is_split = ParallelSizes.from_config(self.config).sp_size > 1
+            group = self.pg_collection.tp if is_split else None
+            hidden_states = write_out(hidden_states, index, split_over=group)
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        labels = kwargs.pop("labels", None)
+        logits = super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        logits = write_out(logits[0], index)[None]
+        if labels is None:
+            return logits
+        return self.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
 
     def _layout(
         self, row: OrdinaryRow, min_shared: int, group_sizes: Sequence[int] | None
