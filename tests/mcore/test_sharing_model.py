@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_pg.mcore import count_attention_calls, count_shared_tokens
 from tests.mcore import cases, harness
 from tests.mcore.harness import Case
-from tests.mcore.sharing_rows import Comparison, Variant, build, make_rows, run, tokens_fed
+from tests.mcore.sharing_rows import (
+    Comparison,
+    Variant,
+    build,
+    call,
+    make_row,
+    make_rows,
+    run,
+    tokens_fed,
+)
 from tests.ranks import Pool
 
 pytestmark = pytest.mark.megatron
@@ -114,3 +125,29 @@ def test_equals_the_stock_model_on_the_same_rows(ranks: Pool, name: str) -> None
         assert result.seen == [runs * unique for unique, _ in result.counted]
         ratio = result.logical / result.counted[0][0]
         assert ratio > 1.3 if variant.shares else ratio == 1
+
+
+def outputs_and_gradients(variant: Variant, ours: bool, state: Any) -> dict[str, Tensor]:
+    (model,) = build(variant, harness.make_config(variant.case), ours)
+    model.load_state_dict(state)
+    row = make_row(variant, 0, 20)
+    output = call(model, row, variant)
+    # The same cotangent in both dtypes.
+    output.backward(row.cotangent[None].bfloat16().to(output.dtype))
+    found = {n: p.grad for n, p in model.named_parameters()}
+    return {name: x.double() for name, x in {**found, "logits": output.detach()}.items()}
+
+
+def test_bf16_errs_as_the_stock_model_does(one_rank) -> None:
+    exact, low = (
+        Variant(case=Case(dtype=dtype, config=dict(init_method_std=0.1)))
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    (model,) = build(exact, harness.make_config(exact.case), ours=False)
+    state = {n: x if x is None else x.bfloat16() for n, x in model.state_dict().items()}
+    truth = outputs_and_gradients(exact, False, state)
+    got, control = (outputs_and_gradients(low, ours, state) for ours in (True, False))
+    for name, want in truth.items():
+        allowed = float((control[name] - want).norm() / want.norm())
+        assert 1e-3 < allowed < 0.1, (name, allowed)
+        assert float((got[name] - want).norm() / want.norm()) <= 2 * allowed, name

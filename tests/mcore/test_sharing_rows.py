@@ -179,6 +179,13 @@ def test_rows_of_context_parallel_ranks_are_refused() -> None:
         OrdinaryRow.from_batch(torch.ones(1, 3).long(), thd([3], local_cp_size=2))
 
 
+def test_a_model_under_context_parallelism_refuses_rows(one_rank) -> None:
+    model = sharing_model()
+    model.config.context_parallel_size = 2
+    with pytest.raises(NotImplementedError, match="context_parallel_size=2: rows that are split"):
+        call(model)
+
+
 def sharing_model(case: harness.Case | None = None, **more: Any) -> PrefixSharingGPTModel:
     variant = Variant(case=case or harness.Case(), **more)
     (model,) = build(variant, harness.make_config(variant.case), ours=True)

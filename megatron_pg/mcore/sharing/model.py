@@ -210,6 +210,11 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
         for name, reason in _NOT_OF_A_ROW.items():
             if arguments.get(name) is not None:
                 raise NotImplementedError(f"{name} with a 'thd' row: {reason}; pass {name}=None")
+        if (cp := ParallelSizes.from_config(self.config).cp) > 1:
+            raise NotImplementedError(
+                f"context_parallel_size={cp}: rows that are split over context-parallel ranks are "
+                "not supported by PrefixSharingGPTModel; set context_parallel_size=1"
+            )
         if self.position_embedding_type == "mrope":
             raise NotImplementedError(
                 "position_embedding_type='mrope' is not supported with a 'thd' row; use 'rope', "
