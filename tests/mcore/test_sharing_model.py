@@ -53,6 +53,9 @@ VARIANTS = {
     "borders": Variant(borders=True),
     "unshared": Variant(shares=False),
     "as_it_came": Variant(shares=False, takes_thd=True),
+    "learned_as_it_came": Variant(
+        case=Case(position_embedding_type="learned_absolute"), shares=False, takes_thd=True
+    ),
     "takes_thd": Variant(takes_thd=True),
     "tp2": Variant(case=Case(tp=2)),
     "tp2_labels": Variant(case=Case(tp=2), labels=True),

@@ -128,8 +128,11 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
         layout = self._layout(row, self.min_shared, group_sizes)
         device = next(self.parameters()).device
         if layout.unique_tokens == row.num_tokens and self._runs_thd_rows():
+            if position_ids is None and self.position_embedding_type == "learned_absolute":
+                position_ids = layout.position_ids[None]
+            more["position_ids"] = None if position_ids is None else position_ids.to(device)
             more["packed_seq_params"] = _on_device(packed_seq_params, device)
-            return super().forward(input_ids.to(device), **inputs, **more)
+            return super().forward(input_ids.to(device), attention_mask=None, **more)
         given = dict(input_ids=input_ids, packed_seq_params=packed_seq_params, **inputs)
         params = SharingSeqParams.from_layout(layout, device, given=given)
         return super().forward(
