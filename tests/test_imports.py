@@ -33,11 +33,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "grpo": (
         *("settings", "replicas", "shape", "messages", "packing", "placement", "advantages"),
-        *("batch", "passes", "step"),
+        *("batch", "passes", "offload", "step", "reference"),
     ),
     "train": (
         *("launcher", "lifetime", "config", "ranks", "model", "rollouts", "checkpoints", "metrics"),
-        *("trainer", "run", "dry_run", "__main__"),
+        *("validation", "trainer", "run", "dry_run", "__main__"),
     ),
 }
 MEGATRON = {"mcore", "grpo", "checkpoint", "train"}

@@ -3,6 +3,7 @@
 from .advantages import compute_advantages
 from .batch import Minibatch, StepBatch, pack_batch
 from .messages import decode_groups, encode_groups
+from .offload import Offloaded
 from .packing import (
     PackingConfig,
     TokenCounts,
@@ -11,6 +12,7 @@ from .packing import (
 )
 from .passes import HeadConfig, compute_logprobs, microbatch_loss, train_pass
 from .placement import Placement, place_groups
+from .reference import with_ref_logprobs
 from .replicas import MegatronReplicas, Ranks, Replicas, total_over_replicas
 from .settings import GrpoConfig, PrefixGroupConfig
 from .shape import StepShape
@@ -22,6 +24,7 @@ __all__ = [
     "HeadConfig",
     "MegatronReplicas",
     "Minibatch",
+    "Offloaded",
     "PackingConfig",
     "Placement",
     "PrefixGroupConfig",
@@ -41,4 +44,5 @@ __all__ = [
     "plan_all_replicas",
     "total_over_replicas",
     "train_pass",
+    "with_ref_logprobs",
 ]

@@ -16,6 +16,7 @@ from ..loss import kl_of_samples
 from ..mcore import PrefixGroupedGPTModel
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
+from .offload import Offloaded
 from .packing import PackingConfig
 from .passes import HeadConfig, compute_logprobs, train_pass
 from .placement import Placement, place_groups, written_out
@@ -39,6 +40,7 @@ class GrpoStep:
         algorithm: what is optimised.
         settings: how groups are packed; the backend of attention is that of the chunks' spec.
         reference: chunks of the reference model, where a KL term compares with one.
+        offload_reference: keep them in host memory between their passes.
         temperature: of the logprobs; the sampling temperature.
         max_response_tokens: longest response that sampling allows, read by the overlong penalty.
         cost_model: of the model; made from the chunks' configuration when None.
@@ -57,6 +59,7 @@ class GrpoStep:
         algorithm: GrpoConfig | None = None,
         settings: PrefixGroupConfig | None = None,
         reference: Sequence[Any] | None = None,
+        offload_reference: bool = False,
         temperature: float = 1.0,
         max_response_tokens: int | None = None,
         cost_model: CostModel | None = None,
@@ -81,6 +84,9 @@ class GrpoStep:
         )
         self.max_response_tokens = max_response_tokens
         self.ranks = Ranks.from_megatron()
+        self._on_device: Callable[[], AbstractContextManager[None]] = nullcontext
+        if offload_reference and self.reference is not None:
+            self._on_device = Offloaded(self.reference, self.ranks.device).on_device
         self.replicas = MegatronReplicas(self.ranks)
 
     def prepare(
@@ -106,9 +112,24 @@ class GrpoStep:
             batch = self._with_logprobs(batch)
         return self._with_advantages(batch)
 
-    def place(self, groups: Mapping[int, Group] | Sequence[Group]) -> Placement:
-        """Bring every group to the replica that packs it (see ``place_groups``)."""
-        return self._place(groups, self.algorithm)
+    def place(
+        self,
+        groups: Mapping[int, Group] | Sequence[Group],
+        algorithm: GrpoConfig | None = None,
+        num_groups: int | None = None,
+    ) -> Placement:
+        """Bring every group to the replica that packs it (see ``place_groups``).
+
+        ``algorithm`` divides them into minibatches, the step's own when None.
+        """
+        return place_groups(
+            groups,
+            algorithm or self.algorithm,
+            self.packing,
+            self.replicas,
+            num_groups=num_groups,
+            vocab_size=self.head.vocab_size,
+        )
 
     def pack(self, placement: Placement) -> StepBatch:
         """Rows and values of placed groups (see ``pack_batch``)."""
@@ -130,6 +151,17 @@ class GrpoStep:
         if self.ranks.is_last_stage and found is None:
             found = torch.zeros(batch.num_tokens, dtype=torch.float64)
         return self.replicas.from_last_stage(found, batch.num_tokens)
+
+    def ref_logprobs(self, batch: StepBatch) -> Tensor:
+        """``logprobs`` of the reference model. Raises ValueError if there is none."""
+        if self.reference is None:
+            raise ValueError("there is no reference model; pass reference=")
+        with self._on_device():
+            return self.logprobs(batch, self.reference)
+
+    def drop_reference(self) -> None:
+        """Give up the reference model: from now on samples carry its logprobs."""
+        self.reference, self._on_device = None, nullcontext
 
     def backward(self, batch: StepBatch, minibatch: int = 0) -> dict[str, float]:
         """Gradients of a minibatch's loss, left in the gradient buffers of all ranks, finalized.
@@ -154,26 +186,11 @@ class GrpoStep:
 
     def self_check(self, groups: Mapping[int, Group] | Sequence[Group], num_groups: int) -> float:
         """Largest |logprob packed - logprob written out| over the first judged groups of a step."""
-        placed = self._place(groups, GrpoConfig(), num_groups)
+        placed = self.place(groups, GrpoConfig(), num_groups)
         packed = self.logprobs(self.pack(placed))
         alone = self.logprobs(self.pack(written_out(placed)))
         own = float((packed - alone).abs().max()) if len(packed) else 0.0
         return max(self.replicas.gather(lambda: own))
-
-    def _place(
-        self,
-        groups: Mapping[int, Group] | Sequence[Group],
-        algorithm: GrpoConfig,
-        num_groups: int | None = None,
-    ) -> Placement:
-        return place_groups(
-            groups,
-            algorithm,
-            self.packing,
-            self.replicas,
-            num_groups=num_groups,
-            vocab_size=self.head.vocab_size,
-        )
 
     def _with_logprobs(self, batch: StepBatch) -> StepBatch:
         """Old and reference logprobs, recomputed where none came along."""
@@ -190,7 +207,7 @@ class GrpoStep:
         if needs_old and "old_logprobs" not in carried:
             values = replace(values, old_logprobs=self.logprobs(batch))
         if self.reference is not None and "ref_logprobs" not in carried:
-            values = replace(values, ref_logprobs=self.logprobs(batch, self.reference))
+            values = replace(values, ref_logprobs=self.ref_logprobs(batch))
         return replace(batch, values=values)
 
     def _with_advantages(self, batch: StepBatch) -> StepBatch:

@@ -16,6 +16,7 @@ from .dialects import dialect_problem
 from .named import load_callable
 from .openai_server import OpenAIServerSource, health_path_problem
 from .probe import ServerCapabilities
+from .recorded import RecordedRollouts
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
 from .retry import RetryPolicy
 from .reward import (
@@ -25,7 +26,7 @@ from .reward import (
     make_groups,
     math_verify_reward,
 )
-from .streams import RecordedRollouts, SampledRollouts
+from .streams import SampledRollouts, held_out_prompts
 from .tasks import ANSWER_EXTRACTORS, ReasoningGymTask
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "base_url_problem",
     "dialect_problem",
     "health_path_problem",
+    "held_out_prompts",
     "load_callable",
     "make_groups",
     "math_verify_reward",

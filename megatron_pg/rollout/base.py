@@ -130,7 +130,8 @@ class RolloutSource:
     """Samples responses: an inference server, the trained model itself, or one of your own.
 
     A subclass gives ``generate``; what else it does not say is what a source needs that one process
-    calls and that knows nothing of the weights.
+    calls and that knows nothing of the weights. A source that asks ahead (``run.rollout_ahead``) is
+    called on a thread, and by nobody else meanwhile.
 
     Attributes:
         on_all_ranks: whether every rank of the job takes part in ``generate``; else the first one
@@ -164,6 +165,9 @@ class RolloutSource:
             None on a rank that only helps another one.
         """
         raise NotImplementedError(f"{type(self).__name__} has no generate()")
+
+    def cancel(self) -> None:
+        """Make a ``generate`` that another thread is in raise soon; one that cannot goes on."""
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """Make later responses come from the current policy; every rank takes part.
@@ -199,14 +203,29 @@ class GroupStream(Protocol):
         """
         ...
 
-    def held_out_rewards(self, num_prompts: int, num_generations: int) -> dict[int, float]:
-        """Mean reward of prompts that training never sees, by number, those of ``numbers``.
+    def held_out_groups(self, num_prompts: int | None, num_generations: int) -> dict[int, Group]:
+        """Groups of prompts that training never sees, by number, those of ``numbers``.
 
-        Prompts whose responses are all aborted are left out.
+        The same prompts at every call, None for all of them; the position stays as it is.
 
         Raises:
-            ValueError: if the stream cannot hold prompts out.
+            ValueError: if the stream cannot hold prompts out, or not say how many there are.
         """
+        ...
+
+    def ask_ahead(self, num_groups: int) -> None:
+        """Have sampled meanwhile what the next ``next_groups(num_groups)`` gives.
+
+        The position stays as it is; what goes wrong is raised by that call.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Until nothing is being sampled."""
+        ...
+
+    def close(self) -> None:
+        """Give up what was asked ahead."""
         ...
 
     def update_weights(self, export: WeightExporter, version: int) -> None:

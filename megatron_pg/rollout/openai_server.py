@@ -115,6 +115,7 @@ class OpenAIServerSource(RolloutSource):
         self.startup_seconds = startup_seconds
         self.weight_version = 0
         self._on_first = on_first
+        self._stop = threading.Event()
         self._dialect = dialect
         self._model = model
         # What the server calls the model; by one name as long as nothing is loaded by name.
@@ -173,11 +174,16 @@ class OpenAIServerSource(RolloutSource):
                 message = f"prompt {prompt.prompt_id!r}: {error.args[2]}"
                 raise RolloutServerError(error.url, error.status, message) from error
 
-        answers = run_all(sample, jobs, self.max_concurrency)
+        self._stop = threading.Event()
+        answers = run_all(sample, jobs, self.max_concurrency, self._stop)
         return [
             tuple(itertools.chain.from_iterable(answers[first : first + num_requests]))
             for first in range(0, len(answers), num_requests)
         ]
+
+    def cancel(self) -> None:
+        """See ``RolloutSource.cancel``: every request under way is called off."""
+        self._stop.set()
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """Export the policy into a new folder of ``export_dir`` and have the server load it.

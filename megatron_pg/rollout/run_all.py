@@ -12,13 +12,15 @@ R = TypeVar("R")
 
 
 def run_all(
-    action: Callable[[J, threading.Event], R], jobs: Sequence[J], max_concurrency: int
+    action: Callable[[J, threading.Event], R],
+    jobs: Sequence[J],
+    max_concurrency: int,
+    stop: threading.Event,
 ) -> list[R]:
     """What ``action`` returns for every job, in order.
 
-    The first one that fails, whichever it is, sets the event that the others got, and is raised.
+    The first one that fails, whichever it is, sets ``stop``, which the others got, and is raised.
     """
-    stop = threading.Event()
     failures: list[BaseException] = []
 
     def run(job: J) -> R:

@@ -1,14 +1,13 @@
-"""Streams of rewarded groups for a trainer: recorded ones, and ones sampled on the way."""
+"""Rewarded groups for a trainer, sampled on the way."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data import Group, content_checksum, response_problems, without_aborted
+from ..data import Group, response_problems
+from .ahead import Ahead
 from .base import (
     HoldsOut,
     Prompt,
@@ -22,116 +21,8 @@ from .reward import RewardFunction, check_prompt_ids, make_groups
 
 # Problems that one error writes out.
 _MAX_PROBLEMS = 10
-
-
-class RecordedRollouts:
-    """Groups that were sampled earlier, epoch after epoch, each epoch in its own order.
-
-    From the second epoch on a group's id gains ``#<epoch>``, so that a step which spans two
-    epochs holds no id twice.
-
-    Args:
-        groups: what was recorded.
-        shuffle: draw a new order every epoch from ``seed``; else the order given.
-        seed: of the orders.
-        num_epochs: passes over the groups; None never ends.
-
-    Raises:
-        ValueError: on no groups, a repeated ``group_id`` or ``num_epochs < 1``.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        *,
-        shuffle: bool = True,
-        seed: int = 0,
-        num_epochs: int | None = None,
-    ) -> None:
-        if len(groups) == 0:
-            raise ValueError("groups is empty: there is nothing to train on")
-        if len({group.group_id for group in groups}) != len(groups):
-            raise ValueError("groups repeat a group_id: join the samples of equal ids first")
-        if num_epochs is not None and num_epochs < 1:
-            raise ValueError(f"num_epochs={num_epochs} must be None or at least 1")
-        self.groups = tuple(groups)
-        self.shuffle = shuffle
-        self.seed = seed
-        self.num_epochs = num_epochs
-        self._num_taken = 0
-
-    on_all_ranks = False
-
-    def start(self) -> None:
-        """Nothing to wait for."""
-
-    def numbers(self, num_groups: int) -> Sequence[int]:
-        """All of them."""
-        return range(num_groups)
-
-    def held_out_rewards(self, num_prompts: int, num_generations: int) -> dict[int, float]:
-        """Recorded groups hold nothing out. Raises ValueError."""
-        raise ValueError("recorded rollouts have no prompts that could be held out")
-
-    def next_groups(self, num_groups: int) -> list[Group]:
-        """The next groups; fewer than asked for when the last epoch ends, then none."""
-        end = self._num_taken + _positive("num_groups", num_groups)
-        if self.num_epochs is not None:
-            end = min(end, self.num_epochs * len(self.groups))
-        taken: list[Group] = []
-        while self._num_taken < end:
-            epoch, first = divmod(self._num_taken, len(self.groups))
-            order = self._epoch_order(epoch)[first : first + end - self._num_taken]
-            taken += [self._group_of_epoch(number, epoch) for number in order]
-            self._num_taken += len(order)
-        return taken
-
-    def update_weights(self, export: WeightExporter, version: int) -> None:
-        """Nothing to do: recorded responses do not depend on the weights."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the stream and what fixes its order."""
-        return {
-            "num_taken": self._num_taken,
-            "num_groups": len(self.groups),
-            "content": self._content,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken.
-
-        A state without ``content``, as earlier versions gave it, is not compared in that.
-
-        Raises:
-            ValueError: if the state is of other groups or another order, or none.
-        """
-        mine = self.state_dict()
-        num_taken = _checked_num_taken(state, mine)
-        for name in ("num_groups", "content", "shuffle", "seed"):
-            saved = state.get(name, mine[name] if name == "content" else None)
-            if saved != mine[name] or type(saved) is not type(mine[name]):
-                what = "another recording" if name == "content" else f"{name}={saved}"
-                raise ValueError(
-                    f"the saved rollout state is of {what}, these rollouts have "
-                    f"{name}={mine[name]}; resume with the recording and settings it was saved with"
-                )
-        self._num_taken = num_taken
-
-    @cached_property
-    def _content(self) -> str:
-        return content_checksum(self.groups)
-
-    def _epoch_order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.groups)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
-
-    def _group_of_epoch(self, number: int, epoch: int) -> Group:
-        group = self.groups[number]
-        return replace(group, group_id=f"{group.group_id}#{epoch}") if epoch else group
+# For a request that was called off.
+_CANCEL_SECONDS = 5
 
 
 class SampledRollouts:
@@ -161,6 +52,7 @@ class SampledRollouts:
         self.params = params
         self.vocab_size = vocab_size
         self._num_taken = 0
+        self._ahead: _Ahead | None = None
 
     @property
     def on_all_ranks(self) -> bool:
@@ -181,43 +73,65 @@ class SampledRollouts:
         Raises:
             ValueError: naming the prompt of every response that is not what was asked for.
         """
-        prompts = self.task.prompts(self._num_taken, _positive("num_groups", num_groups))
-        params = self.params
-        if params.seed is not None:
-            params = replace(params, seed=params.seed + self._num_taken)
-        groups = self._sample(prompts, params)
+        ahead, self._ahead = self._ahead, None
+        asked = self._next(num_groups) if ahead is None else ahead.asked
+        if len(asked.prompts) != num_groups:
+            raise ValueError(f"{len(asked.prompts)} groups were asked ahead, not {num_groups}")
+        responses = self._generate(asked) if ahead is None else ahead.responses.result()
+        groups = self._judge(asked, responses)
         self._num_taken += num_groups
         return groups
 
-    def held_out_rewards(self, num_prompts: int, num_generations: int) -> dict[int, float]:
-        """See ``GroupStream.held_out_rewards``; the position in the stream stays as it is."""
-        if not isinstance(self.task, HoldsOut):
-            raise ValueError(
-                f"{type(self.task).__name__} has no held_out(), which gives the prompts that "
-                "training never sees"
-            )
-        prompts = self.task.held_out().prompts(0, num_prompts)
+    def held_out_groups(self, num_prompts: int | None, num_generations: int) -> dict[int, Group]:
+        """See ``GroupStream.held_out_groups``."""
+        held_out = held_out_prompts(self.task, num_prompts)
+        self.wait()
         params = replace(self.params, num_generations=num_generations)
-        groups = self._sample(prompts, params)
-        judged = (
-            (number, kept)
-            for number, group in zip(self.numbers(num_prompts), groups)
-            for kept in without_aborted([group])
-        )
-        return {number: float(group.rewards.mean()) for number, group in judged}
+        asked = self._asked(held_out, params)
+        groups = self._judge(asked, self._generate(asked))
+        return dict(zip(self.numbers(len(held_out)), groups))
 
-    def _sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Group]:
+    def ask_ahead(self, num_groups: int) -> None:
+        """See ``GroupStream.ask_ahead``: a thread asks the source, ``next_groups`` rewards."""
+        asked = self._next(num_groups)
+        self._ahead = _Ahead(asked, Ahead(lambda: self._generate(asked)))
+
+    def wait(self) -> None:
+        """See ``GroupStream.wait``."""
+        if self._ahead is not None:
+            self._ahead.responses.wait()
+
+    def close(self) -> None:
+        """See ``GroupStream.close``."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self.source.cancel()
+            ahead.responses.wait(_CANCEL_SECONDS)
+
+    def _next(self, num_groups: int) -> _Asked:
+        prompts = self.task.prompts(self._num_taken, positive("num_groups", num_groups))
+        params = self.params
+        if params.seed is not None:
+            params = replace(params, seed=params.seed + self._num_taken)
+        return self._asked(prompts, params)
+
+    def _asked(self, prompts: Sequence[Prompt], params: SamplingParams) -> _Asked:
         # Of all replicas, before anything is sampled.
         check_prompt_ids(prompts)
-        chosen = [prompts[number] for number in self.numbers(len(prompts))]
-        responses = self.source.generate(chosen, params)
-        if responses is None:
-            return []
-        _check_responses(chosen, responses, params, self.vocab_size)
-        return make_groups(chosen, responses, self.reward)
+        return _Asked(prompts, [prompts[n] for n in self.numbers(len(prompts))], params)
+
+    def _generate(self, asked: _Asked) -> Sequence[Sequence[Response]] | None:
+        responses = self.source.generate(asked.chosen, asked.params)
+        if responses is not None:
+            _check_responses(asked.chosen, responses, asked.params, self.vocab_size)
+        return responses
+
+    def _judge(self, asked: _Asked, responses: Sequence[Sequence[Response]] | None) -> list[Group]:
+        return [] if responses is None else make_groups(asked.chosen, responses, self.reward)
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
-        """Pass the current policy on to the source."""
+        """Pass the current policy on to the source, which is sampling nothing then."""
+        self.wait()
         self.source.update_weights(export, version)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,11 +144,53 @@ class SampledRollouts:
         Raises:
             ValueError: if it is the state of no such stream.
         """
-        self._num_taken = _checked_num_taken(state, self.state_dict())
+        self._num_taken = checked_num_taken(state, self.state_dict())
 
 
-def _checked_num_taken(state: Mapping[str, Any], mine: Mapping[str, Any]) -> int:
-    """The count of a saved state, which has the names of ``mine``."""
+def held_out_prompts(task: PromptSource, num_prompts: int | None) -> list[Prompt]:
+    """The first ``num_prompts`` of those that training never sees; None for all of them.
+
+    Raises:
+        ValueError: if the task holds nothing out, or has no length where all are asked for.
+    """
+    if not isinstance(task, HoldsOut):
+        raise ValueError(
+            f"{type(task).__name__} has no held_out(), which gives the prompts that training never "
+            "sees"
+        )
+    held_out = task.held_out()
+    if num_prompts is None:
+        try:
+            num_prompts = len(held_out)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(
+                f"{type(held_out).__name__} has no length: its held-out prompts do not end; give "
+                "their number"
+            ) from None
+    return held_out.prompts(0, num_prompts)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts of all replicas, those of this one, and how they are answered."""
+
+    prompts: Sequence[Prompt]
+    chosen: Sequence[Prompt]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    asked: _Asked
+    responses: Ahead[Sequence[Sequence[Response]] | None]
+
+
+def checked_num_taken(state: Mapping[str, Any], mine: Mapping[str, Any]) -> int:
+    """The count of a saved state, which has the names of ``mine``.
+
+    Raises:
+        ValueError: if it has others, or no count.
+    """
     unknown = sorted(state.keys() - mine.keys())
     if unknown:
         raise ValueError(
@@ -282,7 +238,8 @@ def _check_responses(
         raise ValueError("the source sampled what cannot be trained: " + "; ".join(problems))
 
 
-def _positive(name: str, value: int) -> int:
+def positive(name: str, value: int) -> int:
+    """The value. Raises ValueError if it is below 1."""
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
     return value

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import TRACKER
-from .config import RunConfig, load_config
+from .config import RunConfig, config_example, config_help, load_config
 from .dry_run import dry_run
 from .launcher import launched_world_size
 from .lifetime import PROGRAM
@@ -21,19 +22,48 @@ def main() -> None:
     message and exit code 2, the loss of another rank or of the launcher with 3, Ctrl-C with 130,
     SIGTERM with 143.
     """
-    parser = argparse.ArgumentParser(prog="python -m megatron_pg.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_pg.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config in one process, build nothing"
     )
     parser.add_argument("--world-size", type=int, help="ranks to check for with --dry-run")
+    parser.add_argument("-h", "--help", action=_Help, help="show this, and every field, and exit")
+    parser.add_argument(
+        "--example", action=_Example, help="print a config of all fields at their defaults and exit"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size must be at least 1 and belongs to --dry-run")
     PROGRAM.watch()
     with PROGRAM.telling():
         _run(arguments)
+
+
+class _Help(argparse.Action):
+    """Help with all fields, which are only described when somebody asks."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.epilog = "fields of a config:\n" + config_help()
+        parser.print_help()
+        parser.exit()
+
+
+class _Example(_Help):
+    """A config to begin with."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(config_example(), end="")
+        parser.exit()
 
 
 def _run(arguments: argparse.Namespace) -> None:

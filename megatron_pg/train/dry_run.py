@@ -29,7 +29,7 @@ from .model import (
     validate_trainable,
     validate_weights,
 )
-from .rollouts import Recording, open_sampling, read_recording
+from .rollouts import Recording, check_held_out, open_sampling, read_recording
 
 T = TypeVar("T")
 
@@ -84,7 +84,8 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
             packing = plan.packing(config.prefix_group)
             recording = attempt(lambda: read_recording(config, model_plan, packing))
     if config.rollout.source != "recorded":
-        attempt(lambda: open_sampling(config, None if plan is None else plan.max_positions))
+        max_positions = None if plan is None else plan.max_positions
+        attempt(lambda: check_held_out(config.run, open_sampling(config, max_positions).task))
     raise_problems("would stop this run", problems)
     assert plan is not None
     sizes = ParallelSizes.from_config(config.parallel, world_size)
@@ -185,8 +186,6 @@ def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_si
     state = 8 + (4 if width < 4 else 0)
     shards = dp_size if config.parallel.use_distributed_optimizer else 1
     model = parameters * (width + max(width, 4)) + parameters * state // shards
-    if config.algorithm.needs_reference:
-        model += parameters * width
     # 1F1B: the first stage holds one microbatch per stage, each with its share of the layers. As
     # many prefix rows, which are no longer, take their place while they are recomputed.
     rows = config.prefix_group.max_tokens_per_microbatch
@@ -194,7 +193,12 @@ def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_si
     activations = rows * layers * _memory_model(plan).activations
     vocabulary = plan.gpt["vocab_size"] // plan.config.tensor_model_parallel_size
     head = config.prefix_group.logprob_chunk_tokens * vocabulary * 4 * 2
-    return int(model + activations + head)
+    algorithm = config.algorithm
+    reference = parameters * width if algorithm.needs_reference else 0
+    if algorithm.ref_offload or algorithm.precompute_ref_logprobs:
+        # There only while no activations are kept.
+        return int(model + max(activations, reference) + head)
+    return int(model + reference + activations + head)
 
 
 def _resident_tokens(config: TrainConfig, plans: Sequence[Sequence[PackPlan]] | None) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from ..grpo import GrpoStep, Ranks
+from ..grpo import GrpoStep, Ranks, with_ref_logprobs
+from ..rollout import RecordedRollouts
 from .checkpoints import Checkpoints, hold_folders, resume_run
 from .config import TrainConfig, config_dict, config_problems, raise_problems
 from .metrics import make_sinks
@@ -18,7 +21,7 @@ from .model import (
     validate_trainable,
     validate_weights,
 )
-from .rollouts import Recording, make_stream, open_sampling, share_recording
+from .rollouts import Recording, check_held_out, make_stream, open_sampling, share_recording
 from .trainer import Trainer
 
 
@@ -47,13 +50,19 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Iterator[Trainer]:
         if newest is not None:
             progress, note = resume_run(newest, config, trainer.model, trainer.stream)
             trainer.resume(progress)
+            told += [f"resuming from step {progress.step}: {newest}"]
             told += [note] if note is not None else []
+        if config.algorithm.precompute_ref_logprobs:
+            told.append(_precompute_ref_logprobs(config, trainer))
         if ranks.rank == 0:
             trainer.sinks = make_sinks(run, config_dict(config), trainer.step)
             for sink in trainer.sinks:
                 for line in told:
                     sink.say(line)
-        yield trainer
+        try:
+            yield trainer
+        finally:
+            trainer.stream.close()
 
 
 def _newest(checkpoints: Checkpoints, may_load: bool) -> Path | None:
@@ -76,6 +85,8 @@ def _build(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Train
         if config.rollout.source == "recorded"
         else open_sampling(config, plan.max_positions)
     )
+    if not isinstance(inputs, Recording):
+        check_held_out(config.run, inputs.task)
     algorithm = config.algorithm
     updates = config.run.num_steps * algorithm.ppo_epochs * algorithm.num_minibatches
     model = build_trained_model(config, plan, updates)
@@ -84,11 +95,28 @@ def _build(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Train
     step = GrpoStep(
         model.chunks,
         vocab_size=plan.vocab_size,
-        algorithm=algorithm,
+        algorithm=replace(algorithm, skip_groups_without_spread=True)
+        if algorithm.filter_groups.enable
+        else algorithm,
         settings=config.prefix_group,
         reference=build_reference(config) if needs_reference else None,
+        offload_reference=algorithm.ref_offload,
         temperature=config.rollout.temperature,
         max_response_tokens=config.rollout.max_response_tokens,
     )
     stream = make_stream(config, inputs, model.chunks, plan.vocab_size, ranks)
     return Trainer(config, stream=stream, step=step, model=model, checkpoints=checkpoints)
+
+
+def _precompute_ref_logprobs(config: TrainConfig, trainer: Trainer) -> str:
+    """Judge all recorded groups by the reference model and give it up; what was done."""
+    started = time.perf_counter()
+    recorded = trainer.stream.stream
+    assert recorded is None or isinstance(recorded, RecordedRollouts)
+    groups = () if recorded is None else recorded.groups
+    judged = with_ref_logprobs(trainer.grpo, groups, config.run.groups_per_step)
+    if recorded is not None:
+        recorded.add_values(judged)
+    trainer.grpo.drop_reference()
+    seconds = time.perf_counter() - started
+    return f"reference logprobs of {len(judged)} groups computed in {seconds:.1f} s"

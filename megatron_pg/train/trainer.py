@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ import torch.distributed as dist
 
 from ..attention import ATTENTION_BACKENDS, merge_implementation
 from ..checkpoint import export_hf
+from ..data import Group
 from ..grpo import GrpoStep, StepBatch, total_over_replicas
 from ..mcore import attention_backends, count_attention_calls
 from .checkpoints import Checkpoints, Progress, course_settings, is_distributed, writing
 from .config import TrainConfig
 from .metrics import (
+    Generations,
     PhaseTimer,
     Sink,
     batch_metrics,
     closing_table,
     cost_metrics,
+    make_generations,
     peak_memory_bytes,
     plot_reward,
     read_metrics,
@@ -31,7 +34,8 @@ from .metrics import (
     write_summary,
 )
 from .model import TrainedModel
-from .rollouts import Evaluation, SharedStream, evaluate
+from .rollouts import Evaluation, SharedStream, gather_groups, next_step_groups
+from .validation import Validation
 
 
 class Trainer:
@@ -62,8 +66,8 @@ class Trainer:
         self.stream, self.grpo, self.model = stream, step, model
         self.checkpoints = checkpoints
         self.sinks = list(sinks)
+        self.validation = Validation(config.run, stream)
         self.step = 0
-        self.evaluations: dict[str, Evaluation] = {}
         self.changes: list[dict[str, Any]] = []
         self.totals = {
             "unique_tokens": 0,
@@ -75,7 +79,10 @@ class Trainer:
     def resume(self, progress: Progress) -> None:
         """Count on from where a checkpoint was taken, whose weights and stream are loaded."""
         self.step, self.changes = progress.step, progress.changes
-        self.totals, self.evaluations = progress.totals, progress.evaluations
+        self.totals = progress.totals
+        self.validation.evaluations = progress.evaluations
+        if progress.best is not None and self.checkpoints.has(progress.best.step):
+            self.validation.best = progress.best
 
     def run(self) -> None:
         """Train to the last step; the first rank writes metrics, plot and summary.
@@ -92,20 +99,27 @@ class Trainer:
         source = self.stream.start()
         if source is not None:
             self._say(str(source))
-        if run.eval_prompts and "before" not in self.evaluations:
-            self.evaluations["before"] = self._evaluate("before training")
+        before = self.validation.before()
+        if before is not None:
+            self._tell_evaluation("before training", before)
+            if run.eval_interval:
+                self._write({"step": 0.0, **before.metrics})
         while self.step < run.num_steps:
             metrics = self.train_step()
-            for sink in self.sinks:
-                # Before the checkpoint: a resumed run has the metrics of every step before it.
-                sink.write(metrics)
+            judged = self.validation.at(self.step)
+            # Before the checkpoint: a resumed run has the metrics of every step before it.
+            self._write(metrics if judged is None else metrics | judged[1])
+            if judged is not None:
+                self._tell_evaluation(f"after step {self.step}", judged[0])
             is_last = self.step == run.num_steps
-            if run.save_interval and (self.step % run.save_interval == 0 or is_last):
+            is_due = run.save_interval and (self.step % run.save_interval == 0 or is_last)
+            if is_due or self.validation.is_best(self.step):
                 self._save()
             self.checkpoints.poll()
         self.checkpoints.wait()
-        if run.eval_prompts and "after" not in self.evaluations:
-            self.evaluations["after"] = self._evaluate("after training")
+        after = self.validation.after(self.step)
+        if after is not None:
+            self._tell_evaluation("after training", after)
         if run.export_hf:
             self._export_result()
         if self.ranks.rank == 0:
@@ -121,9 +135,12 @@ class Trainer:
             The step's metrics (see ``METRICS``), complete on the first rank.
         """
         timer, started = PhaseTimer(), time.perf_counter()
-        with timer.phase("rollout"):
-            groups = self.stream.next_groups(self.config.run.groups_per_step)
         metrics = {"step": float(self.step + 1)}
+        with timer.phase("rollout"):
+            is_last = self.step + 1 == self.config.run.num_steps
+            groups, told = next_step_groups(self.config, self.stream, is_last=is_last)
+        metrics |= told
+        self._show_groups(groups)
         interval = self.config.run.self_check_interval
         if interval is not None and (self.step == 0 or (interval and self.step % interval == 0)):
             with timer.phase("self_check"):
@@ -135,6 +152,8 @@ class Trainer:
         del groups
         metrics |= batch_metrics(batch) | self._update(batch, timer)
         self.step += 1
+        with timer.phase("rollout"):
+            self.stream.wait()
         with timer.phase("sync"):
             self.stream.update_weights(self._export_policy, self.step)
         tokens = batch.tokens
@@ -177,13 +196,27 @@ class Trainer:
         self.model.optimizer.zero_grad()
         return float(grad_norm)
 
-    def _evaluate(self, when: str) -> Evaluation:
-        result = evaluate(self.config, self.stream)
+    def _show_groups(self, groups: Mapping[int, Group]) -> None:
+        run, step = self.config.run, self.step + 1
+        if run.log_generations_interval and step % run.log_generations_interval == 0:
+            gathered = gather_groups(groups)
+            self._show(make_generations("train", step, gathered, run.log_generations))
+
+    def _tell_evaluation(self, when: str, result: Evaluation) -> None:
         self._say(
             f"held-out reward {when}: {result.mean:.3f} ± {result.standard_error:.3f} "
             f"({result.num_prompts} prompts)"
         )
-        return result
+        if self.validation.generations is not None:
+            self._show(self.validation.generations)
+
+    def _write(self, metrics: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(metrics)
+
+    def _show(self, generations: Generations) -> None:
+        for sink in self.sinks:
+            sink.show(generations)
 
     def _say(self, what: Any) -> None:
         for sink in self.sinks:
@@ -212,7 +245,8 @@ class Trainer:
             use_distributed_optimizer=is_distributed(self.model),
             stream=self.stream.state_dict(),
             totals=self.totals,
-            evaluations=self.evaluations,
+            evaluations=self.validation.evaluations,
+            best=self.validation.best,
             settings=course_settings(self.config),
             changes=self.changes,
         )
@@ -221,18 +255,28 @@ class Trainer:
 
     def _finish(self) -> None:
         """Plot, summary and the closing table, on the first rank."""
-        history = read_metrics(self.folder / "metrics.jsonl")
+        steps = read_metrics(self.folder / "metrics.jsonl")
+        history = [metrics for metrics in steps if metrics["step"]]
+        evaluations = self.validation.evaluations
         chunks = torch.nn.ModuleList(self._bare_chunks())
         merge = f", {merge_implementation(self.ranks.device)} merge"
         backends = [
             name + merge * ATTENTION_BACKENDS[name].merges for name in attention_backends(chunks)
         ]
         path = self.folder / "summary.json"
-        write_summary(path, history, self.evaluations, self.totals, self.changes, backends)
+        write_summary(
+            path,
+            history,
+            evaluations,
+            self.totals,
+            self.changes,
+            backends,
+            self.validation.best,
+        )
         if history:
             plot = self.folder / "reward.png"
             with writing(plot):
-                plot_reward(history, self.evaluations, plot)
+                plot_reward(history, evaluations, plot)
         calls = count_attention_calls(chunks)
         kinds = {
             f"prefix-grouped ({', '.join(backends)})": calls.prefix_grouped,

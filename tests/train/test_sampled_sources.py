@@ -83,12 +83,12 @@ def test_an_evaluation_leaves_aborted_responses_out(
     inputs = replace(sampling(), reward=lambda prompt, response: len(response.text))
     sampled = SampledRollouts(inputs.task, Source(*pairs), inputs.reward, PARAMS)
     stream = SharedStream(sampled, is_first=True)
-    config = TrainConfig(run=RunConfig(eval_prompts=2, eval_generations=2))
+    run = RunConfig(eval_prompts=2, eval_generations=2)
     with parallel_run(ParallelConfig(), 0):
         if mean is None:
             message = "every response to a held-out prompt was aborted"
             with pytest.raises(ValueError, match=message):
-                evaluate(config, stream)
+                evaluate(run, stream)
             return
-        result = evaluate(config, stream)
+        result, _ = evaluate(run, stream)
     assert (result.mean, result.num_prompts) == (mean, num_prompts)

@@ -1,11 +1,12 @@
 """What a run leaves in its folder, and how it goes on from there."""
 
 from .checkpoints import Checkpoints, is_distributed
-from .progress import Progress, course_settings
+from .progress import Best, Progress, course_settings
 from .resume import resume_run
 from .run_folder import hold_folders, write_atomically, writing
 
 __all__ = [
+    "Best",
     "Checkpoints",
     "Progress",
     "course_settings",

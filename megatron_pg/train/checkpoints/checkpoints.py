@@ -57,10 +57,11 @@ class Checkpoints:
 
         Args:
             model: what is trained.
-            progress: of the run.
+            progress: of the run, whose best checkpoint is kept beside the newest ones.
         """
         self.wait()
         step, text = progress.step, progress.to_json()
+        best = None if progress.best is None else iteration_name(progress.best.step)
         # A name of its own: a rank of a killed run may still be writing under the old one.
         partial = self.folder / on_first_rank(lambda: f"{_PARTIAL}{step}-{uuid.uuid4().hex[:8]}")
         if dist.get_rank() == 0:
@@ -79,7 +80,7 @@ class Checkpoints:
             state,
             partial,
             in_background=self.is_async,
-            publish=lambda: self._publish(partial, step, text),
+            publish=lambda: self._publish(partial, step, text, best),
         )
         if not self.is_async:
             self.wait()
@@ -108,6 +109,10 @@ class Checkpoints:
         path = self.folder / name
         on_all_ranks(lambda: self._check_complete(path))
         return path
+
+    def has(self, step: int) -> bool:
+        """Whether there is a complete checkpoint of ``step``, as the first rank sees it."""
+        return on_first_rank(lambda: iteration_name(step) in self._complete())
 
     def _newest(self) -> str | None:
         """Name of the newest checkpoint, complete or not; what was left half-written goes."""
@@ -149,13 +154,14 @@ class Checkpoints:
             os.replace(partial / HF_FOLDER, final)
             partial.rmdir()
 
-    def _publish(self, partial: Path, step: int, progress: str) -> None:
+    def _publish(self, partial: Path, step: int, progress: str, best: str | None) -> None:
         rank = dist.get_rank()
         parts: list[Any] = [None] * dist.get_world_size()
         own = on_all_ranks(lambda: _checksums(partial, _files_of(partial, rank)))
         dist.all_gather_object(parts, own)
         known = {name: checksum for part in parts for name, checksum in part.items()}
         on_first_rank(lambda: self._complete_and_rename(partial, step, progress, known))
+        on_first_rank(lambda: self._remove_old(step, best))
 
     def _complete_and_rename(
         self, partial: Path, step: int, progress: str, checksums: Mapping[str, FileChecksum]
@@ -169,10 +175,15 @@ class Checkpoints:
             os.replace(final, self.folder / f"{_PARTIAL}replaced-{uuid.uuid4().hex[:8]}")
         os.replace(partial, final)
         write_atomically(self.folder / TRACKER, str(step))
+
+    def _remove_old(self, step: int, best: str | None) -> None:
+        """What is neither among the newest up to ``step`` nor the best."""
         self._remove_partial()
-        done = [p for p in sorted(self.folder.glob("iter_*")) if p.name <= final.name]
+        newest = iteration_name(step)
+        done = [p for p in sorted(self.folder.glob("iter_*")) if p.name <= newest]
         for old in done[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != best:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _remove_partial(self) -> None:
         """What was left incomplete, or has been replaced."""

@@ -19,12 +19,27 @@ _FREE = (
     *("prefix_group.max_", "prefix_group.prefix_resident", "prefix_group.logprob_chunk_tokens"),
     *("run.out", "run.num_steps", "run.save_interval"),
     *("run.keep_checkpoints", "run.async_save", "run.load", "run.self_check_"),
-    *("run.eval_", "run.tensorboard", "run.wandb_project", "run.export_hf"),
+    *("run.eval_", "run.keep_best", "run.log_generations", "run.tensorboard"),
+    *("run.wandb_project", "run.export_hf"),
+    *("algorithm.ref_offload", "algorithm.precompute_ref_logprobs"),
 )
 _TOTALS = ("unique_tokens", "logical_tokens", "seconds", "checkpoint_seconds")
 _DISTRIBUTED = "use_distributed_optimizer"
 # Checkpoints of earlier versions have none of them.
-_OPTIONAL = ("settings", "changes")
+_OPTIONAL = ("settings", "changes", "best")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        step: after which it was made, and whose checkpoint is kept.
+        value: its mean reward.
+    """
+
+    step: int
+    value: float
 
 
 @dataclass(kw_only=True)
@@ -40,6 +55,7 @@ class Progress:
         settings: what of the configuration decides the course of training, by dotted name; None in
             a checkpoint that an earlier version wrote.
         changes: settings that resumed runs changed on the way, each with the step they began after.
+        best: the best evaluation so far; None as long as none was to be kept.
     """
 
     step: int
@@ -49,6 +65,7 @@ class Progress:
     evaluations: dict[str, Evaluation]
     settings: dict[str, Any] | None
     changes: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
 
     def to_json(self) -> str:
         """As ``parse_progress`` reads it."""
@@ -71,7 +88,9 @@ def parse_progress(text: bytes, path: Path) -> Progress:
         raise ValueError(f"{path}: {'; '.join(problems)}{_REMEDY}")
     evaluations = {name: Evaluation(**e) for name, e in content.pop("evaluations").items()}
     content.setdefault("settings", None)
-    return Progress(**content, evaluations=evaluations)
+    best = content.pop("best", None)
+    best = None if best is None else Best(**best)
+    return Progress(**content, evaluations=evaluations, best=best)
 
 
 def course_settings(config: TrainConfig) -> dict[str, Any]:
@@ -125,6 +144,7 @@ def _problems(content: dict[str, Any], path: Path) -> Iterator[str]:
     elif not all(_is_number(value) and value >= 0 for value in totals.values()):
         yield f"totals={totals} must be numbers from 0"
     yield from _evaluation_problems(content.get("evaluations", {}))
+    yield from _best_problems(content.get("best"), step)
     if not isinstance(content.get("settings", {}), dict):
         yield "settings must be an object"
     changes = content.get("changes", [])
@@ -143,16 +163,33 @@ def _stream_problems(stream: Any, step: Any) -> Iterator[str]:
 
 
 def _evaluation_problems(evaluations: Any) -> Iterator[str]:
-    fields = ["mean", "num_prompts", "standard_error"]
+    fields = ("mean", "standard_error", "num_prompts")
     if not isinstance(evaluations, dict) or not evaluations.keys() <= {"before", "after"}:
         yield "evaluations must be an object of 'before' and 'after'"
         return
     for name, values in evaluations.items():
-        is_complete = isinstance(values, dict) and sorted(values) == fields
-        if not is_complete or not all(_is_number(value) for value in values.values()):
+        # Earlier versions wrote no metrics.
+        is_complete = isinstance(values, dict) and values.keys() - {"metrics"} == set(fields)
+        if not is_complete or not all(_is_number(values[field]) for field in fields):
             yield f"evaluations.{name}={str(values)[:80]} must be numbers: {', '.join(fields)}"
+        elif not _are_numbers(values.get("metrics", {})):
+            yield f"evaluations.{name}.metrics must be an object of numbers"
         elif type(values["num_prompts"]) is not int or values["num_prompts"] < 1:
             yield f"evaluations.{name}.num_prompts={values['num_prompts']} must be at least 1"
+
+
+def _best_problems(best: Any, step: Any) -> Iterator[str]:
+    if best is None:
+        return
+    is_complete = isinstance(best, dict) and best.keys() == {"step", "value"}
+    if not is_complete or type(best["step"]) is not int or not _is_number(best["value"]):
+        yield f"best={str(best)[:80]} must be an object of step and value"
+    elif type(step) is int and not 1 <= best["step"] <= step:
+        yield f"best.step={best['step']} must be a step of the run, from 1 to {step}"
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(map(_is_number, values.values()))
 
 
 def _is_number(value: Any) -> bool:

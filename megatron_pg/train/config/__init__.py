@@ -8,13 +8,13 @@ from .checks import (
     raise_problems,
 )
 from .file import config_dict, convert, load_config
+from .loop import AlgorithmConfig, FilterGroupsConfig, RunConfig
+from .manual import config_example, config_help
 from .sections import (
-    AlgorithmConfig,
     ModelConfig,
     OptimizerSection,
     ParallelConfig,
     RolloutConfig,
-    RunConfig,
     ServerConfig,
     TaskConfig,
     TrainConfig,
@@ -22,6 +22,7 @@ from .sections import (
 
 __all__ = [
     "AlgorithmConfig",
+    "FilterGroupsConfig",
     "ModelConfig",
     "OptimizerSection",
     "ParallelConfig",
@@ -31,6 +32,8 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "config_dict",
+    "config_example",
+    "config_help",
     "config_problems",
     "convert",
     "load_config",

@@ -17,14 +17,10 @@ from ...rollout import (
     dialect_problem,
     health_path_problem,
 )
+from .loop import AlgorithmConfig, RunConfig
+from .loop_checks import loop_problems
 from .ranges import out_of_range
-from .sections import (
-    AlgorithmConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from .sections import ModelConfig, RolloutConfig, TrainConfig
 
 
 def config_problems(config: TrainConfig) -> list[str]:
@@ -37,6 +33,7 @@ def config_problems(config: TrainConfig) -> list[str]:
         *_algorithm_problems(config.algorithm, config.rollout, config.run.groups_per_step),
         *_rollout_problems(config.rollout, config.run),
         *_reference_problems(config),
+        *loop_problems(config),
     ]
     if config.rollout.source == "model" and config.parallel.expert_model_parallel_size > 1:
         problems.append(

@@ -37,6 +37,7 @@ _AT_LEAST: dict[str, float] = {
     "algorithm.kl_coef": 0,
     "algorithm.overlong_buffer_len": 0,
     "algorithm.overlong_penalty_factor": 0,
+    "algorithm.filter_groups.max_num_gen_batches": 1,
     "run.num_steps": 1,
     "run.groups_per_step": 1,
     "run.seed": 0,
@@ -44,8 +45,11 @@ _AT_LEAST: dict[str, float] = {
     "run.keep_checkpoints": 1,
     "run.eval_prompts": 0,
     "run.eval_generations": 1,
+    "run.eval_interval": 0,
     "run.self_check_interval": 0,
     "run.self_check_groups": 1,
+    "run.log_generations_interval": 0,
+    "run.log_generations": 0,
 }
 _ABOVE_ZERO = (
     "model.rotary_base",
@@ -75,7 +79,8 @@ def out_of_range(config: TrainConfig) -> Iterator[str]:
     """Every number of a configuration that lies outside its range."""
     for path in (*_AT_LEAST, *_ABOVE_ZERO):
         value = _value(config, path)
-        if value is None:
+        if value is None or isinstance(value, str):
+            # Some have a word for no number.
             continue
         if path in _ABOVE_ZERO:
             wrong, rule = not value > 0, "above 0"

@@ -8,6 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ... import attention, loss, rollout
@@ -67,21 +68,55 @@ def _described(cls: type) -> dict[str, str]:
     return {name: meaning for names, meaning in pairs for name in names.split(", ")}
 
 
-def _table(path: str, section: type) -> str:
-    about = inspect.cleandoc(section.__doc__ or "").split("\n\nAttributes:")[0]
-    about = about.split("\n\nRaises:")[0].replace("``", "`")
-    lines = [f"## {path}", "", about, "", "| field | type | default | range | |", "|---" * 5 + "|"]
+@dataclass(frozen=True, kw_only=True)
+class FieldEntry:
+    """What is said of a field, in words of YAML.
+
+    Attributes:
+        name, type, default: as a file has them.
+        choices: range of a number or names to choose from; empty where there are none.
+        meaning: from the docstring.
+    """
+
+    name: str
+    type: str
+    default: str
+    choices: str
+    meaning: str
+
+
+def field_entries(path: str, section: type) -> Iterator[FieldEntry]:
+    """The fields of a section in their order, sections within it left out."""
     hints, meanings = typing.get_type_hints(section), descriptions(section)
     for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[field.name]):
-            continue
-        meaning = meanings.get(field.name, "")
+        if not dataclasses.is_dataclass(hints[field.name]):
+            meaning = meanings.get(field.name, "")
+            yield FieldEntry(
+                name=field.name,
+                type=describe_type(hints[field.name]).replace("'", '"'),
+                default=_default(field),
+                choices=range_of(f"{path}.{field.name}") or _choices(meaning),
+                meaning=_YAML_WORD.sub(lambda word: _YAML_WORDS[word[0]], meaning),
+            )
+
+
+def about(section: type) -> str:
+    """What a section's docstring says before its fields."""
+    text = inspect.cleandoc(section.__doc__ or "").split("\n\nAttributes:")[0]
+    return text.split("\n\nRaises:")[0]
+
+
+def _table(path: str, section: type) -> str:
+    told = about(section).replace("``", "`")
+    lines = [f"## {path}", "", told, "", "| field | type | default | range | |", "|---" * 5 + "|"]
+    for entry in field_entries(path, section):
+        names = ", ".join(f"`{name}`" for name in entry.choices.split(", ") if name)
         cells = [
-            f"`{field.name}`",
-            describe_type(hints[field.name]).replace("'", '"'),
-            f"`{_default(field)}`",
-            range_of(f"{path}.{field.name}") or _choices(meaning),
-            _YAML_WORD.sub(lambda word: _YAML_WORDS[word[0]], meaning.replace("``", "`")),
+            f"`{entry.name}`",
+            entry.type,
+            f"`{entry.default}`",
+            range_of(f"{path}.{entry.name}") or names,
+            entry.meaning.replace("``", "`"),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -98,7 +133,7 @@ def _choices(meaning: str) -> str:
     for name in _REGISTRY.findall(meaning):
         for package in (loss, rollout, attention):
             if names := getattr(package, name, ()):
-                return ", ".join(f"`{json.dumps(one)}`".replace('"', "") for one in names)
+                return ", ".join(json.dumps(one).replace('"', "") for one in names)
     return ""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...grpo import GrpoConfig, PrefixGroupConfig
+from ...grpo import PrefixGroupConfig
 from ...parallel import ParallelSizes
+from .loop import AlgorithmConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,62 +198,6 @@ class RolloutConfig:
     top_p: float = 1.0
     max_batch_samples: int | None = None
     server: ServerConfig = field(default_factory=ServerConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlgorithmConfig(GrpoConfig):
-    """What is optimised.
-
-    ``adv_estimator`` and ``policy.policy_loss`` may be ``module:name`` of your own (see
-    ``loss.register_advantage_estimator`` and ``loss.register_policy_loss`` for what it is given).
-
-    Attributes:
-        ref_hf: Hugging Face folder of the reference model; None is the initial policy
-            (``model.pretrained_checkpoint``, else ``model.hf``).
-    """
-
-    ref_hf: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Length, budget, output and trust of a run.
-
-    Attributes:
-        out: folder of metrics, plots and checkpoints.
-        num_steps: rollout-and-train steps.
-        groups_per_step: groups of one step, over all data-parallel ranks.
-        seed: of initialisation, sampling and order.
-        save_interval: steps between checkpoints; 0 saves none.
-        keep_checkpoints: how many of the newest are kept.
-        async_save: write checkpoints beside the next steps, from a copy in host memory.
-        load: continue from the newest checkpoint in ``out`` when there is one; False refuses to
-            start where there is one.
-        eval_prompts: held-out prompts judged before and after; 0 turns it off.
-        eval_generations: samples per held-out prompt.
-        self_check_interval: steps between comparisons of packed and written-out logprobs; 0 checks
-            the first step only, None never.
-        self_check_groups: groups compared.
-        tensorboard: write TensorBoard events.
-        wandb_project: log to Weights & Biases under this project.
-        export_hf: write the trained model as a Hugging Face folder at the end.
-    """
-
-    out: str = "runs/grpo"
-    num_steps: int = 100
-    groups_per_step: int = 8
-    seed: int = 1234
-    save_interval: int = 0
-    keep_checkpoints: int = 2
-    async_save: bool = False
-    load: bool = True
-    eval_prompts: int = 0
-    eval_generations: int = 1
-    self_check_interval: int | None = 0
-    self_check_groups: int = 1
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    export_hf: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

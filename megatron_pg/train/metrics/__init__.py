@@ -1,5 +1,6 @@
 """The numbers of a run, and where they go."""
 
+from .generations import Generations, Split, make_generations
 from .numbers import (
     METRICS,
     batch_metrics,
@@ -16,11 +17,14 @@ from .timer import PhaseTimer
 
 __all__ = [
     "METRICS",
+    "Generations",
     "PhaseTimer",
     "Sink",
+    "Split",
     "batch_metrics",
     "closing_table",
     "cost_metrics",
+    "make_generations",
     "make_sinks",
     "peak_memory_bytes",
     "plot_reward",

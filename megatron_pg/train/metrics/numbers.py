@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ import torch.distributed as dist
 
 from ...grpo import Minibatch, StepBatch
 from ...loss import metric_means
-from ..checkpoints import write_atomically
+from ..checkpoints import Best, write_atomically
 from ..config import TrainConfig
 from ..rollouts import Evaluation
 
 METRICS: dict[str, str] = {
-    "step": "number of the step, from 1",
+    "step": "number of the step, from 1; 0 for what was judged before, with run.eval_interval",
     "reward/mean": "mean reward, as given, of the rollouts that were not aborted",
     "reward/std": "their standard deviation",
     "reward/max": "largest reward",
     "reward/min": "smallest reward",
     "reward/kl_penalty": "mean KL taken off the rewards; with algorithm.use_kl_in_reward",
+    "reward/<name>": "mean of a number that a reward gives beside the reward",
     "response_length/mean": "mean tokens of a response",
     "response_length/max": "tokens of the longest response",
     "response_length/truncated": "share of responses that were cut off",
@@ -33,6 +35,11 @@ METRICS: dict[str, str] = {
     "prompt_length/mean": "mean tokens of a sample's prompt",
     "groups/without_spread": "groups whose rewards, as given, are all equal",
     "groups/skipped": "groups left out for that; all where too few tokens are trained to whiten",
+    "filter_groups/batches": "how often groups were asked for; with algorithm.filter_groups",
+    "filter_groups/without_spread": "groups asked for whose rewards are all equal",
+    "filter_groups/surplus": "groups with spread that were left over and dropped",
+    "filter_groups/reward": "mean reward of all that was asked for",
+    "rollout/lag_steps": "updates of the weights since the groups were asked for; if asked ahead",
     "check/packed_vs_written_out": "largest |logprob(packed) - logprob(written out)|; when checked",
     "actor/updates": "optimizer steps made; 0 when every group was left out",
     "actor/trained_tokens": "trained tokens over all updates",
@@ -65,21 +72,32 @@ METRICS: dict[str, str] = {
     "packing/predicted_cost_repeated": "the same if prompts were repeated; when groups are divided",
     "tokens/resident": "tokens of resident prompts, counted in tokens/unique too",
     "pipeline/bubble": "estimated idle share of a pipeline stage (1F1B)",
-    "time/rollout": "seconds for rollouts",
+    "time/rollout": "seconds for rollouts; of those asked ahead only the wait",
     "time/self_check": "seconds for the self-check; when checked",
     "time/pack": "seconds for packing",
     "time/logprobs": "seconds for old and reference logprobs",
     "time/train": "seconds for forward and backward",
     "time/optimizer": "seconds for optimizer steps",
     "time/sync": "seconds for handing the weights to the sampler",
-    "time/step": "seconds of the step, checkpoint left out",
+    "time/step": "seconds of the step, checkpoint and evaluation left out",
+    "time/eval": "seconds for judging held-out prompts; with run.eval_interval",
     "perf/unique_tokens_per_second": "tokens/unique / time/step",
     "perf/logical_tokens_per_second": "tokens/logical / time/step",
     "perf/peak_memory_bytes": "largest memory of a rank so far",
+    "eval/prompts": "held-out prompts judged; this and what follows with run.eval_interval",
+    "eval/reward/mean@<n>": "mean over prompts of the mean reward of n samples",
+    "eval/standard_error": "of that mean, over prompts",
+    "eval/reward/pass@<k>": "unbiased estimate of the best reward of k samples, mean over prompts",
+    "eval/<data_source>/reward/mean@<n>": "the mean over the prompts of a data source",
+    "eval/<data_source>/reward/pass@<k>": "the best of k over the prompts of a data source",
+    "eval/reward/<name>": "mean of a number that a reward gives beside the reward",
+    "eval/best": "highest mean so far; with run.keep_best",
+    "eval/best_step": "its step, whose checkpoint is kept",
 }
 """Every name of ``metrics.jsonl``. Sums and means are over all ranks, seconds the first rank's.
 
-A step without updates has none of the names that describe updates.
+A step without updates has none of the names that describe updates. What stands in angle brackets is
+a number, or named by the user.
 """
 
 _SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
@@ -177,6 +195,7 @@ def write_summary(
     totals: Mapping[str, float],
     changes: Sequence[Mapping[str, Any]],
     attention_backends: Sequence[str],
+    best: Best | None = None,
 ) -> None:
     """``summary.json``: rewards before and after, totals, settings changed on the way, backends.
 
@@ -193,6 +212,8 @@ def write_summary(
         "reward_after": after.mean if after else (trained or [None])[-1],
         "standard_error": error,
         **totals,
+        "evaluations": {name: dict(one.metrics) for name, one in evaluations.items()},
+        "best": None if best is None else asdict(best),
         "changed_settings": list(changes),
         "attention_backends": list(attention_backends),
     }

@@ -10,6 +10,10 @@ from typing import Any
 
 from ..checkpoints import write_atomically, writing
 from ..config import RunConfig
+from .generations import Generation, Generations, printable, write_generations
+
+# Characters of a text that the console and a page of TensorBoard show.
+_CONSOLE_CHARS, _PAGE_CHARS = 300, 20_000
 
 # Console columns: metric name, heading, format.
 _COLUMNS = (
@@ -32,10 +36,13 @@ class Sink:
     """
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """One step; ``metrics["step"]`` is its number, from 1."""
+        """One step; ``metrics["step"]`` is its number, from 1, or 0 for what was judged before."""
 
     def say(self, what: Any) -> None:
         """A sentence, as it stands, or a rich table."""
+
+    def show(self, generations: Generations) -> None:
+        """Responses of a step or an evaluation."""
 
     def close(self) -> None:
         """The run has ended."""
@@ -57,6 +64,8 @@ class Console(Sink):
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """See ``Sink``."""
+        if not metrics["step"]:
+            return
         cells = [
             form.format(metrics[name]) if name in metrics else "-" for name, _, form in _COLUMNS
         ]
@@ -66,7 +75,26 @@ class Console(Sink):
     def say(self, what: Any) -> None:
         """See ``Sink``."""
         is_text = isinstance(what, str)
-        self.console.print(what, markup=not is_text, highlight=not is_text, soft_wrap=is_text)
+        if is_text:
+            self._print_text(what)
+        else:
+            self.console.print(what)
+
+    def show(self, generations: Generations) -> None:
+        """See ``Sink``: a few of them, whatever they hold."""
+        for one in generations.shown:
+            head = (
+                f"{generations.split} step {generations.step}, reward {one.reward:g}, {one.status}"
+            )
+            self._print_text(f"{head}, {printable(one.group_id, _CONSOLE_CHARS)}")
+            for name, text in (("prompt", one.prompt), ("response", one.response)):
+                if text is not None:
+                    self._print_text(f"  {name}: {printable(text, _CONSOLE_CHARS)}")
+
+    def _print_text(self, text: str) -> None:
+        encoding = self.console.encoding
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _print_row(self, cells: list[str], style: str | None = None) -> None:
         widths = [max(len(heading), 9) for _, heading, _ in _COLUMNS]
@@ -95,6 +123,21 @@ class JsonLines(Sink):
             file.write(json.dumps(dict(metrics)) + "\n")
 
 
+class GenerationFiles(Sink):
+    """Every response that is shown, in files of their own.
+
+    Args:
+        folder: of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def show(self, generations: Generations) -> None:
+        """See ``Sink``."""
+        write_generations(self.folder, generations)
+
+
 class TensorBoard(Sink):
     """TensorBoard events, those after the resumed step purged.
 
@@ -118,6 +161,13 @@ class TensorBoard(Sink):
             # A thread writes; its errors show here.
             self.events.flush()
 
+    def show(self, generations: Generations) -> None:
+        """See ``Sink``: a few of them as a text."""
+        page = "\n\n".join(map(_markdown, generations.shown))
+        with writing(self.folder):
+            self.events.add_text(f"generations/{generations.split}", page, generations.step)
+            self.events.flush()
+
     def close(self) -> None:
         """See ``Sink``."""
         with writing(self.folder):
@@ -137,6 +187,7 @@ class WeightsAndBiases(Sink):
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
         import wandb
 
+        self.wandb: Any = wandb
         self.run: Any = wandb.init(
             project=project,
             id=_run_id(folder / "wandb_run_id.txt"),
@@ -148,6 +199,13 @@ class WeightsAndBiases(Sink):
     def write(self, metrics: Mapping[str, float]) -> None:
         """See ``Sink``."""
         self.run.log(dict(metrics), step=int(metrics["step"]))
+
+    def show(self, generations: Generations) -> None:
+        """See ``Sink``: a few of them as a table."""
+        columns = ["group_id", "prompt", "response", "reward", "status", "data_source"]
+        rows = [[_cell(getattr(one, name)) for name in columns] for one in generations.shown]
+        table = self.wandb.Table(columns=columns, data=rows)
+        self.run.log({f"generations/{generations.split}": table}, step=generations.step)
 
     def close(self) -> None:
         """See ``Sink``."""
@@ -169,6 +227,8 @@ def make_sinks(run: RunConfig, config: Mapping[str, Any], first_step: int) -> li
         sinks.append(TensorBoard(folder / "tensorboard", first_step))
     if run.wandb_project is not None:
         sinks.append(WeightsAndBiases(folder, run.wandb_project, config))
+    if run.log_generations_interval is not None:
+        sinks.append(GenerationFiles(folder / "generations"))
     return [*sinks, Console(run.num_steps)]
 
 
@@ -183,6 +243,21 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return steps
+
+
+def _markdown(one: Generation) -> str:
+    """A heading, and the texts as blocks that nothing in them ends."""
+    blocks = [f"### reward {one.reward:g}, {one.status}"]
+    for name, text in (("prompt", one.prompt), ("response", one.response)):
+        if text is not None:
+            lines = printable(text, _PAGE_CHARS, keep_lines=True).split("\n")
+            blocks.append(f"{name}\n\n" + "\n".join(f"    {line}" for line in lines))
+    return "\n\n".join(blocks)
+
+
+def _cell(value: object) -> object:
+    """What a table of strings and numbers takes."""
+    return printable(value, len(value), keep_lines=True) if isinstance(value, str) else value
 
 
 def _run_id(path: Path) -> str:

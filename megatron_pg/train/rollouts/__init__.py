@@ -1,18 +1,24 @@
 """Where a run's groups come from, on all ranks together."""
 
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, check_held_out, evaluate
+from .own_rewards import own_rewards
 from .recording import Recording, read_recording, share_recording
 from .sampling import open_sampling
-from .shared_stream import SharedStream
+from .shared_stream import SharedStream, gather_groups
+from .step_groups import next_step_groups
 from .stream import make_stream
 
 __all__ = [
     "Evaluation",
     "Recording",
     "SharedStream",
+    "check_held_out",
     "evaluate",
+    "gather_groups",
     "make_stream",
+    "next_step_groups",
     "open_sampling",
+    "own_rewards",
     "read_recording",
     "share_recording",
 ]

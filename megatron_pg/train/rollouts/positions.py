@@ -55,6 +55,10 @@ class BoundedPrompts:
                 )
         return prompts
 
+    def __len__(self) -> int:
+        """Prompts of the task. Raises TypeError where it does not say how many it has."""
+        return len(self.task)  # type: ignore[arg-type]
+
     def held_out(self) -> PromptSource:
         """See ``HoldsOut.held_out``. Raises ValueError where the task holds nothing out."""
         if not isinstance(self.task, HoldsOut):

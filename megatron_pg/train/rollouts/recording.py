@@ -105,6 +105,11 @@ def _recording_problems(
     has_reference = algorithm.ref_hf or config.model.hf or "ref_logprobs" in fields
     if algorithm.needs_reference and not has_reference:
         problems.append(needs_reference_message())
+    if algorithm.precompute_ref_logprobs and "ref_logprobs" in fields:
+        problems.append(
+            "algorithm.precompute_ref_logprobs=true would be ignored: the rows carry ref_logprobs; "
+            "set it to false"
+        )
     if "advantages" in fields:
         for name in _OF_REWARDS:
             if getattr(algorithm, name) != getattr(AlgorithmConfig, name):

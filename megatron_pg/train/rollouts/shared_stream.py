@@ -26,6 +26,13 @@ class SharedStream:
         assert stream is not None or not is_first
         self.stream = stream
         self.is_first = is_first
+        self._version = 0
+        self._version_ahead: int | None = None
+
+    @property
+    def lag_steps(self) -> int:
+        """Updates of the weights since the groups that come next were asked for, if they were."""
+        return 0 if self._version_ahead is None else self._version - self._version_ahead
 
     def start(self) -> object | None:
         """Wait until groups can be taken; what the source can do, as ``RolloutSource.start``."""
@@ -34,16 +41,30 @@ class SharedStream:
     def next_groups(self, num_groups: int) -> dict[int, Group]:
         """Of the next groups those that this rank has, by number."""
         groups = self._call(lambda stream: stream.next_groups(num_groups)) or []
+        self._version_ahead = None
         numbers = [] if self.stream is None else self.stream.numbers(num_groups)
         return dict(zip(numbers, groups))
 
-    def held_out_rewards(self, num_prompts: int, num_generations: int) -> list[float]:
-        """``GroupStream.held_out_rewards`` of all ranks, in the order of the prompts."""
-        own = self._call(lambda s: s.held_out_rewards(num_prompts, num_generations)) or {}
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-        rewards = {number: reward for part in parts for number, reward in part.items()}
-        return [rewards[number] for number in sorted(rewards)]
+    def held_out_groups(self, num_prompts: int | None, num_generations: int) -> dict[int, Group]:
+        """``GroupStream.held_out_groups`` of all ranks, on the first one; none on the others."""
+        return gather_groups(
+            self._call(lambda s: s.held_out_groups(num_prompts, num_generations)) or {}
+        )
+
+    def ask_ahead(self, num_groups: int) -> None:
+        """See ``GroupStream.ask_ahead``."""
+        self._call(lambda stream: stream.ask_ahead(num_groups))
+        self._version_ahead = self._version
+
+    def wait(self) -> None:
+        """See ``GroupStream.wait``; no rank waits for the others."""
+        if self.stream is not None:
+            self.stream.wait()
+
+    def close(self) -> None:
+        """See ``GroupStream.close``; on this rank alone, whatever became of the others."""
+        if self.stream is not None:
+            self.stream.close()
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """See ``RolloutSource.update_weights``."""
@@ -53,6 +74,7 @@ class SharedStream:
                 self.stream.update_weights(export, version)
 
         on_all_ranks(update)
+        self._version = version
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream, as the first rank knows it."""
@@ -74,3 +96,10 @@ class SharedStream:
     def _own(self) -> GroupStream:
         assert self.stream is not None
         return self.stream
+
+
+def gather_groups(own: Mapping[int, Group]) -> dict[int, Group]:
+    """The groups of all ranks by number, on the first one; none on the others. A collective."""
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(dict(own), parts)
+    return {number: group for part in parts or [] for number, group in part.items()}

@@ -41,6 +41,11 @@ def make_stream(
             )
         return SharedStream(recorded, is_first=is_first)
     source = _make_source(config, inputs.tokenizer, chunks, vocab_size, ranks)
+    if config.run.rollout_ahead and source.on_all_ranks:
+        raise ValueError(
+            f"run.rollout_ahead=true, but rollout.source={rollout.source} is called on all ranks, "
+            "which are training meanwhile; set it to false"
+        )
     sampled = SampledRollouts(
         inputs.task, source, inputs.reward, inputs.params, vocab_size=vocab_size
     )

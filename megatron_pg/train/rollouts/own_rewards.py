@@ -1,0 +1,66 @@
+"""What rewards say beside their number: the other entries of a reward that is a dict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from ...data import Group, Sample
+
+Sums = dict[str, tuple[float, int]]
+"""Sum and number of samples by name."""
+# Of the rewards themselves, see ``METRICS``.
+_TAKEN = ("mean", "std", "max", "min", "kl_penalty")
+
+
+def own_rewards(sample: Sample) -> dict[str, float]:
+    """The numbers by name in ``metadata["reward_metrics"]``, where it holds some.
+
+    A recorded row may have under this name whatever it likes.
+    """
+    found = sample.metadata.get("reward_metrics")
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {
+        name: float(value)
+        for name, value in pairs
+        if isinstance(name, str) and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def own_reward_sums(groups: Iterable[Group]) -> Sums:
+    """Sums over the samples that carry such numbers."""
+    sums: Sums = {}
+    for sample in (sample for group in groups for sample in group.samples):
+        for name, value in own_rewards(sample).items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + value, count + 1
+    return sums
+
+
+def mean_rewards(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Mean by name over the samples of all parts."""
+    found = {}
+    for name in sorted({name for part in parts for name in part}):
+        of_parts = [part[name] for part in parts if name in part]
+        found[name] = sum(total for total, _ in of_parts) / sum(count for _, count in of_parts)
+    return found
+
+
+def own_reward_metrics(groups: Mapping[int, Group]) -> dict[str, float]:
+    """``reward/<name>`` over the groups of all ranks; a collective.
+
+    Raises:
+        ValueError: on every rank, if a reward calls one of its numbers as a metric is called.
+    """
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own_reward_sums(groups.values()))
+    means = mean_rewards(parts)
+    if taken := [name for name in _TAKEN if name in means]:
+        raise ValueError(
+            f"a reward gives a number called {taken[0]!r} beside the reward, but reward/{taken[0]} "
+            "is a metric of all rewards; give it another name"
+        )
+    return {f"reward/{name}": value for name, value in means.items()}
