@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ class Task(EndlessTask):
         return Six("held_out")
 
 
+class ServedTask(EndlessTask):
+    """Of a server, which tells no rewards."""
+
+    def __call__(self, prompt: Prompt, response: Response) -> float:
+        return float(response.response_ids[0]) / 50
+
+
 class Source(RolloutSource):
     """Responses that depend on the prompt and its place alone, rewards of held-out ones do not.
 
@@ -67,12 +75,21 @@ class Source(RolloutSource):
     Args:
         everywhere: called on all ranks, as a model that samples is; else on the first one.
         flat: no group has spread.
+        fails_at: number of the call that fails, from 1.
+        seconds: that a call takes.
     """
 
     def __init__(
-        self, tokenizer: Any, vocab_size: int, everywhere: bool = False, flat: bool = False
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        everywhere: bool = False,
+        flat: bool = False,
+        fails_at: int = 0,
+        seconds: float = 0,
     ) -> None:
         self.on_all_ranks, self.flat = everywhere, flat
+        self.fails_at, self.seconds = fails_at, seconds
         self.version = 0
         self.is_sampling = False
         self.threads: list[str] = []
@@ -86,8 +103,11 @@ class Source(RolloutSource):
         self, prompts: Sequence[Prompt], params: SamplingParams
     ) -> list[tuple[Response, ...]]:
         assert not self.is_sampling
-        self.is_sampling = True
         self.threads.append(threading.current_thread().name)
+        if len(self.threads) == self.fails_at:
+            raise ValueError(f"no answer to call {self.fails_at}")
+        self.is_sampling = True
+        time.sleep(self.seconds)
         found = [
             tuple(self._response(prompt, i) for i in range(params.num_generations))
             for prompt in prompts
