@@ -14,8 +14,8 @@ from .base import (
 from .client import RolloutServerError, api_key_problem, base_url_problem
 from .dialects import dialect_problem
 from .named import load_callable
-from .openai_server import OpenAIServerSource, health_path_problem
-from .probe import ServerCapabilities
+from .openai_server import OpenAIServerSource
+from .probe import ServerCapabilities, health_path_problem
 from .recorded import RecordedRollouts
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
 from .retry import RetryPolicy

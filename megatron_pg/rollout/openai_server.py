@@ -16,7 +16,7 @@ from .answers import Answer, answer_problems, make_response
 from .base import Prompt, Response, RolloutSource, SamplingParams, Tokenizer, WeightExporter
 from .client import JsonClient, RolloutServerError
 from .dialects import PATHS, Dialect, make_request, most_answer_bytes
-from .probe import ServerCapabilities, probe_server
+from .probe import ServerCapabilities, health_path_problem, probe_server
 from .reload import RELOAD_PLANS, ReloadPlan
 from .retry import RetryPolicy
 from .run_all import run_all
@@ -297,10 +297,3 @@ def _remove_others(folder: Path) -> None:
     for other in folder.parent.glob("version-*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def health_path_problem(health_path: str) -> str | None:
-    """What keeps ``health_path`` from being a path; None if nothing does."""
-    if health_path.startswith("/") and not any(char.isspace() for char in health_path):
-        return None
-    return f"health_path={health_path!r} must start with a slash and hold no blanks"

@@ -94,3 +94,10 @@ def _probe_failure(
         error.status,
         f"failed when it was probed for dialect {dialect!r}: {error}{remedy}",
     )
+
+
+def health_path_problem(health_path: str) -> str | None:
+    """What keeps ``health_path`` from being a path; None if nothing does."""
+    if health_path.startswith("/") and not any(char.isspace() for char in health_path):
+        return None
+    return f"health_path={health_path!r} must start with a slash and hold no blanks"

@@ -103,6 +103,53 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["rollout.files=[]"], "rollout.files is empty"),
         (["rollout.reward=a:b"], "rollout.reward='a:b' would be ignored"),
         (["run.eval_prompts=2"], "run.eval_prompts=2 needs a rollout.source that samples"),
+        (["run.eval_prompts=some"], "run.eval_prompts='some' must be an integer or one of 'all'"),
+        (["run.eval_prompts=-1"], "run.eval_prompts=-1 must be at least 0"),
+        (["run.eval_prompts=all"], "run.eval_prompts=all needs a rollout.source that samples"),
+        (["run.eval_interval=2"], "run.eval_interval=2 needs run.eval_prompts"),
+        (["run.eval_interval=-2"], "run.eval_interval=-2 must be at least 0"),
+        (["run.keep_best=true"], "run.keep_best=true needs run.eval_interval"),
+        (["run.log_generations_interval=3"], "log_generations_interval=3 would write what the rec"),
+        (["run.log_generations_interval=-1"], "log_generations_interval=-1 must be at least 0"),
+        (["run.rollout_ahead=true"], "with rollout.source='recorded': recorded groups are there"),
+        (
+            ["run.rollout_ahead=true", "rollout.source=model", "rollout.files=[]"],
+            "with rollout.source='model': the model cannot sample while it is trained",
+        ),
+        (
+            [*FROM_SERVER, "run.rollout_ahead=true"],
+            "only importance weights make up for: set algorithm.policy.importance_mode",
+        ),
+        (["algorithm.ref_offload=true"], "algorithm.ref_offload=true would be ignored: no KL term"),
+        (
+            ["algorithm.precompute_ref_logprobs=true"],
+            "algorithm.precompute_ref_logprobs=true would be ignored: no KL term",
+        ),
+        (
+            [
+                *FROM_SERVER,
+                "algorithm.precompute_ref_logprobs=true",
+                "algorithm.policy.kl_loss_coef=1",
+            ],
+            "with rollout.source='server': responses that are not sampled yet have no logprobs",
+        ),
+        (
+            [
+                "algorithm.precompute_ref_logprobs=true",
+                "algorithm.ref_offload=true",
+                "algorithm.policy.kl_loss_coef=1",
+            ],
+            "algorithm.ref_offload=true would be ignored: with precompute_ref_logprobs=true",
+        ),
+        (
+            ["algorithm.filter_groups.enabled=true"],
+            "algorithm.filter_groups.enabled is unknown; did you mean 'enable'?",
+        ),
+        (["algorithm.filter_groups.at_limit=stop"], "must be one of 'train', 'raise'"),
+        (
+            ["algorithm.filter_groups.max_num_gen_batches=0"],
+            "algorithm.filter_groups.max_num_gen_batches=0 must be at least 1",
+        ),
         (["run.wandb_project=x"], "run.wandb_project needs wandb"),
         (["rollout.source=model"], "rollout.files would be ignored"),
         (

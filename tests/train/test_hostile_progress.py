@@ -53,7 +53,8 @@ def edit_progress(chance: random.Random, progress: dict[str, Any]) -> str:
         section[name] = chance.choice(ODD)
         return name.strip()
     name = chance.choice(sorted(section.keys() - {"settings", "changes", "content"}))
-    if kind == "drop":
+    # Earlier versions kept no best one.
+    if kind == "drop" and name != "best":
         del section[name]
     else:
         section[name] = chance.choice(ODD)
@@ -87,6 +88,7 @@ def test_hostile_progress(seed: int, run: SavedRun, folder: Path) -> None:
     assert all(type(value) in (int, float) and value >= 0 for value in kept.totals.values())
 
 
+EVALUATION = {"mean": 1.0, "standard_error": 0.5, "num_prompts": 2}
 PROGRESS_EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "earlier step": ({"step": 1}, "step=1 must be the number in iter_0000002"),
     "step below zero": ({"step": -3}, "step=-3"),
@@ -99,6 +101,18 @@ PROGRESS_EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"epoch": 1}, "'epoch' is unknown"),
     "totals": ({"totals": {"seconds": -1.0}}, "totals="),
     "evaluations": ({"evaluations": {"before": {"mean": 1.0}}}, "evaluations.before="),
+    "metrics": (
+        {"evaluations": {"after": {**EVALUATION, "metrics": {"eval/reward/mean@1": "1"}}}},
+        "evaluations.after.metrics must be an object of numbers",
+    ),
+    "best of no step": ({"best": {"value": 1.0}}, "best={'value': 1.0} must be an object of step"),
+    "best of nothing": (
+        {"best": {"step": 1, "value": None}},
+        "must be an object of step and value",
+    ),
+    "best to come": ({"best": {"step": 3, "value": 1.0}}, "best.step=3 must be a step of the run"),
+    "best before": ({"best": {"step": 0, "value": 1.0}}, "best.step=0 must be a step of the run"),
+    "best of half a step": ({"best": {"step": 1.5, "value": 1.0}}, "must be an object of step"),
     "other seed": ({"stream": {"seed": 5}}, "seed=5, these rollouts have seed="),
     "other recording": ({"stream": {"content": "0" * 64}}, "another recording"),
     "another source": ({"stream": {"cursor": 1}}, "cursor"),

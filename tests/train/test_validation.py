@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 
-from megatron_pg.train import TrainConfig  # noqa: E402
+from megatron_pg.train import TrainConfig, load_config  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
-from tests.train import held_out  # noqa: E402
-from tests.train.runs import train  # noqa: E402
+from tests.train import held_out, tiny  # noqa: E402
+from tests.train.layouts import NUM_RANKS  # noqa: E402
+from tests.train.runs import on_layout, train  # noqa: E402
 
 EVALUATED = {
     "run__eval_prompts": "all",
@@ -109,6 +111,50 @@ def test_the_best_survives_a_resume(ranks: Pool, tmp_path: Path) -> None:
     assert [m for m in timeless(again) if m["step"] != 3] == [m for m in straight if m["step"] != 3]
     assert summary(again)["best"] == whole["best"] == {"step": 2, "value": 0.75}
     assert checkpoints(again) == ["iter_0000002", "iter_0000005"]
+
+
+def test_a_best_checkpoint_that_is_gone_is_the_best_no_more(ranks: Pool, tmp_path: Path) -> None:
+    config = held_out.config_of(tmp_path, **EVALUATED, run__save_interval=1)
+    run(ranks, config, num_steps=3)
+    shutil.rmtree(Path(config.run.out) / "checkpoints" / "iter_0000002")
+    run(ranks, config)
+    assert summary(config)["best"] == {"step": 4, "value": 0.625}
+    assert checkpoints(config) == ["iter_0000004", "iter_0000005"]
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_the_model_is_judged_alike_on_every_layout(
+    ranks: Pool, tmp_path: Path, layout: str
+) -> None:
+    """The randomness of a sample is its own, so the same is written on one rank and on two."""
+    pytest.importorskip("reasoning_gym")
+    sections = tiny.run_sections(tmp_path)
+    tiny.save_tokenizer(tmp_path / "model")
+    sections["optimizer"]["lr"] = 0.0
+    sections["rollout"] = {
+        "source": "model",
+        "reward": "tests.train.rewards:share_of_digits",
+        "num_generations": 2,
+        "max_response_tokens": 6,
+    }
+    sections["prefix_group"]["max_tokens_per_microbatch"] = 90
+    sections["run"] |= {"groups_per_step": 3, "num_steps": 2, "eval_prompts": 5}
+    sections["run"] |= {"eval_generations": 3, "eval_interval": 1, "log_generations_interval": 1}
+    config = load_config(tiny.write_config(tmp_path / "config.yaml", sections))
+    found = []
+    for name in ("one", layout):
+        own = on_layout(config, name, tmp_path / name)
+        ranks.run(NUM_RANKS[name], train, own, timeout=300)
+        judged = [{k: v for k, v in m.items() if k.startswith("eval/")} for m in rows(own)]
+        files = sorted((tmp_path / name / "generations").iterdir())
+        found.append((judged, {file.name: file.read_text() for file in files}))
+    (judged, files), other = found
+    assert other == (judged, files)
+    names = [f"{split}_{step}.jsonl" for split in ("eval", "train") for step in (0, 1, 2)]
+    assert sorted(files) == [name for name in names if name != "train_0.jsonl"]
+    # The learning rate is 0.
+    assert judged[0] == judged[1] == judged[2] and files["eval_0.jsonl"].count("\n") == 15
+    assert judged[0]["eval/reward/mean@3"] < judged[0]["eval/reward/pass@3"]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
