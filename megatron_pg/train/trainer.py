@@ -102,7 +102,7 @@ class Trainer:
         before = self.validation.before()
         if before is not None:
             self._tell_evaluation("before training", before)
-            if run.eval_interval:
+            if run.eval_interval and not self.step:
                 self._write({"step": 0.0, **before.metrics})
         while self.step < run.num_steps:
             metrics = self.train_step()

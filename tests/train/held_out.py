@@ -136,6 +136,7 @@ class Source(RolloutSource):
 
 
 def config_of(folder: Path, source_config: dict[str, Any] | None = None, **overrides: Any) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
     sections = tiny.run_sections(folder)
     tiny.save_tokenizer(folder / "model")
     sections["rollout"] = {

@@ -71,6 +71,17 @@ def test_the_same_prompts_are_trained_one_step_later(
     assert all(m["actor/grad_norm"] > 0 for m in got[1:])
 
 
+def test_dynamic_sampling_asks_its_first_batch_ahead(ranks: Pool, tmp_path: Path) -> None:
+    settings = {"algorithm__filter_groups": {"enable": True}, "run__num_steps": 3}
+    now = config_of(tmp_path / "now", False, **settings)
+    ahead = config_of(tmp_path / "ahead", **settings)
+    for config in (now, ahead):
+        ranks.run(1, train, config, timeout=300)
+    (want, _), (got, lags) = metrics_of(now), metrics_of(ahead)
+    assert got == want and lags == [0, 1, 1]
+    assert all(m["filter_groups/batches"] == 2 and m["groups/without_spread"] == 0 for m in got)
+
+
 def test_the_source_is_called_on_a_thread_and_what_is_asked_ahead_is_not_taken(
     ranks: Pool, tmp_path: Path
 ) -> None:
@@ -132,6 +143,19 @@ def test_a_source_of_all_ranks_cannot_be_asked_ahead(ranks: Pool, tmp_path: Path
     config = config_of(tmp_path, source_config={"everywhere": True})
     (told,) = ranks.run(1, held_out.run_or_refusal, config)
     assert "run.rollout_ahead=true" in told and "called on all ranks" in told
+
+
+def test_weights_stand_still_while_they_answer() -> None:
+    task, source = held_out.Task(None), held_out.Source(None, 50, seconds=0.3)
+    stream = SampledRollouts(task, source, task, PARAMS)
+    stream.ask_ahead(2)
+    while not source.is_sampling:
+        time.sleep(0.001)
+    # The source looks.
+    stream.update_weights(lambda folder: None, 1)
+    assert source.version == 1 and [g.group_id for g in stream.next_groups(2)] == [
+        *("train/0", "train/1")
+    ]
 
 
 class Waiting(RolloutSource):

@@ -113,6 +113,21 @@ def test_the_best_survives_a_resume(ranks: Pool, tmp_path: Path) -> None:
     assert checkpoints(again) == ["iter_0000002", "iter_0000005"]
 
 
+def test_a_run_that_begins_again_is_judged_once(ranks: Pool, tmp_path: Path) -> None:
+    config = held_out.config_of(tmp_path, run__eval_prompts=2, run__eval_interval=2)
+    run(ranks, config, num_steps=2)
+    straight = timeless(config)
+    run(ranks, config, num_steps=2)
+    assert timeless(config) == straight and [m["step"] for m in straight] == [0, 1, 2]
+    # Judged for the first time in the middle.
+    late = held_out.config_of(tmp_path / "late", run__save_interval=2)
+    run(ranks, late, num_steps=2)
+    judged = replace(late, run=replace(late.run, eval_prompts=2, eval_interval=2))
+    run(ranks, judged, num_steps=4)
+    steps = [m["step"] for m in timeless(judged) if "eval/prompts" in m]
+    assert steps == [4] and [m["step"] for m in timeless(judged)] == [1, 2, 3, 4]
+
+
 def test_a_best_checkpoint_that_is_gone_is_the_best_no_more(ranks: Pool, tmp_path: Path) -> None:
     config = held_out.config_of(tmp_path, **EVALUATED, run__save_interval=1)
     run(ranks, config, num_steps=3)

@@ -114,7 +114,8 @@ class JsonLines(Sink):
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
-        kept = [m for m in read_metrics(path) if m["step"] <= first_step]
+        # A run that begins again judges once more before its first step.
+        kept = [m for m in read_metrics(path) if m["step"] <= first_step] if first_step else []
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def write(self, metrics: Mapping[str, float]) -> None:
