@@ -185,7 +185,7 @@ def build_as_pretrain(model_config: Any) -> list[Any]:
 def test_the_builder_takes_the_arguments_as_they_are_parsed(parsed, more: str) -> None:
     args = parsed(more)
     model = gpt_builder(args, pre_process=True, post_process=True)
-    assert type(model) is PrefixGroupedGPTModel
+    assert type(model) is PrefixSharingGPTModel
     assert_runs_groups(model)
 
 
