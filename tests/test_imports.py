@@ -35,6 +35,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("settings", "replicas", "shape", "messages", "packing", "placement", "advantages"),
         *("batch", "passes", "offload", "step", "reference"),
     ),
+    "rollout": (
+        *("base", "named", "run_all", "retry", "ahead", "rewards", "prompts", "streams"),
+        "recorded",
+        *("transport", "client", "dialects", "answers", "answer_forms", "reload", "probe"),
+        *("openai_server",),
+    ),
     "train": (
         *("launcher", "lifetime", "config", "ranks", "model", "rollouts", "checkpoints", "metrics"),
         *("validation", "trainer", "run", "dry_run", "__main__"),

@@ -65,6 +65,57 @@ def test_sizes() -> None:
     assert all(hasattr(parallel, name) for name in parallel.__all__)
 
 
+def test_rollout_names() -> None:
+    from megatron_pg import rollout
+
+    assert rollout.__all__ == [
+        "ANSWER_EXTRACTORS",
+        "RELOAD_PLANS",
+        "REWARDS",
+        "BatchedReward",
+        "CombinedReward",
+        "FilePrompts",
+        "FormatReward",
+        "GroupStream",
+        "HeldOutPrompts",
+        "HoldsOut",
+        "Identified",
+        "Judgement",
+        "Message",
+        "NamedRewards",
+        "OpenAIServerSource",
+        "Prompt",
+        "PromptSource",
+        "ReasoningGymTask",
+        "RecordedRollouts",
+        "ReloadCall",
+        "ReloadPlan",
+        "Response",
+        "RetryPolicy",
+        "RewardError",
+        "RewardFunction",
+        "RewardSettings",
+        "RolloutServerError",
+        "RolloutSource",
+        "SampledRollouts",
+        "SamplingParams",
+        "ServerCapabilities",
+        "Tokenizer",
+        "WeightExporter",
+        "api_key_problem",
+        "base_url_problem",
+        "dialect_problem",
+        "health_path_problem",
+        "held_out_prompts",
+        "load_callable",
+        "make_groups",
+        "math_score",
+        "math_verify_reward",
+        "reward_settings",
+    ]
+    assert all(hasattr(rollout, name) for name in rollout.__all__)
+
+
 def test_checkpoint_names() -> None:
     from megatron_pg import checkpoint
 

@@ -14,12 +14,20 @@ from .plan import (
     row_budget,
     split_group,
 )
-from .reading import read_rollouts, write_rollouts
+from .reading import (
+    Problems,
+    check_prompt,
+    read_json_records,
+    read_jsonl_records,
+    read_parquet_records,
+    read_rollouts,
+    write_rollouts,
+)
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
 from .types import Group, Sample, Status, without_aborted
-from .values import response_problems
+from .values import response_problems, reward_problem, shorten, show
 
 __all__ = [
     "CostModel",
@@ -30,6 +38,7 @@ __all__ = [
     "PackPlan",
     "PackedRow",
     "PrefixRow",
+    "Problems",
     "ResidencyConfig",
     "RowPart",
     "Sample",
@@ -40,6 +49,7 @@ __all__ = [
     "balance_costs",
     "balance_groups",
     "carried_fields",
+    "check_prompt",
     "content_checksum",
     "equalize_num_microbatches",
     "group_shape",
@@ -51,10 +61,16 @@ __all__ = [
     "part_tree",
     "plan_rows",
     "plan_waves",
+    "read_json_records",
+    "read_jsonl_records",
+    "read_parquet_records",
     "read_rollouts",
     "response_problems",
+    "reward_problem",
     "row_budget",
     "select_samples",
+    "shorten",
+    "show",
     "split_group",
     "step_cost",
     "token_values",

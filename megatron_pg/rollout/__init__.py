@@ -3,6 +3,8 @@
 from .base import (
     GroupStream,
     HoldsOut,
+    Identified,
+    Message,
     Prompt,
     PromptSource,
     Response,
@@ -16,26 +18,42 @@ from .dialects import dialect_problem
 from .named import load_callable
 from .openai_server import OpenAIServerSource
 from .probe import ServerCapabilities, health_path_problem
+from .prompts import ANSWER_EXTRACTORS, FilePrompts, HeldOutPrompts, ReasoningGymTask
 from .recorded import RecordedRollouts
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
 from .retry import RetryPolicy
-from .reward import (
+from .rewards import (
+    REWARDS,
+    BatchedReward,
     CombinedReward,
     FormatReward,
+    Judgement,
+    NamedRewards,
+    RewardError,
     RewardFunction,
+    RewardSettings,
     make_groups,
+    math_score,
     math_verify_reward,
+    reward_settings,
 )
 from .streams import SampledRollouts, held_out_prompts
-from .tasks import ANSWER_EXTRACTORS, ReasoningGymTask
 
 __all__ = [
     "ANSWER_EXTRACTORS",
     "RELOAD_PLANS",
+    "REWARDS",
+    "BatchedReward",
     "CombinedReward",
+    "FilePrompts",
     "FormatReward",
     "GroupStream",
+    "HeldOutPrompts",
     "HoldsOut",
+    "Identified",
+    "Judgement",
+    "Message",
+    "NamedRewards",
     "OpenAIServerSource",
     "Prompt",
     "PromptSource",
@@ -45,7 +63,9 @@ __all__ = [
     "ReloadPlan",
     "Response",
     "RetryPolicy",
+    "RewardError",
     "RewardFunction",
+    "RewardSettings",
     "RolloutServerError",
     "RolloutSource",
     "SampledRollouts",
@@ -60,5 +80,7 @@ __all__ = [
     "held_out_prompts",
     "load_callable",
     "make_groups",
+    "math_score",
     "math_verify_reward",
+    "reward_settings",
 ]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..data import Group, Status
 
+Message = dict[str, Any]
+"""A chat message: ``role``, ``content`` and what else a chat template reads."""
+
 WeightExporter = Callable[[Path], None]
 """Writes the current policy as a Hugging Face folder."""
 
@@ -24,7 +27,10 @@ class Prompt:
     Attributes:
         prompt_id: becomes the ``group_id``; unique among the prompts of a step.
         prompt_ids: ``[P]`` int64 on the CPU, at least one token.
-        metadata: what a reward needs to judge a response (``answer``, a task's entry).
+        metadata: what a reward needs to judge a response (``answer``, a task's entry), and where
+            the prompt comes from (``data_source``, text) where that is known.
+        text: ``prompt_ids`` as text, special tokens included; empty where it is not known.
+        messages: chat messages that the text was made from, where the prompt was given as such.
 
     Raises:
         ValueError: if ``prompt_ids`` is not a non-empty int64 vector.
@@ -33,6 +39,8 @@ class Prompt:
     prompt_id: str
     prompt_ids: Tensor
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    messages: Sequence[Message] | None = None
 
     def __post_init__(self) -> None:
         _check_tokens(f"prompt_ids of prompt {self.prompt_id!r}", self.prompt_ids)
@@ -256,6 +264,15 @@ class HoldsOut(Protocol):
 
     def held_out(self) -> PromptSource:
         """Those."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """Prompts that can be told from others, so that no run is resumed with other ones."""
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the prompts and their order; JSON-serializable."""
         ...
 
 

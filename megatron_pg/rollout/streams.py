@@ -10,6 +10,7 @@ from ..data import Group, response_problems
 from .ahead import Ahead
 from .base import (
     HoldsOut,
+    Identified,
     Prompt,
     PromptSource,
     Response,
@@ -17,7 +18,7 @@ from .base import (
     SamplingParams,
     WeightExporter,
 )
-from .reward import RewardFunction, check_prompt_ids, make_groups
+from .rewards import BatchedReward, RewardFunction, check_prompt_ids, make_groups
 
 # Problems that one error writes out.
 _MAX_PROBLEMS = 10
@@ -31,7 +32,7 @@ class SampledRollouts:
     Args:
         task: where prompts come from.
         source: samples the responses.
-        reward: judges them.
+        reward: judges them; one that is a ``BatchedReward`` all those of a step at once.
         params: how to sample; a seed is advanced with every call, so that a prompt seen twice is
             answered afresh.
         vocab_size: token ids must lie below; None checks only that they are plausible.
@@ -41,7 +42,7 @@ class SampledRollouts:
         self,
         task: PromptSource,
         source: RolloutSource,
-        reward: RewardFunction,
+        reward: RewardFunction | BatchedReward,
         params: SamplingParams,
         *,
         vocab_size: int | None = None,
@@ -60,8 +61,9 @@ class SampledRollouts:
         return self.source.on_all_ranks
 
     def start(self) -> object | None:
-        """Wait for the source."""
-        return self.source.start()
+        """Wait for the source; what prompts and source say of themselves."""
+        told = [self.task if isinstance(self.task, Identified) else None, self.source.start()]
+        return "\n".join(str(one) for one in told if one is not None) or None
 
     def numbers(self, num_groups: int) -> Sequence[int]:
         """Which of the next groups this rank's replica samples."""
@@ -135,23 +137,25 @@ class SampledRollouts:
         self.source.update_weights(export, version)
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of prompts taken."""
-        return {"num_taken": self._num_taken}
+        """Number of prompts taken, and what tells them from others."""
+        identity = self.task.identity() if isinstance(self.task, Identified) else {}
+        return {"num_taken": self._num_taken, **identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the prompts that the state had taken.
 
         Raises:
-            ValueError: if it is the state of no such stream.
+            ValueError: if it is the state of no such stream, or of other prompts.
         """
-        self._num_taken = checked_num_taken(state, self.state_dict())
+        self._num_taken = checked_num_taken(state, self.state_dict(), "other prompts")
 
 
 def held_out_prompts(task: PromptSource, num_prompts: int | None) -> list[Prompt]:
     """The first ``num_prompts`` of those that training never sees; None for all of them.
 
     Raises:
-        ValueError: if the task holds nothing out, or has no length where all are asked for.
+        ValueError: if the task holds nothing out, holds out fewer, or has no length where all are
+            asked for.
     """
     if not isinstance(task, HoldsOut):
         raise ValueError(
@@ -159,15 +163,19 @@ def held_out_prompts(task: PromptSource, num_prompts: int | None) -> list[Prompt
             "sees"
         )
     held_out = task.held_out()
-    if num_prompts is None:
-        try:
-            num_prompts = len(held_out)  # type: ignore[arg-type]
-        except TypeError:
-            raise ValueError(
-                f"{type(held_out).__name__} has no length: its held-out prompts do not end; give "
-                "their number"
-            ) from None
-    return held_out.prompts(0, num_prompts)
+    try:
+        most: int | None = len(held_out)  # type: ignore[arg-type]
+    except TypeError:
+        most = None
+    count = most if num_prompts is None else num_prompts
+    if count is None:
+        raise ValueError(
+            f"{type(held_out).__name__} has no length: its held-out prompts do not end; give "
+            "their number"
+        )
+    if most is not None and count > most:
+        raise ValueError(f"there are {most} held-out prompts; ask for at most so many")
+    return held_out.prompts(0, count)
 
 
 @dataclass(frozen=True)
@@ -185,11 +193,11 @@ class _Ahead:
     responses: Ahead[Sequence[Sequence[Response]] | None]
 
 
-def checked_num_taken(state: Mapping[str, Any], mine: Mapping[str, Any]) -> int:
-    """The count of a saved state, which has the names of ``mine``.
+def checked_num_taken(state: Mapping[str, Any], mine: Mapping[str, Any], others: str) -> int:
+    """The count of a saved state that agrees with ``mine`` in all else; ``others`` if it does not.
 
     Raises:
-        ValueError: if it has others, or no count.
+        ValueError: if it does not agree, or is no such state.
     """
     unknown = sorted(state.keys() - mine.keys())
     if unknown:
@@ -203,6 +211,14 @@ def checked_num_taken(state: Mapping[str, Any], mine: Mapping[str, Any]) -> int:
             f"the saved rollout state has num_taken={num_taken}, must be a whole number from 0; "
             "restore it"
         )
+    for name in (name for name in mine if name != "num_taken"):
+        saved = state.get(name)
+        if saved != mine[name] or type(saved) is not type(mine[name]):
+            what = others if name == "content" else f"{name}={saved}"
+            raise ValueError(
+                f"the saved rollout state is of {what}, these rollouts have {name}={mine[name]}; "
+                "resume with the files and settings it was saved with"
+            )
     return num_taken
 
 

@@ -20,6 +20,7 @@ from ..grpo import (
 )
 from ..mcore import validate_config
 from ..parallel import ParallelSizes
+from ..rollout import FilePrompts
 from .config import TrainConfig, config_problems, raise_problems
 from .model import (
     ModelPlan,
@@ -29,7 +30,7 @@ from .model import (
     validate_trainable,
     validate_weights,
 )
-from .rollouts import Recording, check_held_out, open_sampling, read_recording
+from .rollouts import Recording, Sampling, check_held_out, open_sampling, read_recording
 
 T = TypeVar("T")
 
@@ -83,9 +84,13 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
         if config.rollout.source == "recorded" and config.rollout.files:
             packing = plan.packing(config.prefix_group)
             recording = attempt(lambda: read_recording(config, model_plan, packing))
+    sampling: Sampling | None = None
     if config.rollout.source != "recorded":
-        max_positions = None if plan is None else plan.max_positions
-        attempt(lambda: check_held_out(config.run, open_sampling(config, max_positions).task))
+        most = None if plan is None else plan.max_positions
+        sampling = attempt(lambda: open_sampling(config, most))
+        if sampling is not None:
+            task = sampling.task
+            attempt(lambda: check_held_out(config.run, task))
     raise_problems("would stop this run", problems)
     assert plan is not None
     sizes = ParallelSizes.from_config(config.parallel, world_size)
@@ -95,6 +100,8 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     if recording is not None:
         plans = _plan_first_step(config, plan, recording, dp_size)
         lines.append(_packing_line(config, recording, plans))
+    if sampling is not None and isinstance(sampling.task, FilePrompts):
+        lines.append(str(sampling.task))
     lines.append(
         f"layers on a machine like this one: {plan.layers} "
         f"(model.transformer_impl={config.model.transformer_impl})"

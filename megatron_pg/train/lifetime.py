@@ -145,17 +145,17 @@ def _leave_to_main_thread(failure: threading.ExceptHookArgs) -> None:
 
 def _explain(error: BaseException) -> tuple[int, str, bool]:
     """Exit code, message, and whether to say how to go on: a refusal says what to do itself."""
-    from ..rollout import RolloutServerError
+    from ..rollout import RewardError, RolloutServerError
 
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
         return _LOST, "what reads the output of this run has ended", True
     if isinstance(error, OSError) and error.errno is not None:
         reason, place = error.strerror or str(error), str(error.filename or "this process")
         return _MENDABLE, reason if reason.startswith(place) else f"{place}: {reason}", True
+    if isinstance(error, (ArithmeticError, RewardError, RolloutServerError)):
+        return _MENDABLE, str(error), True
     if isinstance(error, (ValueError, NotImplementedError, ImportError)):
         return _MENDABLE, str(error), False
-    if isinstance(error, (ArithmeticError, RolloutServerError)):
-        return _MENDABLE, str(error), True
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) and error.code else _BUG
         return code, f"sys.exit({error.code!r}) was called inside the run", False

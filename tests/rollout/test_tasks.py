@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from megatron_pg.rollout import ReasoningGymTask
-from megatron_pg.rollout.tasks import answer_tag, last_number, whole_text
+from megatron_pg.rollout.prompts.tasks import answer_tag, last_number, whole_text
 
 from .helpers import CharTokenizer, make_response
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -472,9 +474,13 @@ def test_examples_pass_the_dry_run(
 ) -> None:
     """A comment line ``# dry-run: world_size=N key=value ...`` gives what the file leaves open.
 
-    ``{model}`` and ``{rollouts}`` in it stand for a tiny model with a tokenizer and its rollouts.
+    ``{model}`` and ``{rollouts}`` in it stand for a tiny model with a tokenizer and its rollouts,
+    ``{prompts}`` for what ``examples/write_sums.py`` writes.
     """
     monkeypatch.chdir(ROOT)
+    write_sums = [sys.executable, "examples/write_sums.py", "--out", str(tmp_path)]
+    if "{prompts}" in example.read_text():
+        subprocess.run(write_sums, check=True, env=tiny.clean_environment())
     tiny.run_sections(tmp_path)
     tiny.save_tokenizer(tmp_path / "model")
     lines = [x for x in example.read_text().splitlines() if x.startswith("# dry-run:")]
@@ -482,7 +488,7 @@ def test_examples_pass_the_dry_run(
     values = (
         lines[0]
         .removeprefix("# dry-run:")
-        .format(model=tmp_path / "model", rollouts=tmp_path / "rollouts.jsonl")
+        .format(model=tmp_path / "model", rollouts=tmp_path / "rollouts.jsonl", prompts=tmp_path)
     )
     world_size, *overrides = shlex.split(values)
     size = int(world_size.removeprefix("world_size="))

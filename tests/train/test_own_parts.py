@@ -54,7 +54,7 @@ def test_an_evaluation_without_held_out_prompts_is_refused_before_anything_is_bu
 ) -> None:
     config = config_of(tmp_path, run__eval_prompts=3)
     (told,) = ranks.run(1, own_parts.run_or_refusal, config)
-    assert "run.eval_prompts=3" in told and "own_parts:Task has no held_out()" in told
+    assert "run.eval_prompts=3: Task has no held_out()" in told
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 

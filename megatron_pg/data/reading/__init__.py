@@ -1,5 +1,16 @@
-"""Recorded rollouts from files: records, their forms, rows, groups."""
+"""Files as records, records as rows, rows as groups: recorded rollouts, and what prompts share."""
 
+from .problems import Problems
 from .readers import read_rollouts, write_rollouts
+from .records import read_json_records, read_jsonl_records, read_parquet_records
+from .text import check_prompt
 
-__all__ = ["read_rollouts", "write_rollouts"]
+__all__ = [
+    "Problems",
+    "check_prompt",
+    "read_json_records",
+    "read_jsonl_records",
+    "read_parquet_records",
+    "read_rollouts",
+    "write_rollouts",
+]

@@ -8,10 +8,12 @@ class Problems:
 
     Args:
         limit: problems that are written out; the rest are counted.
+        what: holds them, for the message.
     """
 
-    def __init__(self, limit: int = 20) -> None:
+    def __init__(self, limit: int = 20, what: str = "rollouts") -> None:
         self._limit = limit
+        self._what = what
         self._lines: list[str] = []
         self.total = 0
 
@@ -26,7 +28,7 @@ class Problems:
         """Raises: ValueError that lists the problems noted so far."""
         if not self.total:
             return
-        lines = [f"{self.total} problem{'s' * (self.total > 1)} in the rollouts:", *self._lines]
+        lines = [f"{self.total} problem{'s' * (self.total > 1)} in the {self._what}:", *self._lines]
         if self.total > len(self._lines):
             lines.append(f"... and {self.total - len(self._lines)} more")
         raise ValueError("\n  ".join(lines))

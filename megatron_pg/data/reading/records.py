@@ -25,6 +25,8 @@ _ARRAYS: list[Any] = [
     np.float64(0).__reduce__()[0],
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
 ]
+# Some editors write it before the first line, and joined files keep it.
+_MARK = b"\xef\xbb\xbf"
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 
 
@@ -46,6 +48,39 @@ def read_jsonl_records(path: Path, problems: Problems) -> Iterator[Record]:
                 is_first = False
     except (OSError, EOFError, zlib.error) as error:
         problems.add(str(path), f"cannot be read to its end ({error}); copy it again")
+
+
+def read_json_records(path: Path, problems: Problems) -> Iterator[Record]:
+    """Objects of a JSON array, counted from 0; of a JSONL file where there is no array."""
+    try:
+        with _open_lines(path) as file:
+            start = file.read(64)
+            is_array = start.removeprefix(_MARK).lstrip().startswith(b"[")
+            content = start + file.read() if is_array else b""
+    except (OSError, EOFError, zlib.error) as error:
+        problems.add(str(path), f"cannot be read to its end ({error}); copy it again")
+        return
+    if not is_array:
+        yield from read_jsonl_records(path, problems)
+        return
+    try:
+        text = content.removeprefix(_MARK).decode("utf-8")
+        records = json.loads(text, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        problems.add(str(path), f"is not UTF-8 (byte {error.start}); re-encode the file")
+        return
+    except RecursionError:
+        problems.add(str(path), "is nested too deeply")
+        return
+    except ValueError as error:
+        problems.add(str(path), f"is no JSON: {error}")
+        return
+    for number, record in enumerate(records):
+        if isinstance(record, dict):
+            yield f"{path}, item {number}", record
+        else:
+            told = f"must be an object, got a JSON {type(record).__name__}"
+            problems.add(f"{path}, item {number}", told)
 
 
 def read_parquet_records(path: Path, problems: Problems) -> Iterator[Record]:
@@ -127,8 +162,7 @@ def _open_lines(path: Path) -> IO[bytes]:
 
 def _parse_line(line: bytes) -> dict[str, Any] | str:
     """The object of a line, or what is wrong with it."""
-    # Some editors write a mark before the first line, which joined files keep.
-    line = line.removeprefix(b"\xef\xbb\xbf").strip()
+    line = line.removeprefix(_MARK).strip()
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
@@ -151,7 +185,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
 
 def _goes_on(line: bytes) -> bool:
     """Whether a wrong first line makes all that follow wrong for the same reason."""
-    return line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") or b"\0" in line or line.strip() == b"{"
+    return line.lstrip(_MARK + b" \t").startswith(b"[") or b"\0" in line or line.strip() == b"{"
 
 
 def _import_pyarrow() -> Any:

@@ -15,6 +15,7 @@ from ..rollouts import Evaluation
 # Sections and settings that change how a run computes, reports or is kept, not what it computes.
 _FREE = (
     *("parallel.", "rollout.files", "rollout.format", "rollout.max_batch_samples"),
+    *("rollout.prompts.files", "rollout.prompts.val_files"),
     *("rollout.server.", "model.transformer_impl", "prefix_group.attention_backend"),
     *("prefix_group.max_", "prefix_group.prefix_resident", "prefix_group.logprob_chunk_tokens"),
     *("run.out", "run.num_steps", "run.save_interval"),

@@ -16,11 +16,12 @@ from ...rollout import (
     base_url_problem,
     dialect_problem,
     health_path_problem,
+    reward_settings,
 )
 from .loop import AlgorithmConfig, RunConfig
 from .loop_checks import loop_problems
 from .ranges import out_of_range
-from .sections import ModelConfig, RolloutConfig, TrainConfig
+from .sections import ModelConfig, PromptsConfig, RolloutConfig, TaskConfig, TrainConfig
 
 
 def config_problems(config: TrainConfig) -> list[str]:
@@ -176,6 +177,11 @@ def _rollout_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
                 f"rollout.reward={rollout.reward!r} would be ignored: recorded rollouts carry "
                 "their rewards; set it to null"
             )
+        if rollout.prompts != PromptsConfig():
+            yield (
+                "rollout.prompts would be ignored with rollout.source='recorded'; remove it, or "
+                "set rollout.source to what samples"
+            )
     else:
         yield from _sampling_problems(rollout, run)
     if run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -194,6 +200,8 @@ def _sampling_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
                 f"rollout.{name}={value!r} would be ignored with rollout.source="
                 f"{rollout.source!r}; remove it, or set rollout.source=recorded"
             )
+    yield from _prompts_problems(rollout, run)
+    yield from _reward_problems(rollout)
     if rollout.task.extractor not in ANSWER_EXTRACTORS:
         yield _no_name("rollout.task.extractor", rollout.task.extractor, list(ANSWER_EXTRACTORS))
     most = max(rollout.num_generations, run.eval_generations if run.eval_prompts else 1)
@@ -204,6 +212,37 @@ def _sampling_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
         )
     if rollout.source == "server":
         yield from _server_problems(rollout)
+
+
+def _prompts_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
+    prompts = rollout.prompts
+    if not prompts.files:
+        if prompts != PromptsConfig():
+            yield "rollout.prompts.files is empty: name the files, or remove rollout.prompts"
+        return
+    if rollout.task != TaskConfig():
+        yield "rollout.task and rollout.prompts both give prompts; remove one of them"
+    if rollout.reward is None:
+        yield "rollout.prompts.files judge no responses: set rollout.reward"
+    if "{question}" not in prompts.template:
+        yield f"rollout.prompts.template={prompts.template!r} must contain {{question}}"
+    if run.eval_prompts and not prompts.val_files:
+        yield (
+            f"run.eval_prompts={run.eval_prompts} needs prompts that training never sees: name "
+            "them in rollout.prompts.val_files, or set it to 0"
+        )
+
+
+def _reward_problems(rollout: RolloutConfig) -> Iterator[str]:
+    if rollout.reward is None:
+        return
+    try:
+        settings = reward_settings(rollout.reward)
+    except ValueError as error:
+        yield str(error)
+        return
+    if any(one.name == "math" for one in settings) and not importlib.util.find_spec("math_verify"):
+        yield "rollout.reward=math needs math-verify: pip install 'megatron_pg[math]'"
 
 
 def _server_problems(rollout: RolloutConfig) -> Iterator[str]:

@@ -191,7 +191,7 @@ def _describe(option: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
     if origin in (list, tuple):
-        return f"a list of {_describe(arguments[0])}"
+        return f"a list of {describe_type(arguments[0])}"
     names: dict[Any, str] = {type(None): "null", dict: "a mapping", list: "a list"}
     names |= {str: "text", int: "an integer"}
     names |= {float: "a number", bool: "true or false"}

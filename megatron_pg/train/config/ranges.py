@@ -29,6 +29,7 @@ _AT_LEAST: dict[str, float] = {
     "rollout.max_response_tokens": 1,
     "rollout.top_k": 0,
     "rollout.max_batch_samples": 1,
+    "rollout.prompts.max_prompt_tokens": 1,
     "rollout.task.size": 1,
     "rollout.server.max_concurrency": 1,
     "algorithm.std_floor": 0,

@@ -15,10 +15,14 @@ from ... import attention, loss, rollout
 from ...parallel import MEGATRON_NAMES, ParallelSizes
 from .file import describe_type
 from .ranges import range_of
-from .sections import ParallelConfig, ServerConfig, TaskConfig, TrainConfig
+from .sections import ParallelConfig, PromptsConfig, ServerConfig, TaskConfig, TrainConfig
 
 # Sections whose fields are arguments of a class that describes them.
-_ARGUMENTS_OF = {TaskConfig: rollout.ReasoningGymTask, ServerConfig: rollout.OpenAIServerSource}
+_ARGUMENTS_OF = {
+    PromptsConfig: rollout.FilePrompts,
+    TaskConfig: rollout.ReasoningGymTask,
+    ServerConfig: rollout.OpenAIServerSource,
+}
 # A description that leaves names to choose from to a registry.
 _REGISTRY = re.compile(r"``(?:\w+\.)?([A-Z_]{2,})``")
 _YAML_WORDS = {"None": "null", "True": "true", "False": "false"}

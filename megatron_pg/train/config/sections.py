@@ -134,6 +134,25 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Prompts of your own, as ``rollout.FilePrompts`` takes them; ``rollout.reward`` judges.
+
+    Attributes:
+        max_prompt_tokens: longest prompt; None is what the model's positions leave beside
+            ``rollout.max_response_tokens``, which is the most in any case.
+    """
+
+    files: list[str] = field(default_factory=list)
+    val_files: list[str] = field(default_factory=list)
+    prompt_key: str = "prompt"
+    answer_key: str | None = None
+    template: str = "{question}"
+    system_prompt: str | None = None
+    max_prompt_tokens: int | None = None
+    too_long: Literal["refuse", "leave_out"] = "refuse"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """An OpenAI-compatible server, as ``rollout.OpenAIServerSource`` takes it.
 
@@ -171,9 +190,15 @@ class RolloutConfig:
         format: of the files; "auto" goes by their suffix and fields.
         reward_key: part or parts of the reward that are summed (see ``data.read_rollouts``).
         group_across_files: whether equal group ids of several files mean one group.
-        shuffle: draw a new order of recorded groups every epoch.
-        task: prompts and rewards of "model" and "server".
-        reward: ``module:function`` instead of the task's own reward.
+        shuffle: draw a new order of recorded groups, or of the prompts of files, every epoch.
+        prompts: prompts of "model" and "server" from files.
+        task: prompts and rewards of "model" and "server", instead.
+        reward: what judges, instead of the task's own reward: ``module:name`` (``f(prompt,
+            response)``, verl's ``compute_score`` or TRL's ``f(prompts, completions, **columns)``,
+            ``async`` or not), "math" (math-verify), a mapping of the fields of
+            ``rollout.RewardSettings`` (name, kwargs, weight, timeout_seconds, num_processes,
+            max_concurrency, on_error, error_score), or a list of these, whose weighted scores are
+            added.
         num_generations: responses per prompt.
         max_response_tokens: longest response.
         temperature: of sampling, and of the logprobs that are trained.
@@ -189,8 +214,9 @@ class RolloutConfig:
     reward_key: str | list[str] = field(default_factory=list)
     group_across_files: bool = False
     shuffle: bool = True
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-    reward: str | None = None
+    reward: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
     num_generations: int = 8
     max_response_tokens: int = 512
     temperature: float = 1.0

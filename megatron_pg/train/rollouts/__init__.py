@@ -3,7 +3,7 @@
 from .evaluate import Evaluation, check_held_out, evaluate
 from .own_rewards import own_rewards
 from .recording import Recording, read_recording, share_recording
-from .sampling import open_sampling
+from .sampling import Sampling, open_sampling
 from .shared_stream import SharedStream, gather_groups
 from .step_groups import next_step_groups
 from .stream import make_stream
@@ -11,6 +11,7 @@ from .stream import make_stream
 __all__ = [
     "Evaluation",
     "Recording",
+    "Sampling",
     "SharedStream",
     "check_held_out",
     "evaluate",

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...rollout import (
-    HoldsOut,
+    BatchedReward,
+    FilePrompts,
+    NamedRewards,
     PromptSource,
     ReasoningGymTask,
     RewardFunction,
     SamplingParams,
     load_callable,
+    reward_settings,
 )
 from ..config import (
     RolloutConfig,
@@ -27,32 +30,61 @@ class Sampling:
 
     tokenizer: Any
     task: PromptSource
-    reward: RewardFunction
+    reward: RewardFunction | BatchedReward
     params: SamplingParams
 
 
 def open_sampling(config: TrainConfig, max_positions: int | None) -> Sampling:
-    """Tokenizer, task, reward and sampling parameters of a run.
+    """Tokenizer, prompts, reward and sampling parameters of a run.
 
     Raises:
-        ValueError: on a folder without tokenizer, an unknown task, a reward that does not load, a
-            task that holds nothing out where an evaluation needs it, or a prompt of the first step
-            that leaves no room for a response in ``max_positions``.
+        ValueError: on a folder without tokenizer, an unknown task, malformed files, a reward that
+            does not load or needs what prompts do not have, or a prompt that leaves no room for a
+            response in ``max_positions`` (of a task: one of the first step).
     """
     tokenizer = load_tokenizer(config)
-    task = make_task(config.rollout, tokenizer)
+    task = make_prompts(config, tokenizer, max_positions)
     reward = _reward(config.rollout, task)
-    if config.run.eval_prompts and not isinstance(task, HoldsOut):
-        raise ValueError(
-            f"run.eval_prompts={config.run.eval_prompts}, but rollout.task.name="
-            f"{config.rollout.task.name} has no held_out(), which gives the prompts that training "
-            "never sees; give it one, or set run.eval_prompts to 0"
-        )
-    if max_positions is not None:
+    if isinstance(reward, NamedRewards):
+        reward.check(task.prompts(0, 1)[0])
+    if max_positions is not None and not isinstance(task, FilePrompts):
         task = BoundedPrompts(task, max_positions, config.rollout.max_response_tokens)
         task.prompts(0, config.run.groups_per_step)
     params = sampling_params(config, tokenizer)
     return Sampling(tokenizer=tokenizer, task=task, reward=reward, params=params)
+
+
+def make_prompts(config: TrainConfig, tokenizer: Any, max_positions: int | None) -> PromptSource:
+    """The prompts of a run: those of files, or a task's."""
+    if config.rollout.prompts.files:
+        return _file_prompts(config, tokenizer, max_positions)
+    return make_task(config.rollout, tokenizer)
+
+
+def _file_prompts(config: TrainConfig, tokenizer: Any, max_positions: int | None) -> FilePrompts:
+    rollout, settings = config.rollout, config.rollout.prompts
+    most, limit = settings.max_prompt_tokens, "rollout.prompts.max_prompt_tokens"
+    room = None if max_positions is None else max_positions - rollout.max_response_tokens
+    if room is not None and (most is None or room < most):
+        most = room
+        limit = (
+            f"max_position_embeddings={max_positions} of the model with "
+            f"rollout.max_response_tokens={rollout.max_response_tokens}"
+        )
+    return FilePrompts(
+        settings.files,
+        val_files=settings.val_files,
+        tokenizer=tokenizer,
+        prompt_key=settings.prompt_key,
+        answer_key=settings.answer_key,
+        template=settings.template,
+        system_prompt=settings.system_prompt,
+        max_prompt_tokens=most,
+        too_long=settings.too_long,
+        limit=limit,
+        shuffle=rollout.shuffle,
+        seed=config.run.seed,
+    )
 
 
 def make_task(config: RolloutConfig, tokenizer: Any) -> PromptSource:
@@ -82,10 +114,9 @@ def make_task(config: RolloutConfig, tokenizer: Any) -> PromptSource:
     )
 
 
-def _reward(config: RolloutConfig, task: PromptSource) -> RewardFunction:
+def _reward(config: RolloutConfig, task: PromptSource) -> RewardFunction | BatchedReward:
     if config.reward is not None:
-        reward: RewardFunction = load_callable("rollout.reward", config.reward)
-        return reward
+        return NamedRewards(reward_settings(config.reward))
     if not callable(task):
         raise ValueError(
             f"rollout.task.name={config.task.name} judges no responses: set rollout.reward, or "

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from .base import Prompt, Response, Tokenizer
+from ..base import Prompt, Response, Tokenizer
+from .rendering import encode_rendered, render_question
 
 Split = Literal["train", "held_out"]
 _NUM_BUCKETS = 1000
@@ -122,10 +123,12 @@ class ReasoningGymTask:
 
     def _prompt(self, number: int) -> Prompt:
         entry = self._entry(number % self.size)
-        text = self.template.replace("{question}", entry["question"])
+        question = self.template.replace("{question}", entry["question"])
+        text = render_question(self.tokenizer, question, self.system_prompt)
         return Prompt(
             prompt_id=f"{self.name}/{self.split}/{number}",
-            prompt_ids=torch.tensor(self._encode(text), dtype=torch.int64),
+            prompt_ids=torch.tensor(encode_rendered(self.tokenizer, text), dtype=torch.int64),
+            text=text,
             metadata={"entry": entry, "question": entry["question"], "answer": entry["answer"]},
         )
 
@@ -146,19 +149,6 @@ class ReasoningGymTask:
             seed = self.seed + draw * _DRAW_STRIDE
             self._datasets[draw] = _create_dataset(self.name, self.config, seed, self.size)
         return self._datasets[draw]
-
-    def _encode(self, text: str) -> list[int]:
-        if not getattr(self.tokenizer, "chat_template", None):
-            plain = text if self.system_prompt is None else f"{self.system_prompt}\n{text}"
-            return self.tokenizer.encode(plain)
-        chat = [{"role": "user", "content": text}]
-        if self.system_prompt is not None:
-            chat.insert(0, {"role": "system", "content": self.system_prompt})
-        # Rendered first, encoded second: what tokenize=True returns differs between versions.
-        rendered = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True
-        )
-        return self.tokenizer.encode(rendered, add_special_tokens=False)
 
 
 def _create_dataset(name: str, config: Mapping[str, Any], seed: int, size: int) -> Any:
