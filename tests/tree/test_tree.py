@@ -60,6 +60,14 @@ def test_short_runs_are_written_out(samples: list[list[int]]) -> None:
             assert run >= min_shared
 
 
+@pytest.mark.parametrize(("min_shared", "unique"), [(1, 4), (2, 4), (3, 1 + 2 + 3 + 3)])
+def test_a_run_counts_from_the_last_fork(min_shared: int, unique: int) -> None:
+    """Two tokens are shared before samples part, though a sample ends between them."""
+    samples = [[1], [1, 2], [1, 2, 3], [1, 2, 4]]
+    tree = PrefixTree.from_sequences(samples, min_shared=min_shared)
+    assert written_out(tree) == samples and tree.unique_tokens == unique
+
+
 @settings(max_examples=100)
 @given(sample_lists())
 def test_turns_of_one_context_stand_in_it_once(samples: list[list[int]]) -> None:
