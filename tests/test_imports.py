@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore": BOTTOM,
     "grpo": {"data", "loss", "mcore", "parallel"},
     "checkpoint": {"mcore", "parallel"},
+    "adapters": {"data", "grpo", "mcore", "parallel", "tree"},
     "train": BOTTOM | {"mcore", "grpo", "rollout", "checkpoint"},
 }
 # Rooms within a package: each may import those before it, and modules of a room only by its door.
@@ -41,12 +42,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("transport", "client", "dialects", "answers", "answer_forms", "reload", "probe"),
         *("openai_server",),
     ),
+    "adapters": ("verl",),
     "train": (
         *("launcher", "lifetime", "config", "ranks", "model", "rollouts", "checkpoints", "metrics"),
         *("validation", "trainer", "run", "dry_run", "__main__"),
     ),
 }
-MEGATRON = {"mcore", "grpo", "checkpoint", "train"}
+MEGATRON = {"mcore", "grpo", "checkpoint", "adapters", "train"}
 
 
 def imports(path) -> list[tuple[str, list[str]]]:

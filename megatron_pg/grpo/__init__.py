@@ -9,6 +9,7 @@ from .packing import (
     TokenCounts,
     count_tokens,
     plan_all_replicas,
+    plan_rows_of_replica,
 )
 from .passes import HeadConfig, compute_logprobs, microbatch_loss, train_pass
 from .placement import Placement, place_groups
@@ -42,6 +43,7 @@ __all__ = [
     "pack_batch",
     "place_groups",
     "plan_all_replicas",
+    "plan_rows_of_replica",
     "total_over_replicas",
     "train_pass",
     "with_ref_logprobs",

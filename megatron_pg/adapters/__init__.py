@@ -1,0 +1,1 @@
+"""Frameworks that training runs in, one folder each; nothing here is imported unless asked for."""

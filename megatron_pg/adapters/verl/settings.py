@@ -1,0 +1,49 @@
+"""What verl's configuration says to packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ...data import CostModel
+from ...grpo import PackingConfig, PrefixGroupConfig
+
+KEY = "prefix_group"
+
+
+def read_settings(engine_config: Any) -> PrefixGroupConfig:
+    """``override_mcore_model_config.prefix_group`` of an engine: fields of ``PrefixGroupConfig``.
+
+    Raises:
+        ValueError: on a name that is no field, and on the budget, which verl has a name for.
+    """
+    given = dict((getattr(engine_config, "override_mcore_model_config", None) or {}).get(KEY, {}))
+    known = [field.name for field in fields(PrefixGroupConfig)]
+    known.remove("max_tokens_per_microbatch")
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{KEY} has {', '.join(unknown)}, but knows {', '.join(known)}; the budget of a row is "
+            "verl's ppo_max_token_len_per_gpu and log_prob_max_token_len_per_gpu"
+        )
+    return PrefixGroupConfig(**given)
+
+
+def packing_config(
+    settings: PrefixGroupConfig, model_config: Any, chunks: Sequence[Any], max_tokens: int
+) -> PackingConfig:
+    """How rows of ``max_tokens`` are packed for a model.
+
+    Args:
+        settings: of ``read_settings``.
+        model_config: ``TransformerConfig``.
+        chunks: this rank's, unwrapped.
+        max_tokens: budget of a row in unique tokens.
+    """
+    if model_config.param_sync_func is not None and settings.prefix_resident == "auto":
+        # Megatron gathers parameters beside the one forward pass that it counts on.
+        settings = replace(settings, prefix_resident="never")
+    settings = replace(settings, max_tokens_per_microbatch=max_tokens)
+    cost_model = CostModel.from_config(model_config, chunks[0].vocab_size)
+    return PackingConfig.from_config(settings, model_config, cost_model)

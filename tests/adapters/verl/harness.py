@@ -1,0 +1,238 @@
+"""One batch through verl's own engine on the stock model, and through ours on the wrapped one.
+
+Both are built around a model as verl's ``initialize`` leaves them; verl's ``__init__`` needs
+Megatron Bridge, for which ``test_start.py`` has a stand-in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from verl.workers.engine.megatron import MegatronEngineWithLMHead
+from verl.workers.utils.losses import ppo_loss
+
+from megatron_pg.adapters.verl import PrefixGroupedMegatronEngine
+from tests.adapters.verl.batches import BATCHES, make_batch
+from tests.mcore import harness
+from tests.mcore.harness import MAX_LEN, Case, make_config, on_cpu, wrap_ddp
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlCase:
+    """A parallel layout, a batch and what verl is told; ``config`` is told to ours alone."""
+
+    tp: int = 1
+    sp: bool = False
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    batch: str = "ragged"
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    prefix_group: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    temperature: tuple[float, ...] | None = None
+
+    @property
+    def layout(self) -> Case:
+        return Case(
+            tp=self.tp,
+            sp=self.sp,
+            pp=self.pp,
+            vpp=self.vpp,
+            dp=self.dp,
+            num_layers=self.pp * (self.vpp or 1) * (1 if self.pp > 1 else 2),
+            dtype=torch.float32,
+            # verl's regime: losses are divided by micro-batches and averaged over replicas.
+            config=dict(calculate_per_token_loss=False),
+            model=self.model,
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+class Causal(GPTModel):
+    """The stock model on padded rows; a causal mask is made where none is given."""
+
+    def forward(
+        self, input_ids: Any = None, position_ids: Any = None, attention_mask: Any = None, **k: Any
+    ) -> Any:
+        return super().forward(input_ids, position_ids, None, **k)
+
+
+class Settings(dict[str, Any]):
+    """As verl's dataclasses are read."""
+
+    __getattr__ = dict.__getitem__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
+def loss_function(**changes: Any) -> Any:
+    """verl's own PPO loss."""
+    settings = dict(
+        loss_agg_mode="token-mean",
+        policy_loss=Settings(loss_mode="vanilla"),
+        global_batch_info={},
+        loss_scale_factor=None,
+        use_kl_loss=True,
+        kl_loss_type="low_var_kl",
+        kl_loss_coef=0.1,
+        clip_ratio=0.2,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.2,
+        clip_ratio_c=3.0,
+        entropy_coeff=0.01,
+    )
+    return partial(ppo_loss, Settings(settings | changes))
+
+
+def engine_config(**changes: Any) -> SimpleNamespace:
+    settings = dict(
+        context_parallel_size=1,
+        dynamic_context_parallel=False,
+        use_remove_padding=True,
+        pad_bshd_to_minibatch_max=False,
+        use_fused_kernels=False,
+        pad_to_length=False,
+        pad_to_length_bucket=512,
+        entropy_from_logits_with_chunking=False,
+        router_replay=SimpleNamespace(mode="disabled"),
+        override_mcore_model_config={},
+        forward_only=False,
+    )
+    return SimpleNamespace(**settings | changes)
+
+
+def make_engine(cls: type, case: VerlCase, packed: bool) -> Any:
+    """An engine around a model with the weights of a seed, its gradients in buffers."""
+    layout = case.layout
+    config = make_config(layout)
+    for name, value in case.config.items() if packed else ():
+        setattr(config, name, value)
+    torch.manual_seed(1234)
+    harness.GPTModel = Causal
+    chunks = wrap_ddp(layout, config, harness.build(layout, config, packed))
+    engine = object.__new__(cls)
+    engine.engine_config = engine_config(
+        use_remove_padding=packed, override_mcore_model_config={"prefix_group": case.prefix_group}
+    )
+    engine.model_config = SimpleNamespace(
+        mtp=SimpleNamespace(enable=False, enable_train=False),
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
+        model_type="language_model",
+        lora={},
+    )
+    engine.tf_config, engine.module = config, chunks
+    engine.enable_routing_replay, engine.mini_layer_topk_idx_list = False, []
+    return engine
+
+
+def make_engines(case: VerlCase) -> dict[str, Any]:
+    """Stock and ours, with equal weights."""
+    harness.initialize(case.layout)
+    engines = {
+        "stock": make_engine(MegatronEngineWithLMHead, case, packed=False),
+        "ours": make_engine(PrefixGroupedMegatronEngine, case, packed=True),
+    }
+    for stock, ours in zip(engines["stock"].module, engines["ours"].module):
+        ours.load_state_dict(stock.state_dict())
+    return engines
+
+
+def make_data(case: VerlCase, **changes: Any) -> Any:
+    rank = parallel_state.get_data_parallel_rank()
+    rows = BATCHES[case.batch](rank)
+    data = dict(case.data)
+    if case.temperature is not None:
+        data["temperature"] = torch.tensor(case.temperature)[: len(rows)]
+    return make_batch(rows, len(rows) * case.dp, seed=rank, **data | changes)
+
+
+def gradients(engine: Any) -> dict[str, Tensor]:
+    return harness.named_gradients(engine.module)
+
+
+def response_values(output: Any, data: Any, name: str) -> list[Tensor]:
+    """Values of the tokens of every response, as verl's losses slice them."""
+    rows = output["model_output"][name].unbind()
+    counts = data["responses"].offsets().diff().tolist()
+    return [row[len(row) - n - 1 : -1] for row, n in zip(rows, counts)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far ours is from verl's own on one rank.
+
+    Attributes:
+        losses: summed over micro-batches, stock and ours; None before the last stage.
+        gradients: relative norm of the difference of every parameter's gradient.
+        smallest: smallest norm of a compared gradient.
+        values: largest difference of logprobs and of entropies in the caller's order, relative
+            where they are above 1.
+        metrics: of ours.
+    """
+
+    losses: tuple[float, float] | None
+    gradients: dict[str, float]
+    smallest: float
+    values: dict[str, float]
+    metrics: dict[str, float]
+
+
+def compare(case: VerlCase, forward_only: bool = False) -> Difference:
+    """One call of both engines; runs on a rank."""
+    with on_cpu():
+        engines = make_engines(case)
+        outputs, found = {}, {}
+        for name, engine in engines.items():
+            for chunk in engine.module:
+                chunk.zero_grad_buffer()
+            changes = {} if name == "ours" else STOCK
+            data = make_data(case, **changes)
+            loss = None if forward_only else loss_function(**case.loss)
+            with torch.set_grad_enabled(not forward_only):
+                outputs[name] = engine.forward_backward_batch(data, loss, forward_only)
+            found[name] = gradients(engine)
+        stock, ours = outputs["stock"], outputs["ours"]
+        last = bool(stock)
+        assert bool(ours) == last
+        return Difference(
+            losses=(sum(stock["loss"]), sum(ours["loss"])) if last and not forward_only else None,
+            gradients={
+                name: float((found["ours"][name] - g).norm() / g.norm().clamp(min=1e-30))
+                for name, g in found["stock"].items()
+            },
+            smallest=min(float(g.norm()) for g in found["stock"].values()),
+            values={
+                name: max(
+                    float(((a - b).abs() / a.abs().clamp(min=1)).max())
+                    for a, b in zip(
+                        response_values(stock, data, name), response_values(ours, data, name)
+                    )
+                )
+                for name in (("log_probs", "entropy") if last else ())
+            },
+            metrics={
+                name.removeprefix("prefix_grouped/"): value[0]
+                for name, value in (ours["metrics"].items() if last else ())
+                if name.startswith("prefix_grouped/")
+            },
+        )
+
+
+# Rows of one sample: verl's own packing is not what is compared.
+STOCK = dict(use_dynamic_bsz=False, micro_batch_size_per_gpu=1)
+assert MAX_LEN >= 64
