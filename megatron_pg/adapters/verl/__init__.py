@@ -1,9 +1,22 @@
-"""verl's Megatron engine over packed rows; importing this registers it with verl.
+"""verl's Megatron engine over packed rows, and trainers that place groups for it.
 
-``VERL_USE_EXTERNAL_MODULES=megatron_pg.adapters.verl`` makes verl import it in every process and
-``VERL_ENGINE_VENDOR=prefix_grouped`` makes verl choose the engine.
+Importing this registers them with verl. In every process verl does so where
+``VERL_USE_EXTERNAL_MODULES=megatron_pg.adapters.verl``; it chooses the engine where
+``VERL_ENGINE_VENDOR=prefix_grouped``, and a trainer by ``trainer.v1.trainer_mode``:
+``prefix_grouped_sync``, ``prefix_grouped_colocate_async`` or ``prefix_grouped_separate_async``.
 """
 
 from .engine import VENDOR, PrefixGroupedMegatronEngine
+from .trainer import (
+    PrefixGroupedTrainerColocateAsync,
+    PrefixGroupedTrainerSeparateAsync,
+    PrefixGroupedTrainerSync,
+)
 
-__all__ = ["VENDOR", "PrefixGroupedMegatronEngine"]
+__all__ = [
+    "VENDOR",
+    "PrefixGroupedMegatronEngine",
+    "PrefixGroupedTrainerColocateAsync",
+    "PrefixGroupedTrainerSeparateAsync",
+    "PrefixGroupedTrainerSync",
+]

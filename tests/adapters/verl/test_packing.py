@@ -14,7 +14,13 @@ pytestmark = pytest.mark.verl
 
 
 def test_names() -> None:
-    assert plugin.__all__ == ["VENDOR", "PrefixGroupedMegatronEngine"]
+    assert plugin.__all__ == [
+        "VENDOR",
+        "PrefixGroupedMegatronEngine",
+        "PrefixGroupedTrainerColocateAsync",
+        "PrefixGroupedTrainerSeparateAsync",
+        "PrefixGroupedTrainerSync",
+    ]
     assert all(hasattr(plugin, name) for name in plugin.__all__)
 
 
