@@ -73,7 +73,10 @@ HARMLESS_RUN = {
     *("rotary_percent", "seq_len_interpolation_factor", "fp16_lm_cross_entropy"),
     *("parallel_output", "scatter_embedding_sequence_parallel", "tp_comm_overlap_cfg"),
     *("transformer_layer_spec", "generation_config", "hf_model_id", "restore_modelopt_state"),
-    *("use_transformer_engine_full_layer_spec", "mtp_enabled"),
+    *("use_transformer_engine_full_layer_spec", "mtp_enabled", "_pg_collection"),
+    *("rope_scaling", "rope_scaling_factor", "yarn_rotary_scaling_factor", "yarn_beta_fast"),
+    *("yarn_original_max_position_embeddings", "yarn_beta_slow", "yarn_mscale"),
+    *("yarn_mscale_all_dim", "yarn_correction_range_round_to_int"),
 }
 # They do nothing: they only qualify a setting that is refused or off,
 INERT = {

@@ -97,7 +97,7 @@ def make_batch(rows: list[Row], world_batch: int, seed: int, **non_tensors: Any)
         global_batch_size=world_batch,
         calculate_entropy=True,
     )
-    settings |= non_tensors
+    settings = {n: v for n, v in (settings | non_tensors).items() if v is not None}
     if settings.pop("uids", False):
         tu.assign_non_tensor_stack(data, "uid", [r.uid for r in rows])
     temperatures = settings.get("temperature")
