@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -65,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     from tools.bench.processes import rows_of_processes
     from tools.bench.registry import BENCHMARKS, BenchmarkMismatch, Options
     from tools.bench.render import make_table, plot_peaks, plot_rows
+
+    if importlib.util.find_spec("verl"):
+        from tools.bench import verl  # noqa: F401
 
     unknown = set(args.names) - {*BENCHMARKS, "all"}
     if unknown:

@@ -58,7 +58,7 @@ class Samples:
         lens = [len(sequence) for sequence in sequences]
         uids = _uids(data, len(sequences))
         if "responses" in data:
-            counts = data["responses"].cpu().offsets().diff().tolist()
+            counts = data["responses"].offsets().diff().tolist()
             prompt_lens = [n - count for n, count in zip(lens, counts)]
             if min(prompt_lens) < 1:
                 raise ValueError(

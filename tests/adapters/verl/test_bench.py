@@ -1,0 +1,25 @@
+"""The benchmark of an actor update runs, and compares gradients before it reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is installed in its own lane")
+
+from tools.bench.run import main  # noqa: E402
+
+pytestmark = pytest.mark.verl
+
+
+def test_rows_keep_the_contract(tmp_path: Path) -> None:
+    file = tmp_path / "verl.json"
+    assert main(["verl", "--quick", "--threads", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["baseline"] for row in rows] == ["written out", "verl"] * 2
+    for row in rows:
+        assert row["benchmark"] == "verl" and row["ratio"] > 0 and row["bound"] > 1.5
+        assert row["share"] == pytest.approx(row["ratio"] / row["bound"])
+        assert 0 < row["max_error"] <= 1e-3, "gradients were compared"
