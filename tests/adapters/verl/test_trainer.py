@@ -18,9 +18,12 @@ pytest.importorskip("verl", reason="verl is installed in its own lane")
 from omegaconf import OmegaConf  # noqa: E402
 from transfer_queue import KVBatchMeta  # noqa: E402
 from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls  # noqa: E402
+from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 
 from megatron_pg.adapters.verl import PrefixGroupedTrainerSync  # noqa: E402
 from megatron_pg.adapters.verl.placement import deal, place_samples  # noqa: E402
+from megatron_pg.adapters.verl.refusals import engine_problems  # noqa: E402
+from megatron_pg.adapters.verl.settings import read_settings  # noqa: E402
 from tests.utils import ROOT  # noqa: E402
 
 pytestmark = pytest.mark.verl
@@ -181,16 +184,19 @@ print(get_trainer_cls("prefix_grouped_sync").__name__)
 """
 
 
+CHOSEN = dict(
+    VERL_USE_EXTERNAL_MODULES="megatron_pg.adapters.verl",
+    VERL_ENGINE_VENDOR="prefix_grouped",
+    PYTHONPATH=str(ROOT),
+)
+MODEL: dict[str, Any] = dict(hf_config=None, mtp=SimpleNamespace(enable=False), lora={})
+
+
 def test_two_variables_make_verl_choose_it() -> None:
-    variables = dict(
-        VERL_USE_EXTERNAL_MODULES="megatron_pg.adapters.verl",
-        VERL_ENGINE_VENDOR="prefix_grouped",
-        VERL_ENGINE_DEVICE="cuda",
-        PYTHONPATH=str(ROOT),
-    )
     done = subprocess.run(
         [sys.executable, "-c", CODE],
-        env=os.environ | variables,
+        # This machine may have no device; with one, verl finds it.
+        env=os.environ | CHOSEN | dict(VERL_ENGINE_DEVICE="cuda"),
         capture_output=True,
         text=True,
         check=False,
@@ -200,3 +206,24 @@ def test_two_variables_make_verl_choose_it() -> None:
         "MegatronEngineWithValueHead",
         "PrefixGroupedTrainerSync",
     ], done.stderr
+
+
+OPTIONS = [
+    "model_engine=megatron",
+    "trainer.v1.trainer_mode=prefix_grouped_sync",
+    "+actor_rollout_ref.actor.megatron.override_mcore_model_config.prefix_group.min_shared=32",
+]
+
+
+def test_verls_command_takes_the_options() -> None:
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--cfg", "job", *OPTIONS]
+    done = subprocess.run(
+        command, env=os.environ | CHOSEN, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    config = OmegaConf.create(done.stdout[done.stdout.index("actor_rollout_ref:") :])
+    get_trainer_cls(config.trainer.v1.trainer_mode)
+    assert config.trainer.use_v1, "the trainer that modes are of is verl's default"
+    engine = omega_conf_to_dataclass(config.actor_rollout_ref.actor.megatron)
+    assert read_settings(engine).min_shared == 32
+    assert not list(engine_problems(SimpleNamespace(**MODEL), engine))
