@@ -16,10 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from verl.workers.engine.megatron import MegatronEngineWithLMHead
-from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.losses import ppo_loss, sft_loss
 
 from megatron_pg.adapters.verl import PrefixGroupedMegatronEngine
-from tests.adapters.verl.batches import BATCHES, make_batch
+from tests.adapters.verl.batches import BATCHES, jagged, make_batch
 from tests.mcore import harness
 from tests.mcore.harness import MAX_LEN, Case, make_config, on_cpu, wrap_ddp
 
@@ -40,6 +40,8 @@ class VerlCase:
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     temperature: tuple[float, ...] | None = None
+    # Trained by a loss of whole sequences, with the last ten tokens before the response.
+    sft: bool = False
 
     @property
     def layout(self) -> Case:
@@ -158,11 +160,22 @@ def make_data(case: VerlCase, **changes: Any) -> Any:
     data = dict(case.data)
     if case.temperature is not None:
         data["temperature"] = torch.tensor(case.temperature)[: len(rows)]
-    return make_batch(rows, len(rows) * case.dp, seed=rank, **data | changes)
+    batch = make_batch(rows, len(rows) * case.dp, seed=rank, **data | changes)
+    if case.sft:
+        masks = [torch.cat([torch.zeros(len(r.prompt)), r.response_mask]) for r in rows]
+        for mask, row in zip(masks, rows):
+            mask[max(len(row.prompt) - 10, 1) : len(row.prompt)] = 1
+        batch["loss_mask"] = jagged([mask.long() for mask in masks])
+    return batch
 
 
 def gradients(engine: Any) -> dict[str, Tensor]:
     return harness.named_gradients(engine.module)
+
+
+def all_values(output: Any, data: Any, name: str) -> list[Tensor]:
+    """Values of every token that another one predicts."""
+    return [row[:-1] for row in output["model_output"][name].unbind()]
 
 
 def response_values(output: Any, data: Any, name: str) -> list[Tensor]:
@@ -202,12 +215,13 @@ def compare(case: VerlCase, forward_only: bool = False) -> Difference:
                 chunk.zero_grad_buffer()
             changes = {} if name == "ours" else STOCK
             data = make_data(case, **changes)
-            loss = None if forward_only else loss_function(**case.loss)
+            loss = partial(sft_loss, None) if case.sft else loss_function(**case.loss)
+            loss = None if forward_only else loss
             with torch.set_grad_enabled(not forward_only):
                 outputs[name] = engine.forward_backward_batch(data, loss, forward_only)
             found[name] = gradients(engine)
         stock, ours = outputs["stock"], outputs["ours"]
-        last = bool(stock)
+        last, values = bool(stock), all_values if case.sft else response_values
         assert bool(ours) == last
         return Difference(
             losses=(sum(stock["loss"]), sum(ours["loss"])) if last and not forward_only else None,
@@ -219,9 +233,7 @@ def compare(case: VerlCase, forward_only: bool = False) -> Difference:
             values={
                 name: max(
                     float(((a - b).abs() / a.abs().clamp(min=1)).max())
-                    for a, b in zip(
-                        response_values(stock, data, name), response_values(ours, data, name)
-                    )
+                    for a, b in zip(values(stock, data, name), values(ours, data, name))
                 )
                 for name in (("log_probs", "entropy") if last else ())
             },

@@ -22,6 +22,7 @@ CASES = {
     ),
     "temperatures": VerlCase(temperature=TEMPERATURES),
     "samples_per_row": VerlCase(data=dict(use_dynamic_bsz=False, micro_batch_size_per_gpu=4)),
+    "another_loss": VerlCase(sft=True, data=dict(uids=True, max_token_len_per_gpu=80)),
     "seq_mean": VerlCase(loss=dict(loss_agg_mode="seq-mean-token-mean")),
     "per_token_loss": VerlCase(
         data=dict(max_token_len_per_gpu=80), config=dict(calculate_per_token_loss=True)
