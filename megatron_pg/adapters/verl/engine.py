@@ -125,7 +125,7 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
         tokens = row.tokens.to(params.position_ids.device, non_blocking=True)
         output = model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
         if not is_read:
-            return output, self._no_loss
+            return output, _no_loss
 
         def loss(output: tuple[Tensor, Tensor | None]) -> Any:
             batch = row.batch.to(get_device_id())
@@ -178,13 +178,6 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
             chunk_tokens=self._prefix_group.logprob_chunk_tokens,
         )
 
-    def _no_loss(self, output: tuple[Tensor, Tensor | None]) -> Any:
-        """Of a row that nothing is read of: a zero with a graph, and no entry for verl."""
-        zero = output[0].sum()
-        if self.tf_config.calculate_per_token_loss:
-            return zero, torch.zeros((), dtype=torch.int, device=zero.device), {}
-        return zero, {}
-
     def _attention_calls(self) -> int:
         chunks = unwrap_model(list(self.module))
         return sum(count_attention_calls(chunk).prefix_grouped for chunk in chunks)
@@ -206,6 +199,11 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
 _NOTHING = Predictions(
     predictor_ids=torch.empty(0, dtype=torch.int64), target_tokens=torch.empty(0, dtype=torch.int64)
 )
+
+
+def _no_loss(output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Any]]:
+    """Of a row that nothing is read of: a zero with a graph, no tokens and no entry for verl."""
+    return output[0].sum(), {}
 
 
 def _run(*, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:

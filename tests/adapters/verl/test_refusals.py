@@ -17,8 +17,10 @@ from megatron_pg.adapters.verl import PrefixGroupedMegatronEngine  # noqa: E402
 from megatron_pg.adapters.verl.packing import Samples  # noqa: E402
 from megatron_pg.adapters.verl.rebound import rebound  # noqa: E402
 from megatron_pg.adapters.verl.refusals import check_batch, check_engine  # noqa: E402
-from megatron_pg.adapters.verl.settings import read_settings  # noqa: E402
+from megatron_pg.adapters.verl.settings import packing_config, read_settings  # noqa: E402
+from megatron_pg.grpo import PrefixGroupConfig  # noqa: E402
 from tests.adapters.verl.batches import make_batch, ragged, single_turn  # noqa: E402
+from tests.mcore.harness import Case, make_config  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -120,6 +122,16 @@ def test_settings_of_packing() -> None:
     for name in ("min_share", "max_tokens_per_microbatch"):
         with pytest.raises(ValueError, match=f"prefix_group has {name}.*ppo_max_token_len_per_gpu"):
             read_settings(settings(**{name: 4}))
+
+
+@pytest.mark.parametrize(("asked", "choice"), [("auto", "never"), ("always", "always")])
+def test_prompts_are_divided_where_parameters_are_gathered_aside(asked: Any, choice: str) -> None:
+    config, chunk = make_config(Case()), SimpleNamespace(vocab_size=64)
+    settings = PrefixGroupConfig(prefix_resident=asked)
+    assert packing_config(settings, config, [chunk], 64).residency.choice == asked
+    config.param_sync_func = print
+    packing = packing_config(settings, config, [chunk], 64)
+    assert packing.residency.choice == choice and packing.max_tokens == 64
 
 
 class Host:
