@@ -87,6 +87,10 @@ def test_groups_stay_on_a_rank_and_in_a_mini_batch(dp_size: int) -> None:
         for place, key in enumerate(own):
             steps.setdefault(uid(key), set()).add((rank, place // per_step))
     assert len(steps) == 32 and all(len(places) == 1 for places in steps.values())
+    first = list(dict.fromkeys(uid(key) for key in keys))[:16]
+    assert {name for name, places in steps.items() if {step for _, step in places} == {0}} == {
+        *first
+    }, "mini-batches are in the order of the rollout"
     assert metrics["prefix_grouped/ranks_per_prompt"] == 1.0
     assert metrics["global_seqlen/balanced_max"] < 1.35 * metrics["global_seqlen/mean"]
 
