@@ -18,10 +18,12 @@ from tests.utils import ROOT
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text()
-WALK = (ROOT / "megatron_pg/checkpoint/README.md").read_text()
-BLOCKS, WALK_BLOCKS = (
+WALK, ROWS = (
+    (ROOT / f"megatron_pg/{name}/README.md").read_text() for name in ("checkpoint", "mcore")
+)
+BLOCKS, OTHERS = (
     re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    for text in (README, WALK)
+    for text in (README, "\n".join([CONTRIBUTING, WALK, ROWS]))
 )
 
 
@@ -31,19 +33,21 @@ def block(language: str, words: str, blocks: list[tuple[str, str]] = BLOCKS) -> 
     return found
 
 
-CHECKPOINTS = block("bash", "tools/reshard_checkpoint.py", WALK_BLOCKS)
+CHECKPOINTS = block("bash", "tools/reshard_checkpoint.py", OTHERS)
 CONVERSION = block("bash", "tools/hf_to_megatron.py")
 PLANNING = block("bash", "--dry-run")
-MODEL = block("python", "with_prefix_grouped_attention")
+MODEL = block("python", "PrefixSharingGPTModel")
+OWN_ROW = block("python", "PrefixGroupedSeqParams", OTHERS)
 LOOP = block("python", "GrpoStep")
-OWN = block("yaml", "my_losses")
+OWN = block("yaml", "my_losses", OTHERS)
+PROMPTS = block("bash", "examples/prompts.yaml")
 ROW = block("json", "prompt_ids")
 # What installs an environment of its own.
 NOT_RUN = {"pip install -e .": 2, "bash examples/quickstart.sh": 1, "tests/run.sh": 1}
 
 
 def test_every_block_is_run_or_installs() -> None:
-    run = [CONVERSION, PLANNING, MODEL, LOOP, OWN, ROW]
+    run = [CONVERSION, PLANNING, MODEL, LOOP, PROMPTS, ROW]
     others = [code for _, code in BLOCKS if code not in run]
     assert len(others) == len(NOT_RUN)
     for words, num_lines in NOT_RUN.items():
@@ -139,7 +143,10 @@ def test_recorded_row_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.megatron
-def test_model_example_runs() -> None:
+@pytest.mark.parametrize(
+    ("code", "printed"), [(MODEL, "ran (1, 9, 64)"), (OWN_ROW, "ran (1, 6, 64)")]
+)
+def test_model_examples_run(code: str, printed: str) -> None:
     worker = """
 import torch, torch.distributed as dist
 from megatron_pg.mcore import cpu
@@ -152,11 +159,29 @@ with cpu.emulate_cuda():
     exec(compile(BLOCK, "README model", "exec"))
     print("ran", tuple(logits.shape))
 """
-    code = worker.replace("BLOCK", repr(MODEL))
+    code = worker.replace("BLOCK", repr(code))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
-    assert "ran (1, 6, 64)" in done.stdout, done.stderr[-2000:]
+    assert printed in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.megatron
+def test_prompts_commands_run(tmp_path: Path) -> None:
+    """As printed, with a tiny model and few steps."""
+    pytest.importorskip("reasoning_gym", reason='pip install "megatron_pg[rollout]"')
+    from tests.checkpoint.tiny import SMOLLM2, save_hf
+    from tests.train.tiny import save_tokenizer
+
+    model = tmp_path / re.findall(r"model\.hf=(\S+)", PROMPTS)[0]
+    model.parent.mkdir()
+    save_hf(SMOLLM2, model)
+    save_tokenizer(model)
+    fewer = "run.num_steps=2 run.groups_per_step=2 run.eval_prompts=2 run.eval_generations=2"
+    run_bash(f"{PROMPTS.rstrip()} {fewer}\n", tmp_path)
+    steps = [json.loads(line) for line in (tmp_path / "runs/prompts/metrics.jsonl").open()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(step["tokens/reuse_ratio"] > 1 for step in steps)
 
 
 @pytest.mark.megatron

@@ -20,8 +20,9 @@ def content_checksum(groups: Sequence[Group]) -> str:
         for sample in group.samples:
             # Which samples share a rollout counts, not what it is called.
             rollout = rollouts.setdefault(sample.rollout_id or object(), len(rollouts))
+            # The word of earlier versions: their runs of recordings can be taken up.
             digest.update(
-                f"{sample.status} {float(sample.reward).hex()} rollout {rollout};".encode()
+                f"{sample.status} {float(sample.reward).hex()} execution {rollout};".encode()
             )
             if sample.loss_weight is not None:
                 digest.update(f"loss_weight {float(sample.loss_weight).hex()};".encode())
