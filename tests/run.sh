@@ -4,12 +4,13 @@
 #   bash tests/run.sh                 every lane
 #   LANES=311 bash tests/run.sh       Python 3.11 with megatron-core 0.16: lint, types, every test
 #   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, runs, Triton kernels
+#   LANES=verl bash tests/run.sh      Python 3.12 with megatron-core 0.18 and verl: its stock engine against ours
 #   LANES=between bash tests/run.sh   Python 3.12 with megatron-core 0.17 and 0.18: layers, equivalence, schedule
 #
 # Environments are kept in .venv-tests-* and reused.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-LANES=${LANES:-"311 312 between"}
+LANES=${LANES:-"311 312 between verl"}
 export PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 find_python() { # find_python 3.12 -> path of an interpreter of that version, or nothing
@@ -75,8 +76,22 @@ for lane in $LANES; do
                 tests/mcore tests/parallel --megatron-core "$version" "$@"
         done
         ;;
+    verl)
+        environment=.venv-tests-verl
+        echo "== verl: install"
+        make_environment 3.12 "$environment"
+        # verl's own requirements name no versions that fit each other on a CPU; these do.
+        "$environment/bin/python" -m pip install -q -e . "megatron-core==0.18.2" \
+            "tensordict>=0.8,<=0.10" "transformers>=4.56,<5.11" "TransferQueue>=0.1.10" \
+            omegaconf hydra-core codetiming peft accelerate ray psutil einops dill pybind11 pandas pyarrow orjson \
+            cachetools datasets torchdata pylatexenc pyzmq msgspec tensorboard uvicorn fastapi rich \
+            "pytest>=8" "hypothesis>=6.100"
+        "$environment/bin/python" -m pip install -q --no-deps "verl==0.9.1"
+        echo "== verl: its engine against ours"
+        "$environment/bin/python" -m pytest -q -m verl --megatron-core 0.18.2 --durations=5 tests/adapters "$@"
+        ;;
     *)
-        echo "error: LANES=$lane is unknown; use one or several of 311, 312, between" >&2
+        echo "error: LANES=$lane is unknown; use one or several of 311, 312, between, verl" >&2
         exit 2
         ;;
     esac
