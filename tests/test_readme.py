@@ -43,7 +43,12 @@ OWN = block("yaml", "my_losses", OTHERS)
 PROMPTS = block("bash", "examples/prompts.yaml")
 ROW = block("json", "prompt_ids")
 # What installs an environment of its own.
-NOT_RUN = {"verl.trainer.main_ppo": 3, "pip install -e .": 2, "bash examples/quickstart.sh": 1, "tests/run.sh": 1}
+NOT_RUN = {
+    "verl.trainer.main_ppo": 3,
+    "pip install -e .": 2,
+    "bash examples/quickstart.sh": 1,
+    "tests/run.sh": 1,
+}
 
 
 def test_every_block_is_run_or_installs() -> None:
