@@ -16,6 +16,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.megatron_utils import unwrap_model
+from verl.utils.metric import AggregationType, Metric
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.megatron import MegatronEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
@@ -101,6 +102,7 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
         )
         output = run(data, loss_function, forward_only)
         if output:
+            _fill_up(output["metrics"], len(packed[0].indices))
             output["metrics"].update(self._metrics(packed[0], self._attention_calls() - before))
         return output
 
@@ -204,6 +206,19 @@ _NOTHING = Predictions(
 def _no_loss(output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Any]]:
     """Of a row that nothing is read of: a zero with a graph, no tokens and no entry for verl."""
     return output[0].sum(), {}
+
+
+def _fill_up(metrics: dict[str, Any], num_rows: int) -> None:
+    """Values for rows that nothing is read of, which change nothing that is made of the others.
+
+    verl aggregates over ranks value by value, and ranks have as many rows, not as many with
+    samples.
+    """
+    for metric in metrics.values():
+        if isinstance(metric, Metric):
+            is_sum = metric.aggregation is AggregationType.SUM
+            value = 0.0 if is_sum else float(metric.aggregate())
+            metric.extend([value] * (num_rows - len(metric.values)))
 
 
 def _run(*, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:

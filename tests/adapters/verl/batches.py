@@ -67,7 +67,15 @@ def turns(rank: int) -> list[Row]:
     return [agent[3], star[0], agent[0], agent[2], star[1], agent[1], star[2], agent[4]]
 
 
-BATCHES = {"ragged": ragged, "turns": turns}
+def uneven(rank: int) -> list[Row]:
+    """Two prompts, each larger than a row with its samples; on odd ranks eight short prompts."""
+    if rank % 2 == 0:
+        pair = [single_turn(f"f{rank}.{i}", 50, [38, 30, 35, 33], 10 * rank + i) for i in (6, 7)]
+        return [row for rows in zip(*pair) for row in rows]
+    return [*(single_turn(f"h{rank}.{i}", 20, [3 + i], seed=100 * rank + i)[0] for i in range(8))]
+
+
+BATCHES = {"ragged": ragged, "turns": turns, "uneven": uneven}
 
 
 def make_batch(rows: list[Row], world_batch: int, seed: int, **non_tensors: Any) -> TensorDict:

@@ -24,9 +24,23 @@ METRICS = {"reuse_ratio", "unique_tokens", "logical_tokens", "rows", "packed_cal
 METRICS |= {"resident_groups"}
 
 
-@pytest.mark.parametrize("dp", [1, 2])
-def test_updates_of_verls_worker(ranks: Pool, dp: int) -> None:
-    case = VerlCase(dp=dp, batch="turns", data=dict(uids=True))
+UPDATES = {
+    "one": VerlCase(batch="turns", data=dict(uids=True)),
+    "two": VerlCase(dp=2, batch="turns", data=dict(uids=True)),
+    # One rank has rows that nothing is read of where the other one's prompts are resident.
+    "fillers": VerlCase(
+        dp=2,
+        batch="uneven",
+        data=dict(uids=True),
+        prefix_group=dict(prefix_resident="always", max_resident_tokens=50),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_of_verls_worker(ranks: Pool, name: str) -> None:
+    case = UPDATES[name]
+    dp = case.dp
     stock = ranks.run(dp, run_worker, case, False, 2)
     ours = ranks.run(dp, run_worker, case, True, 2)
     for a, b in zip(stock, ours):
@@ -39,6 +53,8 @@ def test_updates_of_verls_worker(ranks: Pool, dp: int) -> None:
             assert len(one["loss"]) == 2, "two optimizer steps"
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-5)
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+            for sums in ("actor/pg_loss", "actor/entropy_loss", "kl_loss"):
+                assert other[sums] == pytest.approx(one[sums], rel=1e-4, abs=1e-5), sums
             named = {n.split("/")[1] for n in other if n.startswith("prefix_grouped/")}
             assert named == METRICS
             assert all(len(other[f"prefix_grouped/{name}"]) == 2 * dp for name in METRICS)

@@ -242,7 +242,9 @@ class Run:
 def run_worker(case: Any, packed: bool, num_updates: int) -> Run:
     """Logprobs, then updates of two mini-batches each, through verl's worker; runs on a rank."""
     with on_cpu(), without_cuda_numbers():
-        worker = make_worker(packed)
+        overrides = {"prefix_group": case.prefix_group} if packed else {}
+        config = worker_config(packed, override_mcore_model_config=overrides)
+        worker = make_worker(packed, config)
         found = Run(type(worker.engine).__name__)
         drop = dict(use_dynamic_bsz=None, max_token_len_per_gpu=None)
         for _ in range(num_updates):
