@@ -58,7 +58,7 @@ class Samples:
         lens = [len(sequence) for sequence in sequences]
         uids = _uids(data, len(sequences))
         if "responses" in data:
-            counts = data["responses"].offsets().diff().tolist()
+            counts = _response_lens(data)
             prompt_lens = [n - count for n, count in zip(lens, counts)]
             if min(prompt_lens) < 1:
                 raise ValueError(
@@ -180,6 +180,17 @@ def _row(packed: PackedRow, data: TensorDict, samples: Samples, indices: list[in
         torch.tensor([len(samples.sequences[i]) for i in indices]),
         samples.temperatures[indices],
     )
+
+
+def _response_lens(data: TensorDict) -> list[int]:
+    """Tokens of every response, which verl's older trainer pads."""
+    responses = data["responses"]
+    if responses.is_nested:
+        lens = responses.offsets().diff()
+    else:
+        lens = data["attention_mask"][:, -responses.shape[1] :].sum(dim=1)
+    counts: list[int] = lens.tolist()
+    return counts
 
 
 def _uids(data: TensorDict, count: int) -> list[Any] | None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.functional import pad
 from verl.utils import tensordict_utils as tu
+from verl.workers.utils.padding import left_right_2_no_padding
 
 VOCAB = 64
 
@@ -113,6 +115,26 @@ def make_batch(rows: list[Row], world_batch: int, seed: int, **non_tensors: Any)
         data["temperature"] = settings.pop("temperature")
     tu.assign_non_tensor(data, **settings)
     return data
+
+
+def padded(data: TensorDict) -> TensorDict:
+    """The same as verl's older trainer hands it over: all but the tokens and positions padded."""
+    prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
+    widths = [max(map(len, parts)) for parts in (prompts, responses)]
+    ends = [(widths[0] - len(p), widths[1] - len(r)) for p, r in zip(prompts, responses)]
+    whole = data["input_ids"].unbind()
+    fields = dict(
+        input_ids=torch.stack([pad(x, own) for x, own in zip(whole, ends)]),
+        attention_mask=torch.stack([pad(torch.ones_like(x), own) for x, own in zip(whole, ends)]),
+        position_ids=torch.stack([pad(torch.arange(len(x)), own) for x, own in zip(whole, ends)]),
+        prompts=torch.stack([pad(x, (left, 0)) for x, (left, _) in zip(prompts, ends)]),
+    )
+    for name in ("responses", "response_mask", "old_log_probs", "ref_log_prob", "advantages"):
+        parts = zip(data[name].unbind(), ends)
+        fields[name] = torch.stack([pad(x, (0, right)) for x, (_, right) in parts])
+    found = data.copy()
+    del found["loss_mask"]
+    return left_right_2_no_padding(found.update(fields))
 
 
 def jagged(parts: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from verl.workers.engine.megatron import MegatronEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
 from megatron_pg.adapters.verl import PrefixGroupedMegatronEngine
-from tests.adapters.verl.batches import BATCHES, jagged, make_batch
+from tests.adapters.verl.batches import BATCHES, jagged, make_batch, padded
 from tests.mcore import harness
 from tests.mcore.harness import MAX_LEN, Case, make_config, on_cpu, wrap_ddp
 
@@ -42,6 +42,8 @@ class VerlCase:
     temperature: tuple[float, ...] | None = None
     # Trained by a loss of whole sequences, with the last ten tokens before the response.
     sft: bool = False
+    # Prompts, responses and what stands beside them are padded.
+    padded: bool = False
 
     @property
     def layout(self) -> Case:
@@ -166,7 +168,7 @@ def make_data(case: VerlCase, **changes: Any) -> Any:
         for mask, row in zip(masks, rows):
             mask[max(len(row.prompt) - 10, 1) : len(row.prompt)] = 1
         batch["loss_mask"] = jagged([mask.long() for mask in masks])
-    return batch
+    return padded(batch) if case.padded else batch
 
 
 def gradients(engine: Any) -> dict[str, Tensor]:
@@ -181,7 +183,7 @@ def all_values(output: Any, data: Any, name: str) -> list[Tensor]:
 def response_values(output: Any, data: Any, name: str) -> list[Tensor]:
     """Values of the tokens of every response, as verl's losses slice them."""
     rows = output["model_output"][name].unbind()
-    counts = data["responses"].offsets().diff().tolist()
+    counts = [int((own != 0).sum()) for own in data["responses"].unbind()]
     return [row[len(row) - n - 1 : -1] for row, n in zip(rows, counts)]
 
 

@@ -32,6 +32,7 @@ CASES = {
         config=dict(calculate_per_token_loss=True),
         prefix_group=dict(prefix_resident="always"),
     ),
+    "padded": VerlCase(padded=True, data=dict(uids=True, max_token_len_per_gpu=80)),
     "tp2": VerlCase(tp=2, data=dict(max_token_len_per_gpu=80)),
     "tp2_sp": VerlCase(tp=2, sp=True, data=dict(max_token_len_per_gpu=80)),
     "pp2": VerlCase(pp=2, data=dict(max_token_len_per_gpu=80)),
