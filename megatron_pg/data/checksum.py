@@ -16,10 +16,8 @@ def content_checksum(groups: Sequence[Group]) -> str:
     digest = hashlib.sha256()
     for group in groups:
         digest.update(f"group of {len(group.samples)};".encode())
-        rollouts: dict[object, int] = {}
-        for sample in group.samples:
-            # Which samples share a rollout counts, not what it is called.
-            rollout = rollouts.setdefault(sample.rollout_id or object(), len(rollouts))
+        # Which samples share a rollout counts, not what it is called.
+        for sample, rollout in zip(group.samples, group.rollouts.tolist()):
             # The word of earlier versions: their runs of recordings can be taken up.
             digest.update(
                 f"{sample.status} {float(sample.reward).hex()} execution {rollout};".encode()

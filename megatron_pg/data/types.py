@@ -130,7 +130,7 @@ class Group:
     def rollouts(self) -> Tensor:
         """``[num_samples]`` int64: the rollout of every sample, from 0 in order of appearance."""
         numbers: dict[Any, int] = {}
-        keys = [i if s.rollout_id is None else s.rollout_id for i, s in enumerate(self.samples)]
+        keys = [(i,) if s.rollout_id is None else s.rollout_id for i, s in enumerate(self.samples)]
         found = [numbers.setdefault(key, len(numbers)) for key in keys]
         return torch.tensor(found, dtype=torch.int64)
 

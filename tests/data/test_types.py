@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_pg.data import Group, carried_fields, group_tree, pack_groups, without_aborted
+from megatron_pg.data import (
+    Group,
+    carried_fields,
+    content_checksum,
+    group_tree,
+    pack_groups,
+    without_aborted,
+)
 from tests.data.samples import make_sample
 
 
@@ -60,8 +68,13 @@ def test_a_sample_without_response_ends_at_its_prompt(min_shared):
     assert alone.segment_lens.tolist() == [2] and alone.sample_lens.tolist() == [2]
 
 
-def test_rollouts_are_numbered_within_a_group():
+@pytest.mark.parametrize(
+    "ids", [["a", None, "b", "a", None, "b"], [4, None, 1, 4, None, 1], [0, None, "", 0, None, ""]]
+)
+def test_rollouts_are_numbered_within_a_group(ids: list[Any]):
     sample = make_sample([1], [2])
-    ids = ["a", None, "b", "a", None, "b"]
     samples = tuple(replace(sample, rollout_id=i) for i in ids)
-    assert Group("g", samples).rollouts.tolist() == [0, 1, 2, 0, 3, 2]
+    group = Group("g", samples)
+    assert group.rollouts.tolist() == [0, 1, 2, 0, 3, 2]
+    named = tuple(replace(s, rollout_id=f"r{n}") for s, n in zip(samples, [0, 1, 2, 0, 3, 2]))
+    assert content_checksum([group]) == content_checksum([Group("g", named)])
