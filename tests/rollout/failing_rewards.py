@@ -30,6 +30,9 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "pid": os.getpid,
     "group": os.getpgrp,
     "threads": threading.active_count,
+    # The child comes back from the call, too.
+    "forked": lambda: float(os.fork() > 0),
+    "digits": lambda: 10**5000,
     "large": lambda: {"score": 1, "why": "x" * 1_000_000},
 }
 
@@ -42,6 +45,16 @@ def act(data_source: str, solution_str: str, ground_truth: Any = None) -> Any:
 async def act_later(data_source: str, solution_str: str) -> Any:
     await asyncio.sleep(0)
     return ACTIONS[solution_str]()
+
+
+async def keep_loop(data_source: str, solution_str: str) -> float:
+    """1 as long as the loop is the one that it met first, as a client must have it."""
+    loop = asyncio.get_running_loop()
+    loops.append(loop)
+    return float(loops[0] is loop and not loop.is_closed())
+
+
+loops: list[Any] = []
 
 
 def note(data_source: str, solution_str: str) -> float:

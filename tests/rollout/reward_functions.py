@@ -87,6 +87,10 @@ class Scaled:
         return np.float32(self.scale) * len(response.text)
 
 
+def counts_itself(prompt: Any, response: Any) -> dict[str, float]:
+    return {"score": 1.0, "errors": 5.0, "timeouts": 3.0}
+
+
 def by_text(prompt: Any, response: Any) -> Any:
     """What the response's text says, for every way to go wrong."""
     return {

@@ -66,6 +66,7 @@ DEATHS = {
     "none": "returned a reward that must be a number, got None",
     "nan": "returned a reward that is nan",
     "object": "returned an object of type object",
+    "digits": "raised ValueError: Exceeds the limit",
 }
 
 
@@ -101,6 +102,22 @@ def test_a_batch_has_one_limit_of_time() -> None:
 def test_async_rewards_run_there_too() -> None:
     made = pooled("act_later", timeout_seconds=60)
     assert [one.score for one in judge(made, ["fine", "fine", "fine"])] == [1.0] * 3
+    made.close()
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_async_rewards_keep_their_loop_from_step_to_step(num_processes: int) -> None:
+    made = pooled("keep_loop", num_processes=num_processes)
+    for _ in range(3):
+        assert [one.score for one in judge(made, ["a", "b"])] == [1.0] * 2
+    made.close()
+
+
+def test_a_fork_that_comes_back_answers_nothing() -> None:
+    made = pooled(num_processes=1)
+    judged = judge(made, ["forked", "pid", "forked", "pid", "pid"])
+    pids = {judged[i].score for i in (1, 3, 4)}
+    assert [judged[i].score for i in (0, 2)] == [1.0] * 2 and len(pids) == 1
     made.close()
 
 

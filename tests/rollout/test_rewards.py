@@ -195,6 +195,15 @@ def test_a_bad_return_is_one_sentence_or_scored_and_counted(kind: str) -> None:
     assert bad == Judgement(score=-1.5, metrics={"errors": 1.0})
 
 
+def test_a_number_that_is_called_as_failures_are_is_refused_where_they_are_counted() -> None:
+    (free,) = judge(PATH + "counts_itself", ["a"])
+    assert free.metrics == {"errors": 5.0, "timeouts": 3.0}
+    with pytest.raises(
+        RewardError, match="called 'errors' beside the reward, which on_error=score"
+    ):
+        judge({"name": PATH + "counts_itself", "on_error": "score"}, ["a"])
+
+
 @pytest.mark.parametrize(("text", "want"), [("tensor", 2.5), ("flag", 1.0)])
 def test_tensors_and_flags_are_numbers(text: str, want: float) -> None:
     assert scores(PATH + "by_text", [text]) == [want]

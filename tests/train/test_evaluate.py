@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -116,3 +117,10 @@ def test_all_held_out_prompts_need_an_end() -> None:
     message = "run.eval_prompts=all: .*has no length.*give their number; or set it to 0"
     with pytest.raises(ValueError, match=message):
         check_held_out(RunConfig(eval_prompts="all"), EndlessTask(None))
+
+
+@pytest.mark.parametrize("name", ["mean@2", "pass@1", "sums/reward/pass@2", "mean"])
+def test_a_reward_cannot_call_its_numbers_as_an_evaluation_does(name: str) -> None:
+    held_out = {0: group("a", [1.0, 0.0], "sums", reward_metrics={name: 9.0})}
+    with pytest.raises(ValueError, match=re.escape(f"called {name!r} beside the reward")):
+        judge(held_out, 2)

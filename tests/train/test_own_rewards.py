@@ -46,9 +46,18 @@ def test_means_are_over_the_samples_that_have_them(ranks: Pool, num_ranks: int) 
     assert ("reward/only" in want) == (num_ranks > 1)
 
 
-def test_the_names_of_other_metrics_are_refused_on_every_rank(ranks: Pool) -> None:
-    told = ranks.run(2, over_ranks, [[{"form": 1.0}], [{"std": 2.0}]])
-    assert told[0] == told[1] and "called 'std'" in told[0] and "another name" in told[0]
+TAKEN = ["mean", "std", "kl_penalty", "mean@4", "pass@1", "digits/reward/pass@16", "a\n/mean@2"]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_names_of_other_metrics_are_refused_on_every_rank(ranks: Pool, name: str) -> None:
+    told = ranks.run(2, over_ranks, [[{"form": 1.0}], [{name: 2.0}]])
+    assert told[0] == told[1] and f"called {name!r}" in told[0] and "another name" in told[0]
+
+
+@pytest.mark.parametrize("name", ["mean@", "mean@k", "pass", "pass@1/a", "means", "my_pass@1"])
+def test_names_that_only_resemble_them_are_free(ranks: Pool, name: str) -> None:
+    assert ranks.run(1, over_ranks, [[{name: 2.0}]]) == [{f"reward/{name}": 2.0}]
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,16 @@ def call_async(
     function: Callable[..., Any],
     calls: Sequence[Call],
     on_failure: OnFailure,
+    runner: asyncio.Runner,
     *,
     max_concurrency: int,
     timeout_seconds: float | None,
 ) -> list[Outcome]:
-    """What an ``async`` function returns; at most ``max_concurrency`` calls are under way."""
+    """What an ``async`` function returns; at most ``max_concurrency`` calls are under way.
+
+    A client that the function keeps belongs to the loop that it began in, so ``runner`` has to be
+    the same at every call.
+    """
     outcomes: list[Outcome] = [None] * len(calls)
 
     async def run(number: int, call: Call, free: asyncio.Semaphore) -> None:
@@ -75,7 +80,7 @@ def call_async(
                 tasks.create_task(run(number, call, free))
 
     try:
-        asyncio.run(run_all())
+        runner.run(run_all())
     except ExceptionGroup as group:
         # Of ``on_failure``; the other tasks were cancelled for it.
         raise group.exceptions[0] from None

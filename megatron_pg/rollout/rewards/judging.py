@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -47,6 +49,8 @@ class NamedReward:
         self.is_async = is_async = any(
             map(inspect.iscoroutinefunction, (function, type(function).__call__))
         )
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close)
         number = settings.num_processes
         if number is None:
             is_limited = settings.timeout_seconds is not None and not is_async
@@ -90,6 +94,7 @@ class NamedReward:
                 self.function,
                 calls,
                 on_failure,
+                self._runner,
                 max_concurrency=self.settings.max_concurrency,
                 timeout_seconds=self.settings.timeout_seconds,
             )
@@ -101,7 +106,7 @@ class NamedReward:
         if not isinstance(outcome, Failure):
             read = read_value(outcome)
             if isinstance(read, Judgement):
-                return replace(read, metrics={**read.metrics, **self._counts(None)})
+                return replace(read, metrics=self._with_counts(read.metrics))
             outcome = Failure(read)
         self._heed(prompt.prompt_id, outcome)
         return Judgement(score=self.settings.error_score, metrics=self._counts(outcome))
@@ -114,6 +119,15 @@ class NamedReward:
         counts = {"errors": float(failure is not None and not is_late)}
         has_limit = self.settings.timeout_seconds is not None
         return counts | ({"timeouts": float(is_late)} if has_limit else {})
+
+    def _with_counts(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        counts = self._counts(None)
+        if taken := sorted(counts.keys() & metrics.keys()):
+            raise RewardError(
+                f"rollout.reward {self.settings.name!r} gives a number called {taken[0]!r} beside "
+                "the reward, which on_error=score counts its failures under; give it another name"
+            )
+        return {**metrics, **counts}
 
     def _heed(self, prompt_id: str, failure: Failure) -> None:
         if self.settings.on_error == "raise":

@@ -80,8 +80,11 @@ def load(path: str, arguments: dict[str, Any], modules: Sequence[str]) -> Any:
 
 def serve(channel: Connection) -> None:
     """Answer calls until the other end closes."""
-    answer: dict[str, Any] = {"value": None}
+    answer = json.dumps({"value": None})
     function: Any = None
+    own = os.getpid()
+    # One loop for all calls: a client that a reward keeps belongs to the loop that it began in.
+    runner = asyncio.Runner()
     while True:
         try:
             content = pickle.loads(channel.recv_bytes())
@@ -93,11 +96,14 @@ def serve(channel: Connection) -> None:
             else:
                 value = function(*content[0], **content[1])
                 if inspect.iscoroutine(value):
-                    value = asyncio.run(value)
-                answer = {"value": plain(value)}
+                    value = runner.run(value)
+                answer = json.dumps({"value": plain(value)})
         except BaseException as error:  # a sys.exit() of the function's, too
-            answer = {"failure": told(error)}
-        channel.send_bytes(json.dumps(answer).encode())
+            answer = json.dumps({"failure": told(error)})
+        if os.getpid() != own:
+            # A fork that came back from the call; it would answer calls of its parent.
+            os._exit(0)
+        channel.send_bytes(answer.encode())
 
 
 def keep(worker: int, life: int) -> int:

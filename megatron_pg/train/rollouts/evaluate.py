@@ -44,8 +44,8 @@ def evaluate(run: RunConfig, stream: SharedStream) -> tuple[Evaluation, dict[int
         The evaluation, and on the first rank its groups by number.
 
     Raises:
-        ValueError: if every response was aborted, or if the stream has no prompts that could be
-            held out.
+        ValueError: if every response was aborted, a reward calls one of its numbers as a metric is
+            called, or the stream has no prompts that could be held out.
     """
     try:
         groups = stream.held_out_groups(num_eval_prompts(run), run.eval_generations)
@@ -77,7 +77,8 @@ def judge(groups: Mapping[int, Group], num_generations: int) -> Evaluation:
         num_generations: responses that were asked for per prompt.
 
     Raises:
-        ValueError: if every response was aborted.
+        ValueError: if every response was aborted, or a reward calls one of its numbers as a metric
+            is called.
     """
     judged = without_aborted(groups[number] for number in sorted(groups))
     if not judged:

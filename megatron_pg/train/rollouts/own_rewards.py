@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ...data import Group, Sample
 Sums = dict[str, tuple[float, int]]
 """Sum and number of samples by name."""
 # Of the rewards themselves, see ``METRICS``.
-_TAKEN = ("mean", "std", "max", "min", "kl_penalty")
+_TAKEN = re.compile(r"mean|std|max|min|kl_penalty|(.*/)?(mean|pass)@\d+", re.DOTALL)
 
 
 def own_rewards(sample: Sample) -> dict[str, float]:
@@ -41,9 +42,18 @@ def own_reward_sums(groups: Iterable[Group]) -> Sums:
 
 
 def mean_rewards(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
-    """Mean by name over the samples of all parts."""
+    """Mean by name over the samples of all parts.
+
+    Raises:
+        ValueError: if a reward calls one of its numbers as a metric is called.
+    """
     found = {}
     for name in sorted({name for part in parts for name in part}):
+        if _TAKEN.fullmatch(name):
+            raise ValueError(
+                f"a reward gives a number called {name!r} beside the reward, but reward/{name} "
+                "is a metric of all rewards; give it another name"
+            )
         of_parts = [part[name] for part in parts if name in part]
         found[name] = sum(total for total, _ in of_parts) / sum(count for _, count in of_parts)
     return found
@@ -57,10 +67,4 @@ def own_reward_metrics(groups: Mapping[int, Group]) -> dict[str, float]:
     """
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own_reward_sums(groups.values()))
-    means = mean_rewards(parts)
-    if taken := [name for name in _TAKEN if name in means]:
-        raise ValueError(
-            f"a reward gives a number called {taken[0]!r} beside the reward, but reward/{taken[0]} "
-            "is a metric of all rewards; give it another name"
-        )
-    return {f"reward/{name}": value for name, value in means.items()}
+    return {f"reward/{name}": value for name, value in mean_rewards(parts).items()}
