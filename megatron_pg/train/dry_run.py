@@ -89,8 +89,8 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
         most = None if plan is None else plan.max_positions
         sampling = attempt(lambda: open_sampling(config, most))
         if sampling is not None:
-            task = sampling.task
-            attempt(lambda: check_held_out(config.run, task))
+            task, reward = sampling.task, sampling.reward
+            attempt(lambda: check_held_out(config.run, task, reward))
     raise_problems("would stop this run", problems)
     assert plan is not None
     sizes = ParallelSizes.from_config(config.parallel, world_size)

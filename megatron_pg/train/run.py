@@ -86,7 +86,7 @@ def _build(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Train
         else open_sampling(config, plan.max_positions)
     )
     if not isinstance(inputs, Recording):
-        check_held_out(config.run, inputs.task)
+        check_held_out(config.run, inputs.task, inputs.reward)
     algorithm = config.algorithm
     updates = config.run.num_steps * algorithm.ppo_epochs * algorithm.num_minibatches
     model = build_trained_model(config, plan, updates)

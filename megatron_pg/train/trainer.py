@@ -99,10 +99,10 @@ class Trainer:
         source = self.stream.start()
         if source is not None:
             self._say(str(source))
-        before = self.validation.before()
+        before = self.validation.before(self.step)
         if before is not None:
             self._tell_evaluation("before training", before)
-            if run.eval_interval and not self.step:
+            if run.eval_interval:
                 self._write({"step": 0.0, **before.metrics})
         while self.step < run.num_steps:
             metrics = self.train_step()

@@ -30,11 +30,11 @@ class Validation:
         self.generations: Generations | None = None
         self._latest: tuple[int, Evaluation] | None = None
 
-    def before(self) -> Evaluation | None:
-        """Judge before training, unless that is done."""
-        if not self.run.eval_prompts or "before" in self.evaluations:
+    def before(self, step: int) -> Evaluation | None:
+        """Judge before training, unless that is done or ``step`` steps have been trained."""
+        if not self.run.eval_prompts or step or "before" in self.evaluations:
             return None
-        self.evaluations["before"] = self._judge(0)
+        self.evaluations["before"] = self._judge(step)
         return self.evaluations["before"]
 
     def at(self, step: int) -> tuple[Evaluation, dict[str, float]] | None:

@@ -300,6 +300,10 @@ def test_a_bad_row_is_named_with_file_line_and_column(kind: str, tmp_path: Path)
         prompts(file)
 
 
+# As data sets for fine-tuning have it.
+ANSWERED = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
@@ -307,6 +311,7 @@ def test_a_bad_row_is_named_with_file_line_and_column(kind: str, tmp_path: Path)
         ({"prompt": "1?", "answer": None}, {"answer_key": "answer"}, "field 'answer' is null"),
         ({"prompt": "1?", "a": {}}, {"answer_key": "a.b"}, "field 'a.b' is missing"),
         (MESSAGES[0], {"template": "Q: {question}"}, "which template does not concern"),
+        ({"prompt": ANSWERED}, {}, "'prompt' ends with the assistant's message; leave out what"),
         (MESSAGES[0], {"system_prompt": "a"}, "begins with a system message; leave system_prompt"),
         (MESSAGES[0], {"chat": False}, "the tokenizer has no chat template"),
     ],

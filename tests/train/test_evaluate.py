@@ -112,11 +112,12 @@ def test_aborted_responses_are_not_judged() -> None:
 
 
 def test_all_held_out_prompts_need_an_end() -> None:
-    check_held_out(RunConfig(eval_prompts="all"), Task(None))
-    check_held_out(RunConfig(eval_prompts=7), EndlessTask(None))
+    task, endless = Task(None), EndlessTask(None)
+    check_held_out(RunConfig(eval_prompts="all"), task, task)
+    check_held_out(RunConfig(eval_prompts=7), endless, endless)
     message = "run.eval_prompts=all: .*has no length.*give their number; or set it to 0"
     with pytest.raises(ValueError, match=message):
-        check_held_out(RunConfig(eval_prompts="all"), EndlessTask(None))
+        check_held_out(RunConfig(eval_prompts="all"), endless, endless)
 
 
 @pytest.mark.parametrize("name", ["mean@2", "pass@1", "sums/reward/pass@2", "mean"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -179,3 +180,19 @@ def test_what_the_files_do_not_give_is_told_before_anything_is_built(
     (message,) = ranks.run(1, own_parts.run_or_refusal, config)
     assert told in message
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_held_out_rows_that_a_reward_cannot_judge_are_told_before_anything_is_built(
+    ranks: Pool, tmp_path: Path
+) -> None:
+    from tests.train import own_parts
+
+    config = config_of(tmp_path, KINDS["verl"], run__eval_prompts="all")
+    row = {"question": "1 - 1 = ?", "n": 0, "data_source": "digits", "extra_info": {"n": 0}}
+    (tmp_path / "val.jsonl").write_text(json.dumps(row) + "\n")
+    (message,) = ranks.run(1, own_parts.run_or_refusal, config)
+    assert f"compute_score' needs 'ground_truth', which prompts such as '{tmp_path}" in message
+    assert message.startswith("run.eval_prompts=all: ") and "val.jsonl, line 1'" in message
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    with refused("needs 'ground_truth'", "val.jsonl, line 1"):
+        dry_run(config, 1)

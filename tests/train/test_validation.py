@@ -123,9 +123,17 @@ def test_a_run_that_begins_again_is_judged_once(ranks: Pool, tmp_path: Path) -> 
     late = held_out.config_of(tmp_path / "late", run__save_interval=2)
     run(ranks, late, num_steps=2)
     judged = replace(late, run=replace(late.run, eval_prompts=2, eval_interval=2))
-    run(ranks, judged, num_steps=4)
+    told = run(ranks, judged, num_steps=4)
     steps = [m["step"] for m in timeless(judged) if "eval/prompts" in m]
     assert steps == [4] and [m["step"] for m in timeless(judged)] == [1, 2, 3, 4]
+    # The weights of the second step are not those before training.
+    assert "before training" not in told and summary(judged)["evaluations"].keys() == {"after"}
+    whole = summary(judged)
+    assert (whole["reward_before"], whole["reward_after"], whole["standard_error"]) == (
+        None,
+        held_out.HELD_OUT[4],
+        None,
+    )
 
 
 def test_a_best_checkpoint_that_is_gone_is_the_best_no_more(ranks: Pool, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ class RowReader:
                 yield key, "is chat messages, and the tokenizer has no chat template"
             if self.template != "{question}":
                 yield key, "is chat messages, which template does not concern; leave it out"
+            if prompt[-1]["role"] == "assistant":
+                yield key, "ends with the assistant's message; leave out what is to be sampled"
             if self.system_prompt is not None and prompt[0]["role"] == "system":
                 yield key, "begins with a system message; leave system_prompt out"
 

@@ -200,10 +200,11 @@ def write_summary(
     """``summary.json``: rewards before and after, totals, settings changed on the way, backends.
 
     Rewards are those of the held-out prompts where they were judged, with the standard error of
-    their difference; else those of the first and the last step's samples, without one (null).
+    their difference; else those of the first and the last step's samples, without one (null). Of
+    a run that was judged at one of its ends only, the other one's is null.
     """
     before, after = evaluations.get("before"), evaluations.get("after")
-    trained: list[float | None] = [m["reward/mean"] for m in history]
+    trained: list[float | None] = [] if evaluations else [m["reward/mean"] for m in history]
     error = None
     if before and after:
         error = math.hypot(before.standard_error, after.standard_error)

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 
 from ...data import Group, without_aborted
 from ...parallel import on_first_rank
-from ...rollout import PromptSource, held_out_prompts
+from ...rollout import (
+    BatchedReward,
+    NamedRewards,
+    PromptSource,
+    RewardFunction,
+    held_out_prompts,
+)
 from ..config import RunConfig
 from .own_rewards import mean_rewards, own_reward_sums
 from .shared_stream import SharedStream
@@ -54,12 +60,20 @@ def evaluate(run: RunConfig, stream: SharedStream) -> tuple[Evaluation, dict[int
     return on_first_rank(lambda: judge(groups, run.eval_generations)), groups
 
 
-def check_held_out(run: RunConfig, task: PromptSource) -> None:
-    """Raise ValueError if the task cannot give the held-out prompts that ``run`` asks for."""
+def check_held_out(
+    run: RunConfig, task: PromptSource, reward: RewardFunction | BatchedReward
+) -> None:
+    """Look at the held-out prompts that ``run`` asks for.
+
+    Raises:
+        ValueError: if the task cannot give them, or the reward needs what one of them lacks.
+    """
     if not run.eval_prompts:
         return
     try:
-        held_out_prompts(task, num_eval_prompts(run))
+        prompts = held_out_prompts(task, num_eval_prompts(run))
+        for prompt in prompts if isinstance(reward, NamedRewards) else ():
+            reward.check(prompt)
     except ValueError as error:
         raise _refusal(run, error) from error
 
