@@ -1,6 +1,8 @@
 """Rewards and the groups they make."""
 
+import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -109,3 +111,21 @@ def test_make_groups_refuses():
         make_groups(prompts, responses, lambda prompt, response: float("nan"))
     with pytest.raises(ValueError, match="gave None for prompt 'p0'; return a finite number"):
         make_groups(prompts, responses, lambda prompt, response: None)
+
+
+def test_a_reward_that_changes_the_directory_leaves_the_run_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+
+    def wander(prompt, response):
+        folders.append(os.getcwd())
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+        if response.text == "raises":
+            raise OSError("lost")
+        return 1.0
+
+    make_groups([make_prompt()], [[make_response("a")]], wander)
+    with pytest.raises(OSError, match="lost"):
+        make_groups([make_prompt()], [[make_response("raises")]], wander)
+    assert folders == [str(tmp_path)] * 2 and os.getcwd() == str(tmp_path)

@@ -65,6 +65,15 @@ def test_what_was_aborted_makes_no_spread() -> None:
     assert _Told.of(Group("a", (one, replace(one, reward=0.5)))) == _Told(True, 1.5, 2)
 
 
+def test_a_rollout_of_several_samples_has_one_reward() -> None:
+    ids, mask = torch.tensor([3]), torch.ones(1, dtype=torch.bool)
+    one = Sample(prompt_ids=ids, response_ids=ids, reward=1.0, loss_mask=mask, rollout_id="a")
+    other, alone = replace(one, reward=0.5, rollout_id="b"), replace(one, rollout_id=None)
+    assert _Told.of(Group("g", (one, one, other, one, alone))) == _Told(True, 2.5, 3)
+    aborted = replace(one, status="aborted")
+    assert _Told.of(Group("g", (aborted, other, other))) == _Told(False, 0.5, 1)
+
+
 def timeless(config: TrainConfig) -> list[dict[str, float]]:
     lines = (Path(config.run.out) / "metrics.jsonl").read_text().splitlines()
     kept = ("time", "perf", "rollout", "filter_groups")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import chdir
 
 import torch
 
@@ -38,7 +39,9 @@ def make_groups(
     check_prompt_ids(prompts)
     pairs = [(p, one) for p, of_prompt in zip(prompts, responses) for one in of_prompt]
     judged = [(p, one) for p, one in pairs if one.status != "aborted"]
-    judgements = iter(_judge(judged, reward))
+    # A reward that runs code may leave another working directory behind than the run began in.
+    with chdir("."):
+        judgements = iter(_judge(judged, reward))
     samples = iter(
         [
             _make_sample(p, one, None if one.status == "aborted" else next(judgements))

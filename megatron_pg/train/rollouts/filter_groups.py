@@ -19,12 +19,18 @@ class _Told:
 
     has_spread: bool
     reward: float
-    num_samples: int
+    num_rollouts: int
 
     @classmethod
     def of(cls, group: Group) -> _Told:
-        """Aborted samples were not judged."""
-        rewards = [sample.reward for kept in without_aborted([group]) for sample in kept.samples]
+        """Aborted samples were not judged; all samples of a rollout have its reward."""
+        rewards = [
+            reward
+            for kept in without_aborted([group])
+            for reward in dict(
+                zip(kept.rollouts.tolist(), (s.reward for s in kept.samples))
+            ).values()
+        ]
         return cls(len(set(rewards)) > 1, sum(rewards), len(rewards))
 
 
@@ -77,14 +83,14 @@ def _chosen(told: list[_Told], num_groups: int) -> list[int]:
 
 def _metrics(told: list[_Told], num_groups: int, batches: int) -> dict[str, float]:
     with_spread = sum(one.has_spread for one in told)
-    num_samples = sum(one.num_samples for one in told)
+    num_rollouts = sum(one.num_rollouts for one in told)
     metrics = {
         "filter_groups/batches": float(batches),
         "filter_groups/without_spread": float(len(told) - with_spread),
         "filter_groups/surplus": float(max(with_spread - num_groups, 0)),
     }
-    if num_samples:
-        metrics["filter_groups/reward"] = sum(one.reward for one in told) / num_samples
+    if num_rollouts:
+        metrics["filter_groups/reward"] = sum(one.reward for one in told) / num_rollouts
     return metrics
 
 
