@@ -10,7 +10,12 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.train.checkpoints.progress import parse_progress  # noqa: E402
+from megatron_pg.train import TrainConfig  # noqa: E402
+from megatron_pg.train.checkpoints.progress import (  # noqa: E402
+    changed_settings,
+    course_settings,
+    parse_progress,
+)
 
 TOTALS = dict.fromkeys(("unique_tokens", "logical_tokens", "seconds", "checkpoint_seconds"), 1)
 CONTENT: dict[str, Any] = dict(
@@ -43,3 +48,18 @@ def test_a_name_that_stands_there_twice() -> None:
     text = json.dumps(CONTENT).replace('"step": 2', '"step": 1, "step": 2').encode()
     with pytest.raises(ValueError, match=r"progress\.json: .*'step'"):
         parse_progress(text, PATH)
+
+
+# Settings that an earlier version did not have.
+NEW = ("run.rollout_ahead", "algorithm.filter_groups.enable", "rollout.prompts.prompt_key")
+
+
+def test_settings_that_an_earlier_version_lacked_are_as_they_were_at_their_defaults() -> None:
+    now = course_settings(TrainConfig())
+    assert now.keys() > set(NEW)
+    before = {name: value for name, value in now.items() if name not in NEW}
+    assert changed_settings(before, now) == {}
+    changed = changed_settings(before, now | {"run.rollout_ahead": True})
+    assert changed == {"run.rollout_ahead": [None, True]}
+    # What a run had and has no more.
+    assert changed_settings(now | {"run.gone": 1}, now) == {"run.gone": [1, None]}

@@ -136,6 +136,8 @@ def test_a_tensor_of_another_kind(run: SavedRun, folder: Path) -> None:
         ("rollout", {"num_generations": 4}, "rollout.num_generations 8 -> 4"),
         ("algorithm", {"ppo_epochs": 2}, "algorithm.ppo_epochs 1 -> 2"),
         ("run", {"groups_per_step": 3}, "run.groups_per_step 5 -> 3"),
+        # An evaluation is compared with those of before.
+        ("run", {"eval_generations": 2}, "run.eval_generations 1 -> 2"),
     ],
 )
 def test_changed_settings_are_said(

@@ -20,7 +20,7 @@ _FREE = (
     *("prefix_group.max_", "prefix_group.prefix_resident", "prefix_group.logprob_chunk_tokens"),
     *("run.out", "run.num_steps", "run.save_interval"),
     *("run.keep_checkpoints", "run.async_save", "run.load", "run.self_check_"),
-    *("run.eval_", "run.keep_best", "run.log_generations", "run.tensorboard"),
+    *("run.eval_interval", "run.keep_best", "run.log_generations", "run.tensorboard"),
     *("run.wandb_project", "run.export_hf"),
     *("algorithm.ref_offload", "algorithm.precompute_ref_logprobs"),
 )
@@ -107,8 +107,14 @@ def course_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """``name -> [before, now]`` of all that differ; what one of them lacks is None there."""
-    names = sorted(before.keys() | now.keys())
+    """``name -> [before, now]`` of all that differ; what one of them lacks is None there.
+
+    A setting that ``before`` lacks, as one of an earlier version does, had no effect then: it is
+    as it was where it is at its default.
+    """
+    defaults = course_settings(TrainConfig())
+    new = now.keys() - before.keys()
+    names = sorted((before.keys() | now.keys()) - {n for n in new if now[n] == defaults.get(n)})
     pairs = {name: [before.get(name), now.get(name)] for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
