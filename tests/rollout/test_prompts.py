@@ -300,6 +300,12 @@ def test_a_bad_row_is_named_with_file_line_and_column(kind: str, tmp_path: Path)
         prompts(file)
 
 
+def test_columns_of_images_without_images_are_let_pass(tmp_path: Path) -> None:
+    row = {"prompt": "1?", "image": None, "images": [], "videos": ""}
+    (one,) = prompts(write(tmp_path / "a.jsonl", [row])).prompts(0, 1)
+    assert one.metadata == row
+
+
 # As data sets for fine-tuning have it.
 ANSWERED = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
 
@@ -311,6 +317,8 @@ ANSWERED = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": 
         ({"prompt": "1?", "answer": None}, {"answer_key": "answer"}, "field 'answer' is null"),
         ({"prompt": "1?", "a": {}}, {"answer_key": "a.b"}, "field 'a.b' is missing"),
         (MESSAGES[0], {"template": "Q: {question}"}, "which template does not concern"),
+        ({"prompt": "1?", "images": [{"bytes": "a"}]}, {}, "'images' is not read, as prompts are"),
+        ({"prompt": "1?", "image": "a.png"}, {}, "field 'image' is not read"),
         ({"prompt": ANSWERED}, {}, "'prompt' ends with the assistant's message; leave out what"),
         (MESSAGES[0], {"system_prompt": "a"}, "begins with a system message; leave system_prompt"),
         (MESSAGES[0], {"chat": False}, "the tokenizer has no chat template"),

@@ -12,6 +12,8 @@ from .rendering import has_chat_template, render_messages, render_question
 
 # Where verl's data sets have the answer.
 _VERL_ANSWER = "reward_model.ground_truth"
+# Columns that other trainers read beside the prompt.
+_NOT_TEXT = ("image", "images", "videos")
 _MISSING = object()
 # (column, what is wrong with it)
 Errors = list[tuple[str, str]]
@@ -47,6 +49,8 @@ class RowReader:
         source = row.get("data_source")
         if source is not None and not isinstance(source, str):
             found.append(("data_source", f"must be text, got {show(source)}"))
+        told = "is not read, as prompts are text alone; drop the column"
+        found += [(name, told) for name in _NOT_TEXT if row.get(name)]
         return found or self._check_text(row)
 
     def messages(self, row: Mapping[str, Any]) -> list[Message] | None:

@@ -72,8 +72,9 @@ def check_held_out(
         return
     try:
         prompts = held_out_prompts(task, num_eval_prompts(run))
-        for prompt in prompts if isinstance(reward, NamedRewards) else ():
-            reward.check(prompt)
+        if isinstance(reward, NamedRewards):
+            for prompt in prompts:
+                reward.check(prompt)
     except ValueError as error:
         raise _refusal(run, error) from error
 
