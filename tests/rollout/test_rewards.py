@@ -137,6 +137,19 @@ def test_several_rewards_are_weighted_and_each_is_a_metric() -> None:
     }  # fmt: skip
 
 
+def test_rewards_of_one_name_are_told_apart_by_their_modules() -> None:
+    other = "tests.rollout.failing_rewards:Same.verl"
+    several = [PATH + "verl", {"name": other, "weight": 3}, PATH + "awaited"]
+    (one,) = judge(several, ["4"], **ROW)
+    assert one.score == 1 + 3 * 0.5 + 1 and {"awaited", "verl", "Same.verl"} < one.metrics.keys()
+    several[1] = {"name": "tests.rollout.failing_rewards:verl", "weight": 3}
+    (one,) = judge(several, ["4"], **ROW)
+    ours, theirs = PATH + "verl", "tests.rollout.failing_rewards:verl"
+    assert one.metrics[ours] == 1.0 and one.metrics[theirs] == 0.5
+    assert one.metrics[f"{ours}/acc"] == 1.0 and one.metrics[f"{theirs}/acc"] == 0.25
+    assert one.metrics["awaited"] == 1.0 and "verl" not in one.metrics
+
+
 def test_none_of_trl_leaves_a_sample_to_the_other_rewards() -> None:
     several = [PATH + "trl_some", {"name": PATH + "awaited", "weight": 10}]
     first, second = judge(several, ["a", "b"])
@@ -305,7 +318,7 @@ def test_what_prompts_do_not_have_is_told_before_anything_is_sampled(
         ({"name": "a:b", "on_error": "skip"}, "on_error='skip' must be one of raise, score"),
         ({"name": "a:b", "error_score": float("inf")}, "error_score=inf must be a finite number"),
         ({"name": "a:b", "kwargs": [1]}, "kwargs=[1] must be a mapping"),
-        (["a:b", {"name": "c:b"}], "rollout.reward has 'b' twice"),
+        (["a:b", "c:b", {"name": "a:b"}], "rollout.reward has 'a:b' twice"),
         (["a:b", 3], "rollout.reward[1] is 3"),
     ],
     ids=str,

@@ -14,7 +14,7 @@ from ..named import load_callable
 from .calling import Failure, Outcome, call_async, call_here
 from .conventions import find_convention
 from .pool import RewardError, RewardPool
-from .settings import RewardSettings
+from .settings import RewardSettings, metric_names
 from .values import Judgement, read_value
 
 # What a TRL reward returns for a sample that it does not concern.
@@ -163,6 +163,7 @@ class NamedRewards:
                 problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
+        self._labels = metric_names(settings)
 
     def check(self, prompt: Prompt) -> None:
         """Raise ValueError if a reward needs what such a prompt does not have."""
@@ -197,11 +198,10 @@ class NamedRewards:
             self.rewards[0]._refuse(prompt.prompt_id, "returned None, and no other reward a number")
         score = 0.0
         metrics: dict[str, float] = {}
-        for reward, part in zip(self.rewards, parts):
+        for reward, label, part in zip(self.rewards, self._labels, parts):
             if part is None:
                 continue
             score += reward.settings.weight * part.score
-            label = reward.settings.label
             if len(self.rewards) == 1:
                 metrics |= part.metrics
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -100,12 +100,21 @@ def reward_settings(value: Any) -> tuple[RewardSettings, ...]:
             read.append(_read_one(entry))
         except ValueError as error:
             problems.append(f"{where}{error}")
-    for label in sorted({one.label for one in read}):
-        if sum(one.label == label for one in read) > 1:
-            problems.append(f" has {label!r} twice; its metrics need a name of their own")
+    names = [one.name for one in read]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f" has {name!r} twice; its metrics need a name of their own")
     if problems:
         raise ValueError("; ".join(f"rollout.reward{problem}" for problem in problems))
     return tuple(read)
+
+
+def metric_names(settings: Sequence[RewardSettings]) -> list[str]:
+    """How the metrics of several rewards are called: by label, or by name where labels are equal.
+
+    verl's rewards are all called ``compute_score``.
+    """
+    labels = [one.label for one in settings]
+    return [one.label if labels.count(one.label) == 1 else one.name for one in settings]
 
 
 def _read_one(entry: Any) -> RewardSettings:
