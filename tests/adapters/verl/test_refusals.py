@@ -122,6 +122,23 @@ def test_settings_of_packing() -> None:
     for name in ("min_share", "max_tokens_per_microbatch"):
         with pytest.raises(ValueError, match=f"prefix_group has {name}.*ppo_max_token_len_per_gpu"):
             read_settings(settings(**{name: 4}))
+    nothing = McoreEngineConfig(override_mcore_model_config=dict(prefix_group=None))
+    assert read_settings(nothing) == PrefixGroupConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (dict(prefix_resident="sometimes"), "prefix_resident='sometimes' must be one of auto, "),
+        (dict(logprob_chunk_tokens=0), "logprob_chunk_tokens=0 must be a whole number from 1"),
+        (dict(min_shared=True), "min_shared=True must be a whole number from 1"),
+        (dict(attention_backend=1), "attention_backend=1 must be a name"),
+    ],
+)
+def test_values_of_settings_are_refused_at_once(given: dict[str, Any], told: str) -> None:
+    engine = McoreEngineConfig(override_mcore_model_config=dict(prefix_group=given))
+    with pytest.raises(ValueError, match=f"prefix_group.{told}"):
+        read_settings(engine)
 
 
 @pytest.mark.parametrize(("asked", "choice"), [("auto", "never"), ("always", "always")])
