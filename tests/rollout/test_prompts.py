@@ -159,6 +159,18 @@ def test_patterns_and_folders_give_files_in_order(tmp_path: Path) -> None:
     assert len(prompts(odd)) == 1, "a name may hold the signs of a pattern"
 
 
+def test_a_link_to_a_folder_within_a_folder_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "data" / "a.jsonl", [{"prompt": "1?"}])
+    write(tmp_path / "elsewhere" / "b.jsonl", [{"prompt": "2?"}])
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="more: is a link to a folder.*name the folder"):
+        prompts(str(tmp_path / "data"))
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    assert len(prompts(str(tmp_path / "linked"))) == 1, "one that is named is followed"
+
+
 LENGTHS = [4, 30, 6, 31, 5]
 
 

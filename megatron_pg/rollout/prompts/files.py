@@ -58,13 +58,14 @@ def known_suffix(file: Path) -> str | None:
 def _files_of(entry: str, problems: Problems) -> list[Path]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-            and known_suffix(file)
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        held = [
+            one
+            for one in sorted(path.rglob("*"))
+            if not any(part.startswith(".") for part in one.relative_to(path).parts)
         ]
+        for link in (one for one in held if one.is_symlink() and one.is_dir()):
+            problems.add(str(link), "is a link to a folder, which is not followed; name the folder")
+        files = [one for one in held if one.is_file() and known_suffix(one)]
         if not files:
             problems.add(entry, f"holds no file of a known suffix ({', '.join(RECORD_READERS)})")
         return files
