@@ -32,7 +32,10 @@ def read_hf_config(hf_dir: str | Path) -> HfModel:
     """
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{hf_dir}: no config.json; pass a Hugging Face model folder")
+        raise ValueError(
+            f"{hf_dir}: no config.json; pass a Hugging Face model folder, as "
+            "`hf download NAME --local-dir FOLDER` writes it"
+        )
     return parse_hf_config(read_json(path), str(path))
 
 

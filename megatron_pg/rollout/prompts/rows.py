@@ -41,7 +41,7 @@ class RowReader:
 
     def check(self, row: Mapping[str, Any]) -> str | Errors:
         """What is sent of a row, or everything that keeps it from being a prompt."""
-        found = [*self._prompt_problems(take(row, self.prompt_key))]
+        found = [*self._prompt_problems(row)]
         answer = self.answer_key and take(row, self.answer_key)
         if answer is _MISSING or answer is None and self.answer_key:
             told = "is missing" if answer is _MISSING else "is null"
@@ -82,11 +82,11 @@ class RowReader:
         """Whether a row has the answer that is taken without ``answer_key``."""
         return take(row, self.answer_key or _VERL_ANSWER) not in (_MISSING, None)
 
-    def _prompt_problems(self, prompt: Any) -> Iterator[tuple[str, str]]:
-        key = self.prompt_key
+    def _prompt_problems(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        key, prompt = self.prompt_key, take(row, self.prompt_key)
         if prompt is _MISSING or prompt is None:
             told = "is missing" if prompt is _MISSING else "is null"
-            yield key, f"{told}; prompt_key names the column of the prompts"
+            yield key, f"{told}; prompt_key names the column of the prompts{_columns(row)}"
         elif wrong := check_prompt(prompt):
             yield key, wrong
         elif isinstance(prompt, str):

@@ -69,7 +69,7 @@ class RunConfig:
         eval_interval: steps between judging them in training, too, the last step included; 0 is
             off.
         keep_best: keep the checkpoint of the step with the highest mean held-out reward, which is
-            written for that.
+            written for that; `summary.json` and the metric `eval/best_step` say which one it is.
         rollout_ahead: have a server sample the groups of the next step while this one is trained,
             with weights that are one step older.
         self_check_interval: steps between comparisons of packed and written-out logprobs; 0 checks
