@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +22,12 @@ def load_callable(what: str, path: str) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"{what} {path!r} must have the form 'package.module:name'")
+    if module_name.endswith(".py"):
+        file = Path(module_name)
+        raise ValueError(
+            f"{what} {path!r} names a file; name its module, {file.stem}:{name}, with "
+            f"{file.parent} on PYTHONPATH"
+        )
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

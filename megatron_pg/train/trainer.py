@@ -93,6 +93,8 @@ class Trainer:
             FloatingPointError: on an update that is not finite.
         """
         run = self.config.run
+        if self.step >= run.num_steps:
+            self._say(f"all {run.num_steps} steps are done; raise run.num_steps to train on")
         if self.step:
             # A server still has the weights that it was started with.
             self.stream.update_weights(self._export_policy, self.step)

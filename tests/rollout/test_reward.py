@@ -35,6 +35,7 @@ def test_load_callable_finds_functions_and_methods():
     [
         ("length_reward", "must have the form 'package.module:name'"),
         (":f", "must have the form"),
+        ("my/reward.py:f", "names a file; name its module, reward:f, with my on PYTHONPATH"),
         ("math:", "must have the form"),
         ("no_such_package.rewards:f", "no module named 'no_such_package'; put its folder"),
         ("math:no_such_function", "math has no attribute 'no_such_function'"),

@@ -152,6 +152,13 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
             ["algorithm.filter_groups.max_num_gen_batches=0"],
             "algorithm.filter_groups.max_num_gen_batches=0 must be at least 1",
         ),
+        (
+            [
+                *("rollout.source=model", "rollout.files=[]", "rollout.num_generations=1"),
+                "algorithm.filter_groups.enable=true",
+            ],
+            "algorithm.filter_groups.enable=true with rollout.num_generations=1: one response has",
+        ),
         (["run.wandb_project=x"], "run.wandb_project needs wandb"),
         (["rollout.source=model"], "rollout.files would be ignored"),
         (

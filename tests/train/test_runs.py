@@ -111,6 +111,7 @@ def test_a_resumed_run_is_bit_identical(ranks: Pool, layout: str, tmp_path: Path
     assert_same(run(ranks, other, layout, out, num_steps=6, save_interval=2), straight)
     words = f"with other settings: optimizer.lr {config.optimizer.lr} -> 0.5\n"
     assert out.with_suffix(".log").read_text().count(words) == 1
+    assert "all 6 steps are done; raise run.num_steps" in out.with_suffix(".log").read_text()
     summary = json.loads((out / "summary.json").read_text())
     changed = {"optimizer.lr": [config.optimizer.lr, 0.5]}
     assert summary["changed_settings"] == [{"step": 6, "changed": changed}]

@@ -24,6 +24,12 @@ def loop_problems(config: TrainConfig) -> Iterator[str]:
         yield "algorithm.ref_offload=true would be ignored: no KL term needs a reference model"
     if algorithm.precompute_ref_logprobs:
         yield from _precompute_problems(config)
+    if algorithm.filter_groups.enable and not is_recorded and config.rollout.num_generations < 2:
+        yield (
+            f"algorithm.filter_groups.enable=true with rollout.num_generations="
+            f"{config.rollout.num_generations}: one response has no spread, so that nothing would "
+            "be trained; sample at least 2"
+        )
     if run.rollout_ahead:
         yield from _ahead_problems(config)
 
