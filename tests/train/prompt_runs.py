@@ -41,7 +41,11 @@ def config_of(folder: Path, reward: Any, **overrides: Any) -> TrainConfig:
         "reward": reward,
     }
     sections["prefix_group"]["max_tokens_per_microbatch"] = 96
-    sections["run"] |= {"groups_per_step": PER_STEP, "self_check_interval": None}
+    sections["run"] |= {
+        "groups_per_step": PER_STEP,
+        "self_check_interval": None,
+        "eval_prompts": 1,
+    }
     return load_config(tiny.write_config(folder / "config.yaml", sections, **overrides))
 
 

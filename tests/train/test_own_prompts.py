@@ -140,6 +140,10 @@ def test_a_dry_run_counts_them(tmp_path: Path) -> None:
             ["run.eval_prompts=1", "rollout.prompts.val_files=[]"],
             "run.eval_prompts=1 needs prompts that training never sees: name them in rollout.prom",
         ),
+        (
+            ["run.eval_prompts=0"],
+            "rollout.prompts.val_files would be ignored: set run.",
+        ),
         (["rollout.prompts.too_long=drop"], "must be one of 'refuse', 'leave_out'"),
         (["rollout.prompts.max_prompt_tokens=0"], "max_prompt_tokens=0 must be at least 1"),
         (["rollout.prompts.answerkey=a"], "answerkey is unknown; did you mean 'answer_key'?"),

@@ -231,6 +231,11 @@ def _prompts_problems(rollout: RolloutConfig, run: RunConfig) -> Iterator[str]:
             f"run.eval_prompts={run.eval_prompts} needs prompts that training never sees: name "
             "them in rollout.prompts.val_files, or set it to 0"
         )
+    if prompts.val_files and not run.eval_prompts:
+        yield (
+            "rollout.prompts.val_files would be ignored: set run.eval_prompts to how many of them "
+            'are judged, or "all"; or remove them'
+        )
 
 
 def _reward_problems(rollout: RolloutConfig) -> Iterator[str]:
