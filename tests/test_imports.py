@@ -37,8 +37,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batch", "passes", "offload", "step", "reference"),
     ),
     "rollout": (
-        *("base", "named", "run_all", "retry", "ahead", "rewards", "prompts", "streams"),
-        "recorded",
+        *("values", "base", "named", "run_all", "retry", "ahead", "rewards", "prompts"),
+        *("streams", "recorded"),
         *("transport", "client", "dialects", "answers", "answer_forms", "reload", "probe"),
         *("openai_server",),
     ),

@@ -4,12 +4,8 @@ from .base import (
     GroupStream,
     HoldsOut,
     Identified,
-    Message,
-    Prompt,
     PromptSource,
-    Response,
     RolloutSource,
-    SamplingParams,
     Tokenizer,
     WeightExporter,
 )
@@ -38,6 +34,7 @@ from .rewards import (
     reward_settings,
 )
 from .streams import SampledRollouts, held_out_prompts
+from .values import Message, Prompt, Response, SamplingParams
 
 __all__ = [
     "ANSWER_EXTRACTORS",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..data import Status, response_problems
-from .base import Prompt, Response, SamplingParams, Tokenizer
+from .base import Tokenizer
 from .dialects import Dialect
+from .values import Prompt, Response, SamplingParams
 
 # Any other finish reason ("abort", "error", null) is that of a response that came to no end.
 _STATUS: dict[str | None, Status] = {

@@ -17,7 +17,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .base import Prompt, SamplingParams, Tokenizer
+from .base import Tokenizer
+from .values import Prompt, SamplingParams
 
 Dialect = Literal["token_ids", "sglang", "text"]
 

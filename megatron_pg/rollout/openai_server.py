@@ -13,13 +13,14 @@ from typing import Any
 
 from .answer_forms import MalformedAnswerError, read_answer
 from .answers import Answer, answer_problems, make_response
-from .base import Prompt, Response, RolloutSource, SamplingParams, Tokenizer, WeightExporter
+from .base import RolloutSource, Tokenizer, WeightExporter
 from .client import JsonClient, RolloutServerError
 from .dialects import PATHS, Dialect, make_request, most_answer_bytes
 from .probe import ServerCapabilities, health_path_problem, probe_server
 from .reload import RELOAD_PLANS, ReloadPlan
 from .retry import RetryPolicy
 from .run_all import run_all
+from .values import Prompt, Response, SamplingParams
 
 
 class OpenAIServerSource(RolloutSource):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from .answers import Answer
-from .base import Prompt, SamplingParams, Tokenizer
+from .base import Tokenizer
 from .client import RolloutServerError
 from .dialects import PATHS, Dialect
+from .values import Prompt, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)

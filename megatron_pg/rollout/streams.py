@@ -8,17 +8,9 @@ from typing import Any
 
 from ..data import Group, response_problems
 from .ahead import Ahead
-from .base import (
-    HoldsOut,
-    Identified,
-    Prompt,
-    PromptSource,
-    Response,
-    RolloutSource,
-    SamplingParams,
-    WeightExporter,
-)
+from .base import HoldsOut, Identified, PromptSource, RolloutSource, WeightExporter
 from .rewards import BatchedReward, RewardFunction, check_prompt_ids, make_groups
+from .values import Prompt, Response, SamplingParams
 
 # Problems that one error writes out.
 _MAX_PROBLEMS = 10

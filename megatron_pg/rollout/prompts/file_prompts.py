@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from ...data import Problems
-from ..base import Prompt, Tokenizer
+from ..base import Tokenizer
+from ..values import Prompt
 from .files import find_files, read_records
 from .rendering import encode_rendered
 from .rows import RowReader

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..base import Message, Tokenizer
+from ..base import Tokenizer
+from ..values import Message
 
 
 def as_messages(question: str, system_prompt: str | None) -> list[Message]:

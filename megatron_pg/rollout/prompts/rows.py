@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data import check_prompt, show
-from ..base import Message, Tokenizer
+from ..base import Tokenizer
+from ..values import Message
 from .rendering import has_chat_template, render_messages, render_question
 
 # Where verl's data sets have the answer.

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..base import Prompt, Response, Tokenizer
+from ..base import Tokenizer
+from ..values import Prompt, Response
 from .rendering import encode_rendered, render_question
 
 Split = Literal["train", "held_out"]

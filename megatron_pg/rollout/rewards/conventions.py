@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
 
-from ..base import Prompt, Response
+from ..values import Prompt, Response
 from .calling import Call
 
 # Columns that TRL does not pass on, since it makes them itself.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from ..base import Prompt, Response
+from ..values import Prompt, Response
 from .values import Judgement
 
 

@@ -9,7 +9,7 @@ from contextlib import chdir
 import torch
 
 from ...data import Group, Sample
-from ..base import Prompt, Response
+from ..values import Prompt, Response
 from .functions import BatchedReward, RewardFunction
 from .values import Judgement
 

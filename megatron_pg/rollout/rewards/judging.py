@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from ..base import Prompt, Response
 from ..named import load_callable
+from ..values import Prompt, Response
 from .calling import Failure, Outcome, call_async, call_here
 from .conventions import find_convention
 from .pool import RewardError, RewardPool

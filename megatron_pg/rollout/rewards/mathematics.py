@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Prompt, Response
+from ..values import Prompt, Response
 
 
 def math_score(solution_str: str, ground_truth: Any) -> float:
