@@ -6,7 +6,14 @@ import math
 import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Scores(NamedTuple):
+    """How a product of query and key becomes a score: ``scale * (q . k)``, bounded by softcap."""
+
+    scale: float
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,10 @@ class AttentionKind:
     def scale(self, head_dim: int) -> float:
         """Factor on the products of heads of this size."""
         return head_dim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)
+
+    def scores(self, head_dim: int) -> Scores:
+        """What kernels need to score pairs of queries and keys of this size."""
+        return Scores(self.scale(head_dim), self.softcap)
 
     def features(self, head_dim: int) -> Iterator[tuple[str, str]]:
         """Fields in which it differs from plain attention of ``head_dim``, and how to say it."""

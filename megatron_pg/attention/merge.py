@@ -14,23 +14,26 @@ from torch.autograd.function import once_differentiable
 
 from ..tree import IntArray
 from .kernels import merge_plain
-from .padding import padding_dv, padding_out
+from .kinds import Scores
+from .padding import pad_heads, padding_dv, padding_out
 from .plan import AttentionPass, AttentionPlan
 from .resident import ResidentKV, accumulation_dtype
+from .sink import add_sink, sink_gradient
 
 
 class VarlenKernel(Protocol):
     """Attention of each query span over its key span, with log-sum-exp in and out.
 
-    q is ``[Tq, Hq, D]``, k and v are ``[Tkv, Hkv, D]``: the slices named by the pass. Rows outside
-    the spans are neither read nor meaningful in what is returned.
+    q is ``[Tq, Hq, D]``, k and v are ``[Tkv, Hkv, D]``: the slices named by the pass, padded to
+    one D where values are of another size. Rows outside the spans are neither read nor meaningful
+    in what is returned.
     """
 
     def arguments(self, attention_pass: AttentionPass, device: torch.device) -> Any:
         """What the kernel takes for a pass besides tensors, made once per row."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, arguments: Any, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: Any, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         """``(out [Tq, Hq, D], lse [Hq, Tq])``, lse natural, in fp32 (fp64 for fp64)."""
 
@@ -43,7 +46,7 @@ class VarlenKernel(Protocol):
         out: Tensor,
         lse: Tensor,
         arguments: Any,
-        softmax_scale: float,
+        scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)`` with probabilities ``exp(scores - lse)`` and ``rowsum(dout * out)``.
 
@@ -142,9 +145,10 @@ class LseMergeAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sink: Tensor | None,
         row: KernelPasses,
         kernel: VarlenKernel,
-        softmax_scale: float,
+        scores: Scores,
         resident: Sequence[ResidentKV],
     ) -> Tensor:
         # Kernels read a head's numbers side by side.
@@ -152,47 +156,50 @@ class LseMergeAttention(torch.autograd.Function):
         tokens = row.unique_tokens
         first, *others = row.passes
         merge = _merge_functions(q.device)
-        out, lse = kernel.forward(
-            q[:tokens], k[:tokens], v[:tokens], first.arguments, softmax_scale
-        )
-        if others:
+
+        def attend(p: KernelPass) -> tuple[Tensor, Tensor]:
+            pass_k, pass_v = _keys_and_values(k, v, p, resident)
+            qkv = q[p.queries], pass_k[p.keys], pass_v[p.keys]
+            return _run_forward(kernel, *qkv, p.arguments, scores)
+
+        out, lse = attend(first)
+        if others or sink is not None:
             out = out.to(accumulation_dtype(q.dtype))
         for p in others:
-            pass_k, pass_v = _keys_and_values(k, v, p, resident)
-            pass_out, pass_lse = kernel.forward(
-                q[p.queries], pass_k[p.keys], pass_v[p.keys], p.arguments, softmax_scale
-            )
+            pass_out, pass_lse = attend(p)
             merge.merge_out_lse(out[p.queries], lse[:, p.queries], pass_out, pass_lse, p.q_rows)
+        if sink is not None:
+            lse = add_sink(out, lse, sink)
         out = out.to(q.dtype)
         if tokens < len(q):
             out = torch.cat([out, padding_out(v[tokens:], q.shape[1])])
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.row, ctx.kernel, ctx.softmax_scale = row, kernel, softmax_scale
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.row, ctx.kernel, ctx.scores = row, kernel, scores
         ctx.resident = resident
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sink, out, lse = ctx.saved_tensors
         row: KernelPasses = ctx.row
-        kernel: VarlenKernel = ctx.kernel
         tokens, dtype = row.unique_tokens, accumulation_dtype(q.dtype)
         merge = _merge_functions(q.device)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
 
-        def shares(p: KernelPass, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        def shares(p: KernelPass) -> list[Tensor]:
             rows = p.queries
-            return kernel.backward(
-                dout[rows], q[rows], keys[p.keys], values[p.keys], out[rows], lse[:, rows],
-                p.arguments, ctx.softmax_scale,
+            pass_k, pass_v = _keys_and_values(k, v, p, ctx.resident)
+            return _run_backward(
+                ctx.kernel, dout[rows], q[rows], pass_k[p.keys], pass_v[p.keys], out[rows],
+                lse[:, rows], p.arguments, ctx.scores,
             )  # fmt: skip
 
         first, *others = row.passes
-        dq, dk, dv = (grad.to(dtype) for grad in shares(first, k, v))
+        dq, dk, dv = (grad.to(dtype) for grad in shares(first))
         for p in others:
-            pass_dq, pass_dk, pass_dv = shares(p, *_keys_and_values(k, v, p, ctx.resident))
+            pass_dq, pass_dk, pass_dv = shares(p)
             merge.add_rows(dq[p.queries], pass_dq, p.q_rows)
             total_dk, total_dv = (
                 (dk, dv) if p.prefix_row is None else ctx.resident[p.prefix_row].grads()
@@ -204,7 +211,38 @@ class LseMergeAttention(torch.autograd.Function):
             dvalue = padding_dv(dout[tokens:], v.shape[1])
             tails = [torch.zeros_like(q[tokens:]), torch.zeros_like(k[tokens:]), dvalue]
             grads = [torch.cat([grad, tail]) for grad, tail in zip(grads, tails)]
-        return (*grads, None, None, None, None)
+        dsink = None
+        if ctx.needs_input_grad[3]:
+            dsink = sink_gradient(dout[:tokens], out[:tokens], lse, sink)
+        return (*grads, dsink, None, None, None, None)
+
+
+def _run_forward(
+    kernel: VarlenKernel, q: Tensor, k: Tensor, v: Tensor, arguments: Any, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """A kernel's forward where ``v [Tkv, Hkv, Dv]`` may be of another size."""
+    value_dim = v.shape[2]
+    q, k, v = pad_heads(q, k, v)
+    out, lse = kernel.forward(q, k, v, arguments, scores)
+    return (out if out.shape[2] == value_dim else out[..., :value_dim].contiguous()), lse
+
+
+def _run_backward(
+    kernel: VarlenKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    arguments: Any,
+    scores: Scores,
+) -> list[Tensor]:
+    """A kernel's backward where ``v``, ``out`` and ``dout`` may be of another size."""
+    sizes = q.shape[2], k.shape[2], v.shape[2]
+    dout, q, k, v, out = pad_heads(dout, q, k, v, out)
+    grads = kernel.backward(dout, q, k, v, out, lse, arguments, scores)
+    return [grad[..., :size] for grad, size in zip(grads, sizes)]
 
 
 def _keys_and_values(

@@ -21,7 +21,8 @@ class ResidentKV:
     autograd sees neither, so the prefix can run its backward once, after all of them.
 
     Attributes:
-        k, v: ``[tokens of the prefix row, num_kv_heads, head_dim]``, positions encoded, no graph.
+        k: ``[tokens of the prefix row, num_kv_heads, head_dim]``, positions encoded, no graph.
+        v: ``[tokens of the prefix row, num_kv_heads, value_dim]``, no graph.
         dk, dv: gradients so far, fp32 for 16-bit types; None before the first share.
     """
 

@@ -18,6 +18,7 @@ from megatron_pg.attention import (
     select_backend,
 )
 from megatron_pg.attention.backends.flash_attn import package_refusal
+from megatron_pg.attention.kinds import Scores
 from megatron_pg.tree import ResidentSpans
 
 INTERFACE = "def _flash_attn_varlen_forward(): ...\ndef _flash_attn_varlen_backward(): ...\n"
@@ -209,7 +210,7 @@ def test_passes_of_one_query_are_not_taken_for_decoding(monkeypatch, install, ba
     monkeypatch.setattr("flash_attn.flash_attn_interface._flash_attn_varlen_forward", forward)
     x = torch.zeros(8, 2, 8)
     for p in passes:
-        chosen.forward(x[p.queries], x, x, p.arguments, 1.0)
+        chosen.forward(x[p.queries], x, x, p.arguments, Scores(1.0))
     assert bounds == [2, 2]
     longer = make_attention_plan(pack_trees([PrefixTree.from_group(3, [4, 5])]))
     assert [p.arguments.max_seqlen_q for p in chosen.prepare(longer, cpu).passes] == [5, 9]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees, prefix_grouped_attention
-from megatron_pg.attention import AttentionInputs, ResidentKV, available_backends
+from megatron_pg.attention import AttentionInputs, AttentionKind, ResidentKV, available_backends
 from megatron_pg.tree import ResidentSpans
 from tests.attention.test_attention import NAMES, written_out_attention
 from tests.hostile import assert_both_occur, refused, seeds
@@ -60,21 +61,54 @@ def odd_strides(rng: random.Random, x: Tensor) -> Tensor:
     return x
 
 
-def odd_inputs(rng: random.Random) -> tuple[PackedLayout, list[Tensor], str]:
-    """A layout, q, k, v, and a backend that takes them."""
+def odd_kind(rng: random.Random, dim: int) -> AttentionKind:
+    """Any of the features, each in half of the cases or less; often none."""
+    if rng.random() < 0.3:
+        return AttentionKind()
+    return AttentionKind(
+        window=rng.choice([None, None, 0, 1, 2, 5, 12, 10**9]),
+        has_sink=rng.random() < 0.4,
+        softcap=rng.choice([None, None, None, 0.7, np.float32(20)]),
+        value_dim=rng.choice([None, None, dim, 1, 8, 16, 33]),
+    )
+
+
+def odd_inputs(
+    rng: random.Random,
+) -> tuple[PackedLayout, list[Tensor], AttentionKind, str]:
+    """A layout, q, k, v and a sink where the kind has one, and a backend that takes them."""
     torch.manual_seed(rng.randrange(2**31))
     layout = odd_layout(rng)
     dtype = rng.choice(list(BOUNDS))
     heads, kv_heads = rng.choice([(1, 1), (2, 1), (4, 2), (6, 3), (5, 5)])
     dim = rng.choice([1, 3, 8, 16, 20, 64])
-    shapes = [(layout.total_tokens, h, dim) for h in (heads, kv_heads, kv_heads)]
+    kind, names = AttentionKind(), []
+    while not names:
+        kind = odd_kind(rng, dim)
+        asked = AttentionInputs(torch.device("cpu"), dtype, dim, heads, kv_heads, kind)
+        names = [name for name in available_backends(asked) if name != "reference"]
+    rows, value_dim = layout.total_tokens, kind.value_dim or dim
+    shapes = [(rows, heads, dim), (rows, kv_heads, dim), (rows, kv_heads, value_dim)]
     q, k, v = (odd_strides(rng, torch.randn(shape).to(dtype)) for shape in shapes)
     if rng.random() < 0.2:
         k = k[:1].expand(shapes[1])  # one row of memory
     if rng.random() < 0.2:
         v = v[:, :1].expand(shapes[2])  # one head of memory
-    names = available_backends(AttentionInputs.of(q, k))
-    return layout, [q, k, v], rng.choice([name for name in names if name != "reference"])
+    inputs = [q, k, v]
+    if kind.has_sink:
+        inputs.append(torch.randn(heads).to(rng.choice([dtype, torch.float32])))
+    return layout, inputs, kind, rng.choice(names)
+
+
+def out_shape(inputs: list[Tensor]) -> tuple[int, int, int]:
+    return (*inputs[0].shape[:2], inputs[2].shape[2])
+
+
+def attention(layout: PackedLayout, kind: AttentionKind, backend: str) -> Any:
+    """Of q, k, v and a sink where the kind has one."""
+    return lambda q, k, v, sink=None: prefix_grouped_attention(
+        q, k, v, layout, backend=backend, kind=kind, sink=sink
+    )
 
 
 def results(
@@ -92,37 +126,40 @@ def results(
 @pytest.mark.parametrize("seed", seeds())
 def test_what_is_accepted_is_right(seed: int) -> None:
     rng = random.Random(seed)
-    layout, inputs, backend = odd_inputs(rng)
+    layout, inputs, kind, backend = odd_inputs(rng)
     dtype, scale = inputs[0].dtype, rng.choice([None, 1, 0.37, np.float32(2.5)])
-    wanted = tuple(rng.random() < 0.7 for _ in range(3))
-    dout = odd_strides(rng, torch.randn(inputs[0].shape).to(dtype))
+    kind = replace(kind, softmax_scale=scale)
+    wanted = tuple(rng.random() < 0.7 for _ in inputs)
+    dout = odd_strides(rng, torch.randn(out_shape(inputs)).to(dtype))
     before = [x.clone() for x in inputs]
-    got = results(
-        lambda *x: prefix_grouped_attention(*x, layout, scale, backend), inputs, dout, wanted
-    )
-    used = inputs[0].shape[2] ** -0.5 if scale is None else float(scale)
+    got = results(attention(layout, kind, backend), inputs, dout, wanted)
+    used = kind.scale(inputs[0].shape[2])
     want = results(
-        lambda *x: written_out_attention(*x, layout, used),
+        lambda q, k, v, sink=None: written_out_attention(q, k, v, layout, kind, sink),
         [x.double().contiguous() for x in inputs],
         dout.double(),
         wanted,
     )
     # What is left of gradients that cancel is rounding of terms up to this size.
-    sizes = [x.double().norm(dim=-1).max().item() for x in (*inputs, dout)]
+    sizes = [x.double().norm(dim=-1).max().item() for x in (*inputs[:3], dout)]
     terms = used * max(sizes[:2]) * sizes[2] * sizes[3]
-    for name, g, w in zip(NAMES, got, want):
+    for name, x, g, w in zip((*NAMES, "dsink"), (dout, *inputs), got, want):
         assert (g is None) == (w is None), name
         if g is not None and w is not None:
-            assert g.dtype == dtype and g.shape == w.shape
+            assert g.dtype == x.dtype and g.shape == w.shape
             least = 0.2 * terms if name in ("dq", "dk") else 0.1
-            assert_close(f"{backend} {name}", g, w, BOUNDS[dtype], least_scale=least)
+            if name == "dsink":
+                least = sizes[2] * sizes[-1]
+            bound = max(BOUNDS[dtype], BOUNDS[x.dtype])
+            assert_close(f"{backend} {name}", g, w, bound, least_scale=least)
     assert all(torch.equal(x, was) for x, was in zip(inputs, before)), "an input was changed"
 
 
 @pytest.mark.parametrize("seed", seeds())
 def test_values_that_are_not_finite_stay_in_their_samples(seed: int) -> None:
     rng = random.Random(seed)
-    layout, inputs, backend = odd_inputs(rng)
+    layout, inputs, kind, backend = odd_inputs(rng)
+    kind = replace(kind, softmax_scale=0.3)
     inputs = [x.contiguous() for x in inputs]
     token = rng.randrange(layout.unique_tokens)
     value = rng.choice([float("nan"), float("inf"), -float("inf")])
@@ -135,20 +172,16 @@ def test_values_that_are_not_finite_stay_in_their_samples(seed: int) -> None:
     own = rows.clone()
     for i in touched:
         own[layout.sample_indices(i)] = False
-    everywhere = (True, True, True)
-    dout = torch.randn(inputs[0].shape).to(inputs[0].dtype)
-    want = results(
-        lambda *x: prefix_grouped_attention(*x, layout, 0.3, backend), inputs, dout, everywhere
-    )
+    everywhere = (True,) * len(inputs)
+    dout = torch.randn(out_shape(inputs)).to(inputs[0].dtype)
+    want = results(attention(layout, kind, backend), inputs, dout, everywhere)
     spoilt = rng.randrange(3)
     inputs[spoilt] = inputs[spoilt].clone()
     inputs[spoilt][token] = value
-    got = results(
-        lambda *x: prefix_grouped_attention(*x, layout, 0.3, backend), inputs, dout, everywhere
-    )
+    got = results(attention(layout, kind, backend), inputs, dout, everywhere)
     before = layout.position_ids < layout.position_ids[token]
     assert torch.equal(got[0][rows & ~before], want[0][rows & ~before]), "out of another sample"
-    for name, g, w in zip(NAMES[1:], got[1:], want[1:]):
+    for name, g, w in zip(NAMES[1:], got[1:4], want[1:4]):
         assert torch.equal(g[own], w[own]), f"{name} of another sample"
     if value != value or spoilt == 0:
         assert got[0][token].isnan().any(), "no number, but it went by unseen"

@@ -37,6 +37,11 @@ class AttentionInputs:
                 f"{self.num_kv_heads}, none of them 0, and head_dim={self.head_dim} at least 1"
             )
 
+    @property
+    def value_dim(self) -> int:
+        """Head size of the values."""
+        return self.head_dim if self.kind.value_dim is None else self.kind.value_dim
+
     @classmethod
     def of(cls, q: Tensor, k: Tensor, kind: AttentionKind = PLAIN_ATTENTION) -> AttentionInputs:
         """Describe ``q [T, Hq, D]`` and ``k [T, Hkv, D]``."""
@@ -104,6 +109,7 @@ class AttentionBackend(ABC):
 class MergingBackend(AttentionBackend, VarlenKernel):
     """A backend that is a varlen kernel, run pass by pass and merged."""
 
+    features = frozenset({"has_sink", "value_dim"})
     merges = True
 
     def prepare(self, plan: AttentionPlan, device: torch.device) -> KernelPasses:
@@ -121,6 +127,6 @@ class MergingBackend(AttentionBackend, VarlenKernel):
         resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
         """See ``AttentionBackend``."""
-        scale = kind.scale(q.shape[2])
-        out: Tensor = LseMergeAttention.apply(q, k, v, prepared, self, scale, resident)
+        scores = kind.scores(q.shape[2])
+        out: Tensor = LseMergeAttention.apply(q, k, v, sink, prepared, self, scores, resident)
         return out

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kinds import Scores
 from ..plan import AttentionPass
 from ..resident import accumulation_dtype
 from .base import MergingBackend
@@ -164,14 +165,14 @@ class CpuBackend(MergingBackend):
         return tuple(CausalPart(part.causal, span_batches(part)) for part in parts)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, arguments: Sequence[CausalPart], softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: Sequence[CausalPart], scores: Scores
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         out: Tensor | None = None
         for causal, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
             queries, keys = call.queries(q), call.keys(k)
             call_out, call_lse = _flash_forward(
-                queries, keys, call.keys(v), 0.0, causal, scale=softmax_scale
+                queries, keys, call.keys(v), 0.0, causal, scale=scores.scale
             )
             _restore_nan(call_out, call_lse, queries, keys)
             if out is None:
@@ -199,7 +200,7 @@ class CpuBackend(MergingBackend):
         out: Tensor,
         lse: Tensor,
         arguments: Sequence[CausalPart],
-        softmax_scale: float,
+        scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
         dq: Tensor | None = None
@@ -213,7 +214,7 @@ class CpuBackend(MergingBackend):
                 call.queries(lse.t()),
                 0.0,
                 causal,
-                scale=softmax_scale,
+                scale=scores.scale,
             )
             if dq is None:
                 grads = call_dq, call_dk, call_dv

@@ -63,7 +63,8 @@ class CudaFlashBackend(MergingBackend):
         refusal = super().refusal(inputs)
         if refusal is not None:
             return refusal
-        head_dim = inputs.head_dim
+        # Smaller heads are padded to the larger.
+        head_dim = max(inputs.head_dim, inputs.value_dim)
         if head_dim % 8 or head_dim > 256:
             return f"takes head_dim in multiples of 8 up to 256, got {head_dim}"
         if torch.version.hip is not None or not torch.cuda.is_available():

@@ -9,6 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..kinds import Scores
 from .base import AttentionInputs
 from .cuda_flash import CudaFlashBackend, VarlenArguments
 
@@ -19,13 +20,14 @@ class FlashAttnBackend(CudaFlashBackend):
     """``_flash_attn_varlen_forward`` and ``_flash_attn_varlen_backward`` of flash-attn >= 2.7."""
 
     name = "flash_attn"
+    features = CudaFlashBackend.features | {"softcap"}
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""
         return super().refusal(inputs) or package_refusal()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, arguments: VarlenArguments, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: VarlenArguments, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
@@ -34,8 +36,9 @@ class FlashAttnBackend(CudaFlashBackend):
             *(q, k, v),
             *arguments.lengths,
             dropout_p=0.0,
-            softmax_scale=softmax_scale,
+            softmax_scale=scores.scale,
             causal=arguments.causal,
+            softcap=scores.softcap or 0.0,
         )
         return out, lse
 
@@ -48,7 +51,7 @@ class FlashAttnBackend(CudaFlashBackend):
         out: Tensor,
         lse: Tensor,
         arguments: VarlenArguments,
-        softmax_scale: float,
+        scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
@@ -59,11 +62,11 @@ class FlashAttnBackend(CudaFlashBackend):
             *grads,
             *arguments.lengths,
             dropout_p=0.0,
-            softmax_scale=softmax_scale,
+            softmax_scale=scores.scale,
             causal=arguments.causal,
             window_size_left=-1,
             window_size_right=-1,
-            softcap=0.0,
+            softcap=scores.softcap or 0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

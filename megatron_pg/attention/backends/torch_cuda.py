@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kinds import Scores
 from .base import AttentionInputs
 from .cuda_flash import CudaFlashBackend, VarlenArguments
 
@@ -22,11 +23,11 @@ class TorchFlashBackend(CudaFlashBackend):
         return refusal
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, arguments: VarlenArguments, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: VarlenArguments, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *arguments.lengths, 0.0, arguments.causal, False, scale=softmax_scale
+            q, k, v, *arguments.lengths, 0.0, arguments.causal, False, scale=scores.scale
         )
         return out, lse
 
@@ -39,13 +40,13 @@ class TorchFlashBackend(CudaFlashBackend):
         out: Tensor,
         lse: Tensor,
         arguments: VarlenArguments,
-        softmax_scale: float,
+        scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
         tensors = (dout, q, k, v, out, lse.contiguous())
         # Only read under dropout, but the operator wants the tensors.
         rng = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            *tensors, *arguments.lengths, 0.0, arguments.causal, *rng, scale=softmax_scale
+            *tensors, *arguments.lengths, 0.0, arguments.causal, *rng, scale=scores.scale
         )
         return dq, dk, dv

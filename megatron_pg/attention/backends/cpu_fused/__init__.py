@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...kinds import AttentionKind
+from ...kinds import AttentionKind, Scores
 from ...padding import padding_dv, padding_out
 from ...plan import AttentionPlan
 from ...resident import ResidentKV
+from ...sink import add_sink, sink_gradient
 from ..base import AttentionBackend, AttentionInputs
 from .build import compiler_refusal, operators
 from .tiles import Tiles, make_tiles
@@ -24,6 +25,7 @@ class CpuFusedBackend(AttentionBackend):
     name = "cpu_fused"
     device_type = "cpu"
     dtypes = (torch.float32, torch.float64)
+    features = frozenset({"has_sink", "softcap", "value_dim"})
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""
@@ -31,8 +33,9 @@ class CpuFusedBackend(AttentionBackend):
         if refusal is not None:
             return refusal
         lanes = 64 // inputs.dtype.itemsize
-        if inputs.head_dim % lanes:
-            return f"takes head_dim in multiples of {lanes}, got {inputs.head_dim}"
+        for name, size in (("head_dim", inputs.head_dim), ("value_dim", inputs.value_dim)):
+            if size % lanes:
+                return f"takes {name} in multiples of {lanes}, got {size}"
         capability = torch.backends.cpu.get_cpu_capability()
         if capability != "AVX512":
             return f"needs a CPU with AVX-512, PyTorch finds {capability}"
@@ -53,8 +56,8 @@ class CpuFusedBackend(AttentionBackend):
         resident: Sequence[ResidentKV] = (),
     ) -> Tensor:
         """See ``AttentionBackend``."""
-        scale = kind.scale(q.shape[2])
-        out: Tensor = _FusedTreeAttention.apply(q, k, v, prepared, scale, resident)
+        scores = kind.scores(q.shape[2])
+        out: Tensor = _FusedTreeAttention.apply(q, k, v, sink, prepared, scores, resident)
         return out
 
 
@@ -65,26 +68,30 @@ class _FusedTreeAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sink: Tensor | None,
         tiles: Tiles,
-        softmax_scale: float,
+        scores: Scores,
         resident: Sequence[ResidentKV],
     ) -> Tensor:
         q, k, v = (_heads_apart(x) for x in (q, k, v))
         tokens = tiles.unique_tokens
         kept = [resident[row] for row in tiles.prefix_rows]
-        out = q.new_empty(q.shape)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
         lse = q.new_empty(q.shape[1], tokens)
         keys, values = [k, *(x.k for x in kept)], [v, *(x.v for x in kept)]
-        operators().tree_forward(q, keys, values, tiles.tables, softmax_scale, out, lse)
+        ctx.factors = scores.scale, scores.softcap or 0.0
+        operators().tree_forward(q, keys, values, tiles.tables, *ctx.factors, out, lse)
+        if sink is not None:
+            lse = add_sink(out[:tokens], lse, sink)
         out[tokens:] = padding_out(v[tokens:], q.shape[1])
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiles, ctx.softmax_scale, ctx.kept = tiles, softmax_scale, kept
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.tiles, ctx.kept = tiles, kept
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sink, out, lse = ctx.saved_tensors
         kept, tokens = ctx.kept, lse.shape[1]
         dout = _heads_apart(dout)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -97,14 +104,17 @@ class _FusedTreeAttention(torch.autograd.Function):
             out,
             lse,
             ctx.tiles.tables,
-            ctx.softmax_scale,
+            *ctx.factors,
             dq,
             [dk, *(kept_dk for kept_dk, _ in grads)],
             [dv, *(kept_dv for _, kept_dv in grads)],
         )
         dq[tokens:] = 0
         dv[tokens:] = padding_dv(dout[tokens:], v.shape[1])
-        return dq, dk, dv, None, None, None
+        dsink = None
+        if ctx.needs_input_grad[3]:
+            dsink = sink_gradient(dout[:tokens], out[:tokens], lse, sink)
+        return dq, dk, dv, dsink, None, None, None
 
 
 def _heads_apart(x: Tensor) -> Tensor:

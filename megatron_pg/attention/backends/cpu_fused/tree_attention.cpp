@@ -51,6 +51,22 @@ struct PanelSpan {
     Index source, kv_start, len, panel_start;
 };
 
+// What all tiles share. Values and outputs have value_dim numbers a head, queries and keys head_dim.
+template <class T>
+struct Shape {
+    Index num_heads, grouping, head_dim, value_dim, tokens;
+    T scale, softcap;  // softcap 0: scores are not bounded
+    Shape(const at::Tensor& q, const at::Tensor& v, const at::Tensor& lse, double scale,
+          double softcap)
+        : num_heads(q.size(1)),
+          grouping(q.size(1) / v.size(1)),
+          head_dim(q.size(2)),
+          value_dim(v.size(2)),
+          tokens(lse.size(1)),
+          scale(T(scale)),
+          softcap(T(softcap)) {}
+};
+
 // [tokens, heads, head_dim], the last dim contiguous.
 template <class T>
 struct Rows {
@@ -119,22 +135,57 @@ struct Simd {
 
     // 2 ** x for x up to the largest exponent.
     static V exp2(V x) {
-        constexpr int degree = is_float ? 7 : 13;
         // 2 ** lowest is 0, the weight of -inf. NaN stays: the second operand wins.
-        const V lowest = all(is_float ? -160 : -1100);
-        V whole;
-        if constexpr (is_float)
-            whole = _mm512_roundscale_ps(x = _mm512_max_ps(lowest, x), 0);
-        else
-            whole = _mm512_roundscale_pd(x = _mm512_max_pd(lowest, x), 0);
-        const V fraction = (x - whole) * T(0.693147180559945309417);
+        x = larger(all(is_float ? -160 : -1100), x);
+        const V whole = nearest(x);
+        return scaled(expm1_near_0((x - whole) * LN2) + T(1), whole);
+    }
+
+    // Accurate near 0 too, where 1 - 2 / (1 + e ** 2x) would cancel.
+    static V tanh(V x) {
+        const V limit = all(is_float ? 10 : 20);  // 1 from there on
+        x = 2 * -larger(-limit, -larger(-limit, x));
+        const V whole = nearest(x * T(1 / double(LN2)));
+        // In two steps, so that what is left of large x is exact.
+        constexpr T high = is_float ? T(0.693145751953125) : T(6.93147180369123816490e-01);
+        constexpr T low = is_float ? T(1.42860682030941723e-6) : T(1.90821492927058770002e-10);
+        const V rest = expm1_near_0((x - whole * high) - whole * low), power = scaled(all(1), whole);
+        const V expm1 = power * rest + (power - T(1));
+        return expm1 / (expm1 + T(2));
+    }
+
+    static constexpr T LN2 = T(0.693147180559945309417);
+
+    // e ** x - 1 for x within half of LN2.
+    static V expm1_near_0(V x) {
+        constexpr int degree = is_float ? 7 : 13;
         V power = all(reciprocal_factorial(degree));
 #pragma GCC unroll 16
-        for (int n = degree - 1; n >= 0; --n) power = power * fraction + reciprocal_factorial(n);
+        for (int n = degree - 1; n >= 1; --n) power = power * x + reciprocal_factorial(n);
+        return power * x;
+    }
+
+    // The larger ones; b where either is NaN.
+    static V larger(V a, V b) {
         if constexpr (is_float)
-            return _mm512_scalef_ps(power, whole);
+            return _mm512_max_ps(a, b);
         else
-            return _mm512_scalef_pd(power, whole);
+            return _mm512_max_pd(a, b);
+    }
+
+    static V nearest(V x) {
+        if constexpr (is_float)
+            return _mm512_roundscale_ps(x, 0);
+        else
+            return _mm512_roundscale_pd(x, 0);
+    }
+
+    // x * 2 ** exponent
+    static V scaled(V x, V exponent) {
+        if constexpr (is_float)
+            return _mm512_scalef_ps(x, exponent);
+        else
+            return _mm512_scalef_pd(x, exponent);
     }
 
     static constexpr T reciprocal_factorial(int n) {
@@ -282,19 +333,19 @@ void for_blocks(const Tile& tile, const Range& range, Visit visit) {
                     range.q_offset >= 0});
 }
 
-// scores[rows, keys] = a[rows, head_dim] panels, where visible, in whole vectors.
+// scores[rows, keys] = a[rows, depth] panels, where visible, in whole vectors.
 template <class T>
-void multiply_panels(const Block& block, Index head_dim, const T* a, Index a_row, const T* panels,
+void multiply_panels(const Block& block, Index depth, const T* a, Index a_row, const T* panels,
                      T* scores) {
     using S = Simd<T>;
     for (Index key = 0; key < block.keys; key += S::panel) {
-        const T* panel = panels + (block.panel_start + key) * head_dim;
+        const T* panel = panels + (block.panel_start + key) * depth;
         const Index width = std::min(S::panel, round_up(block.panel_len - key, S::lanes));
         for_products(block.rows, [&](Index row, Index rows) {
             const Index seen = std::min(block.visible(row + rows - 1) - key, S::panel);
             if (seen <= 0) return;
             multiply<T>(rows, round_up(seen, S::lanes) / S::lanes,
-                        {head_dim, a + row * a_row, a_row, 1, panel, width,
+                        {depth, a + row * a_row, a_row, 1, panel, width,
                          scores + row * S::pitch + key, S::pitch, false});
         });
     }
@@ -353,9 +404,9 @@ at::Tensor make_panels(const Rows<const T>& rows, Index source, const at::Tensor
 constexpr double LOG2E = 1.44269504088896340736;
 
 template <class T>
-struct Forward {
-    Index num_heads, head_dim, grouping, tokens;
-    T scale;
+struct Forward : Shape<T> {
+    using Shape<T>::num_heads, Shape<T>::head_dim, Shape<T>::value_dim, Shape<T>::grouping;
+    using Shape<T>::tokens, Shape<T>::scale, Shape<T>::softcap;
     const Plan& plan;
     const std::vector<Source<T>>& sources;
     Rows<const T> q;
@@ -388,7 +439,7 @@ void Forward<T>::tile(const Tile& tile, Index head, T* scores) const {
     }
     for (Index row = 0; row < tile.q_len; ++row) {
         T* place = tile_out + row * out.row;
-        for (Index d = 0; d < head_dim; d += S::lanes)
+        for (Index d = 0; d < value_dim; d += S::lanes)
             S::store(place + d, S::load(place + d) / total[row]);
         lse[head * tokens + tile.q_start + row] = (top[row] + std::log2(total[row])) / T(LOG2E);
     }
@@ -413,6 +464,7 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
             V most = S::all(top[row]);
             for (Index i = 0; i < end; i += S::lanes) {
                 V x = S::load(line + i) * (scale * T(LOG2E));
+                if (softcap > 0) x = softcap * T(LOG2E) * S::tanh(x / (softcap * T(LOG2E)));
                 if (i + S::lanes > own) x = S::first(own - i, x);
                 S::store(line + i, x);
                 most = x > most ? x : most;
@@ -427,7 +479,7 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
             if (!is_first && new_top > top[row]) {
                 const T factor = std::exp2(top[row] - new_top);
                 T* place = tile_out + row * out.row;
-                for (Index d = 0; d < head_dim; d += S::lanes)
+                for (Index d = 0; d < value_dim; d += S::lanes)
                     S::store(place + d, S::load(place + d) * factor);
                 total[row] *= factor;
             }
@@ -435,7 +487,7 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
             top[row] = new_top;
         }
         multiply<T>(
-            rows, head_dim / S::lanes,
+            rows, value_dim / S::lanes,
             {seen, scores + first * S::pitch, S::pitch, 1, source.v.at(block.kv_start, kv_head),
              source.v.row, tile_out + first * out.row, out.row, !is_first});
     });
@@ -444,7 +496,7 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
 template <class T>
 void Forward<T>::run(const at::Tensor& like) const {
     const Index num_items = num_heads * plan.tiles.size;
-    const int threads = num_threads(2 * plan.num_pairs * num_heads * head_dim);
+    const int threads = num_threads(plan.num_pairs * num_heads * (head_dim + value_dim));
     const Scratch<T> scores(threads, plan.max_rows * Simd<T>::pitch, like);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (Index item = 0; item < num_items; ++item)
@@ -452,9 +504,9 @@ void Forward<T>::run(const at::Tensor& like) const {
 }
 
 template <class T>
-struct Backward {
-    Index num_heads, head_dim, grouping, tokens;
-    T scale;
+struct Backward : Shape<T> {
+    using Shape<T>::num_heads, Shape<T>::head_dim, Shape<T>::value_dim, Shape<T>::grouping;
+    using Shape<T>::tokens, Shape<T>::scale, Shape<T>::softcap;
     const Plan& plan;
     const std::vector<Source<T>>& sources;
     Rows<const T> q, dout, out;
@@ -470,14 +522,15 @@ template <class T>
 void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) const {
     using S = Simd<T>;
     using V = typename S::V;
-    const Index vectors = head_dim / S::lanes, kv_head = head / grouping;
+    const Index kv_head = head / grouping;
+    const Index vectors = head_dim / S::lanes, value_vectors = value_dim / S::lanes;
     const T *tile_q = q.at(tile.q_start, head), *tile_dout = dout.at(tile.q_start, head);
     T* tile_dq = dq.at(tile.q_start, head);
     T tile_lse[TILE_ROWS], delta[TILE_ROWS];  // lse base 2; sum of dout * out
     for (Index row = 0; row < tile.q_len; ++row) {
         V sums{};
         const T* place = out.at(tile.q_start + row, head);
-        for (Index d = 0; d < head_dim; d += S::lanes)
+        for (Index d = 0; d < value_dim; d += S::lanes)
             sums += S::load(place + d) * S::load(tile_dout + row * dout.row + d);
         delta[row] = S::sum(sums);
         tile_lse[row] = lse[head * tokens + tile.q_start + row] * T(LOG2E);
@@ -491,7 +544,7 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
                 *v_panels = source.panels(source.v_panels, kv_head);
         for_blocks(tile, range, [&](const Block& block) {
             multiply_panels(block, head_dim, tile_q, q.row, k_panels, weights);
-            multiply_panels(block, head_dim, tile_dout, dout.row, v_panels, dscores);
+            multiply_panels(block, value_dim, tile_dout, dout.row, v_panels, dscores);
             for_products(tile.q_len, [&](Index first, Index rows) {
                 const Index seen = block.visible(first + rows - 1);
                 // A product of keys reads up to PRODUCT_ROWS - 1 beyond the last that a row sees.
@@ -500,10 +553,15 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
                     T *p = weights + row * S::pitch, *ds = dscores + row * S::pitch;
                     const Index own = block.visible(row), end = round_up(own, S::lanes);
                     for (Index i = 0; i < end; i += S::lanes) {
-                        const V weight =
-                            S::exp2(S::load(p + i) * (scale * T(LOG2E)) - tile_lse[row]);
+                        V x = S::load(p + i) * (scale * T(LOG2E)), slope = S::all(scale);
+                        if (softcap > 0) {
+                            const V bounded = S::tanh(x / (softcap * T(LOG2E)));
+                            x = softcap * T(LOG2E) * bounded;
+                            slope *= T(1) - bounded * bounded;
+                        }
+                        const V weight = S::exp2(x - tile_lse[row]);
                         S::store(p + i, weight);
-                        S::store(ds + i, weight * (S::load(ds + i) - delta[row]) * scale);
+                        S::store(ds + i, weight * (S::load(ds + i) - delta[row]) * slope);
                     }
                     std::fill(p + own, p + written, T(0));
                     std::fill(ds + own, ds + written, T(0));
@@ -518,7 +576,7 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
                 const Index row = block.first_row(key), depth = tile.q_len - row;
                 if (depth <= 0) return;
                 const Index place = row * S::pitch + key, kv = block.kv_start + key;
-                multiply<T>(keys, vectors,
+                multiply<T>(keys, value_vectors,
                             {depth, weights + place, 1, S::pitch, tile_dout + row * dout.row,
                              dout.row, source_dv.at(kv, kv_head), source_dv.row, true});
                 multiply<T>(keys, vectors,
@@ -538,7 +596,7 @@ void Backward<T>::run(const at::Tensor& like) const {
         if (plan.tiles[i].tree != plan.tiles[i - 1].tree) tree_starts.push_back(i);
     tree_starts.push_back(plan.tiles.size);
     const Index num_trees = tree_starts.size() - 1, num_items = num_heads / grouping * num_trees;
-    const int threads = num_threads(5 * plan.num_pairs * num_heads * head_dim);
+    const int threads = num_threads(plan.num_pairs * num_heads * (3 * head_dim + 2 * value_dim));
     const Index size = plan.max_rows * Simd<T>::pitch;
     const Scratch<T> weights(threads, size, like), dscores(threads, size, like);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -564,24 +622,20 @@ std::vector<Source<T>> make_sources(at::TensorList k, at::TensorList v, const Pl
 
 template <class T>
 void forward(const at::Tensor& q, at::TensorList k, at::TensorList v, const Plan& plan,
-             double scale, at::Tensor& out, at::Tensor& lse) {
+             double scale, double softcap, at::Tensor& out, at::Tensor& lse) {
     const auto sources = make_sources<T>(k, v, plan, false);
-    Forward<T>{q.size(1), q.size(2), q.size(1) / k[0].size(1), lse.size(1),  T(scale),
-               plan,      sources,   Rows<const T>(q),         Rows<T>(out), lse.data_ptr<T>()}
+    Forward<T>{{q, v[0], lse, scale, softcap}, plan,         sources,
+               Rows<const T>(q),               Rows<T>(out), lse.data_ptr<T>()}
         .run(q);
 }
 
 template <class T>
 void backward(const at::Tensor& dout, const at::Tensor& q, at::TensorList k, at::TensorList v,
               const at::Tensor& out, const at::Tensor& lse, const Plan& plan, double scale,
-              at::Tensor& dq, at::TensorList dk, at::TensorList dv) {
+              double softcap, at::Tensor& dq, at::TensorList dk, at::TensorList dv) {
     const auto sources = make_sources<T>(k, v, plan, true);
     std::vector<Rows<T>> dk_rows(dk.begin(), dk.end()), dv_rows(dv.begin(), dv.end());
-    Backward<T>{q.size(1),
-                q.size(2),
-                q.size(1) / k[0].size(1),
-                lse.size(1),
-                T(scale),
+    Backward<T>{{q, v[0], lse, scale, softcap},
                 plan,
                 sources,
                 Rows<const T>(q),
@@ -595,18 +649,18 @@ void backward(const at::Tensor& dout, const at::Tensor& q, at::TensorList k, at:
 }
 
 void tree_forward(const at::Tensor& q, at::TensorList k, at::TensorList v,
-                  const std::vector<at::Tensor>& plan, double scale, at::Tensor& out,
-                  at::Tensor& lse) {
+                  const std::vector<at::Tensor>& plan, double scale, double softcap,
+                  at::Tensor& out, at::Tensor& lse) {
     const auto run = q.scalar_type() == at::kFloat ? forward<float> : forward<double>;
-    run(q, k, v, Plan(plan), scale, out, lse);
+    run(q, k, v, Plan(plan), scale, softcap, out, lse);
 }
 
 void tree_backward(const at::Tensor& dout, const at::Tensor& q, at::TensorList k, at::TensorList v,
                    const at::Tensor& out, const at::Tensor& lse,
-                   const std::vector<at::Tensor>& plan, double scale, at::Tensor& dq,
-                   at::TensorList dk, at::TensorList dv) {
+                   const std::vector<at::Tensor>& plan, double scale, double softcap,
+                   at::Tensor& dq, at::TensorList dk, at::TensorList dv) {
     const auto run = q.scalar_type() == at::kFloat ? backward<float> : backward<double>;
-    run(dout, q, k, v, out, lse, Plan(plan), scale, dq, dk, dv);
+    run(dout, q, k, v, out, lse, Plan(plan), scale, softcap, dq, dk, dv);
 }
 
 }  // namespace
@@ -614,10 +668,11 @@ void tree_backward(const at::Tensor& dout, const at::Tensor& q, at::TensorList k
 TORCH_LIBRARY(megatron_pg_cpu, library) {
     library.def(
         "tree_forward(Tensor q, Tensor[] k, Tensor[] v, Tensor[] plan, float scale, "
-        "Tensor(a!) out, Tensor(b!) lse) -> ()",
+        "float softcap, Tensor(a!) out, Tensor(b!) lse) -> ()",
         &tree_forward);
     library.def(
         "tree_backward(Tensor dout, Tensor q, Tensor[] k, Tensor[] v, Tensor out, Tensor lse, "
-        "Tensor[] plan, float scale, Tensor(a!) dq, Tensor(b!)[] dk, Tensor(c!)[] dv) -> ()",
+        "Tensor[] plan, float scale, float softcap, Tensor(a!) dq, Tensor(b!)[] dk, "
+        "Tensor(c!)[] dv) -> ()",
         &tree_backward);
 }
