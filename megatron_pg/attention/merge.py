@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .padding import pad_heads, padding_dv, padding_out
 from .plan import AttentionPass, AttentionPlan
 from .resident import ResidentKV, accumulation_dtype
 from .sink import add_sink, sink_gradient
+from .windows import make_windowed_pass
 
 
 class VarlenKernel(Protocol):
@@ -54,6 +55,14 @@ class VarlenKernel(Protocol):
         """
 
 
+class KernelGather(NamedTuple):
+    """``Gather`` on the device."""
+
+    prefix_row: int | None
+    rows: Tensor
+    places: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class KernelPass:
     """A pass as it is run.
@@ -63,6 +72,7 @@ class KernelPass:
         q_rows, kv_rows: int64 rows of these slices that lie in a span; None when all do.
         prefix_row: as in ``AttentionPass``.
         arguments: of the kernel.
+        gathers: as in ``AttentionPass``, of the only pass under a window.
     """
 
     queries: slice
@@ -71,6 +81,7 @@ class KernelPass:
     kv_rows: Tensor | None
     prefix_row: int | None
     arguments: Any
+    gathers: tuple[KernelGather, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +94,13 @@ class KernelPasses:
     @classmethod
     def of(cls, plan: AttentionPlan, kernel: VarlenKernel, device: torch.device) -> KernelPasses:
         """Prepare a row's passes for a kernel and a device."""
+        planned = plan.passes
+        if plan.window is not None:
+            planned = (make_windowed_pass(plan.layout, plan.window),)
+
+        def moved(index: IntArray) -> Tensor:
+            return torch.from_numpy(index).to(device, non_blocking=True)
+
         passes = tuple(
             KernelPass(
                 queries=slice(p.q_begin, p.q_end),
@@ -91,8 +109,11 @@ class KernelPasses:
                 kv_rows=_rows(p.kv_spans, p.kv_end - p.kv_begin, device),
                 prefix_row=p.prefix_row,
                 arguments=kernel.arguments(p, device),
+                gathers=tuple(
+                    KernelGather(g.prefix_row, moved(g.rows), moved(g.places)) for g in p.gathers
+                ),
             )
-            for p in plan.passes
+            for p in planned
         )
         return cls(plan.layout.unique_tokens, passes)
 
@@ -198,6 +219,8 @@ class LseMergeAttention(torch.autograd.Function):
 
         first, *others = row.passes
         dq, dk, dv = (grad.to(dtype) for grad in shares(first))
+        if first.gathers:
+            dk, dv = _scatter(dk, dv, tokens, first, ctx.resident)
         for p in others:
             pass_dq, pass_dk, pass_dv = shares(p)
             merge.add_rows(dq[p.queries], pass_dq, p.q_rows)
@@ -248,8 +271,38 @@ def _run_backward(
 def _keys_and_values(
     k: Tensor, v: Tensor, p: KernelPass, resident: Sequence[ResidentKV]
 ) -> tuple[Tensor, Tensor]:
-    """What the pass's key spans index: the row's own keys and values, or a prefix row's."""
-    if p.prefix_row is None:
+    """What the pass's key spans index: the row's own keys and values, a prefix row's, or copies."""
+    if p.gathers:
+        sources = [_source(k, v, g.prefix_row, resident) for g in p.gathers]
+        return _gather([x for x, _ in sources], p), _gather([x for _, x in sources], p)
+    return _source(k, v, p.prefix_row, resident)
+
+
+def _source(
+    k: Tensor, v: Tensor, prefix_row: int | None, resident: Sequence[ResidentKV]
+) -> tuple[Tensor, Tensor]:
+    if prefix_row is None:
         return k, v
-    kept = resident[p.prefix_row]
+    kept = resident[prefix_row]
     return kept.k, kept.v
+
+
+def _gather(sources: Sequence[Tensor], p: KernelPass) -> Tensor:
+    if len(p.gathers) == 1:
+        return sources[0].index_select(0, p.gathers[0].rows)
+    gathered = sources[0].new_empty(p.keys.stop, *sources[0].shape[1:])
+    for source, (_, rows, places) in zip(sources, p.gathers):
+        gathered.index_copy_(0, places, source.index_select(0, rows))
+    return gathered
+
+
+def _scatter(
+    dk: Tensor, dv: Tensor, tokens: int, p: KernelPass, resident: Sequence[ResidentKV]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the row's keys and values from those of copies; a prefix row's go to it."""
+    own = dk.new_zeros(tokens, *dk.shape[1:]), dv.new_zeros(tokens, *dv.shape[1:])
+    for prefix_row, rows, places in p.gathers:
+        totals = own if prefix_row is None else resident[prefix_row].grads()
+        for total, share in zip(totals, (dk, dv)):
+            total.index_add_(0, rows, share.index_select(0, places))
+    return own

@@ -11,6 +11,21 @@ from ..tree import IntArray, PackedLayout, PrefixTree
 
 
 @dataclass(frozen=True, eq=False)
+class Gather:
+    """Copies from one source: ``gathered[places] = source[rows]``.
+
+    Attributes:
+        prefix_row: the source is this resident prefix row; None takes the row itself.
+        rows: int64, may name a row several times.
+        places: int64, each place of the gathered keys in one gather of a pass.
+    """
+
+    prefix_row: int | None
+    rows: IntArray
+    places: IntArray
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPass:
     """One varlen call over ``q[q_begin:q_end]`` and ``k, v[kv_begin:kv_end]``.
 
@@ -18,10 +33,13 @@ class AttentionPass:
     not overlap; tokens between spans take no part: what a kernel writes there is not read.
 
     Attributes:
-        causal: whether query j of a span sees keys 0..j only (spans of equal length).
+        causal: whether query j of n sees keys up to j + m - n of m only: the last query all.
         q_begin, q_end, kv_begin, kv_end: slice of the row that the kernel gets.
         q_spans, kv_spans: ``[num_spans, 2]`` half-open, relative to the slices.
         prefix_row: the keys and values are those of this resident prefix row; None takes the row's.
+        window: whether of these keys the last ``window + 1`` alone are seen; None hides none.
+        gathers: the keys and values are these copies, whatever ``prefix_row`` says; empty where
+            they are read where they lie.
     """
 
     causal: bool
@@ -32,12 +50,15 @@ class AttentionPass:
     q_spans: IntArray
     kv_spans: IntArray
     prefix_row: int | None = None
+    window: int | None = None
+    gathers: tuple[Gather, ...] = ()
 
     @cached_property
     def attention_pairs(self) -> int:
-        """Visible (q, kv) pairs of the pass."""
+        """Visible (q, kv) pairs of a pass without a window."""
         q_len, kv_len = np.diff(self.q_spans)[:, 0], np.diff(self.kv_spans)[:, 0]
-        return int((q_len * (q_len + 1) // 2 if self.causal else q_len * kv_len).sum())
+        hidden = q_len * (q_len - 1) // 2 if self.causal else 0
+        return int((q_len * kv_len - hidden).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +67,8 @@ class AttentionPlan:
 
     Attributes:
         layout: the row the plan was made from.
-        passes: the first covers every token that is no padding; none under a window, which cuts
-            through their spans.
+        passes: the first covers every token that is no padding. They hold what a window hides, too:
+            a backend leaves that out, or takes the one pass of ``windows.py`` in their place.
         window: as in ``AttentionKind``; None where it hides no key of the row.
     """
 
@@ -70,8 +91,6 @@ def make_attention_plan(layout: PackedLayout, window: int | None = None) -> Atte
         layout: the row.
         window: as in ``AttentionKind``.
     """
-    if window is not None and window < layout.max_position:
-        return AttentionPlan(layout, (), window)
     forest = _join_chains(layout.forest)
     starts, ends = forest.segment_starts, forest.segment_ends
     subtree_ends, depths = forest.segment_subtree_ends, forest.segment_depths
@@ -83,7 +102,8 @@ def make_attention_plan(layout: PackedLayout, window: int | None = None) -> Atte
         passes.append(_make_pass(False, descendants, own[members]))
     for spans in layout.resident_spans:
         passes.append(_make_pass(False, spans.q_spans, spans.kv_spans, spans.row))
-    return AttentionPlan(layout, tuple(passes))
+    hides = window is not None and window < layout.max_position
+    return AttentionPlan(layout, tuple(passes), window if hides else None)
 
 
 def _join_chains(forest: PrefixTree) -> PrefixTree:

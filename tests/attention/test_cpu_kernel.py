@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees, prefix_grouped_attention
+from megatron_pg.attention import AttentionKind
 from megatron_pg.attention.backends import cpu
 from megatron_pg.attention.backends.cpu import CpuBackend
-from megatron_pg.attention.backends.cpu_spans import span_batches, split_causal_pass
+from megatron_pg.attention.backends.cpu_spans import (
+    span_batches,
+    split_causal_pass,
+    split_windowed_pass,
+)
 from megatron_pg.attention.plan import AttentionPass
+from megatron_pg.attention.windows import make_windowed_pass
 from tests.strategies import forests
 from tests.utils import assert_close
 
@@ -73,9 +79,11 @@ def test_the_blocks_of_a_span() -> None:
     assert whole.q_spans.tolist() == [[0, 7]]
 
 
-def attend(layout: PackedLayout, inputs: list[Tensor], dout: Tensor, min_block: int):
+def attend(layout: PackedLayout, inputs: list[Tensor], dout: Tensor, min_block: int, window=None):
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = prefix_grouped_attention(*leaves, layout, 0.37, CpuBackend(min_block))
+    kind = AttentionKind(softmax_scale=0.37, window=window)
+    backend = CpuBackend(min_block, min_block)
+    out = prefix_grouped_attention(*leaves, layout, backend=backend, kind=kind)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -105,6 +113,41 @@ def test_split_spans_give_the_whole_ones_results(forest, lens, heads, min_block)
         got = attend(layout, inputs, dout, min_block)
         for name, g, w in zip(NAMES, got, attend(layout, inputs, dout, NEVER)):
             assert_close(name, g, w, 1e-12)
+
+
+@settings(max_examples=60)
+@given(
+    lens=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    heads=st.sampled_from(HEADS),
+    min_block=st.integers(1, 5),
+    window=st.sampled_from([0, 1, 2, 7, 20, 40]),
+)
+def test_blocks_of_a_window_equal_the_reference(lens, heads, min_block, window) -> None:
+    """Blocks shorter than runs, and keys that several blocks share."""
+    layout = pack_trees([PrefixTree.from_group(lens[0], lens[1:] or [3])], 8)
+    inputs, dout = make_inputs(layout.total_tokens, *heads)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    kind = AttentionKind(softmax_scale=0.37, window=window)
+    out = prefix_grouped_attention(*leaves, layout, backend="reference", kind=kind)
+    want = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    for name, g, w in zip(NAMES, attend(layout, inputs, dout, min_block, window), want):
+        # A query that sees one key has no gradient: what is left is rounding of values near 1.
+        assert_close(name, g, w, 1e-12, least_scale=1e-2)
+
+
+def test_equal_blocks_of_a_window_are_one_call() -> None:
+    layout = pack_trees([PrefixTree.from_group(64, [40] * 3)])
+    blocks = split_windowed_pass(make_windowed_pass(layout, 8), 4)
+    assert np.diff(blocks.kv_spans)[:3, 0].tolist() == [4, 8, 12]
+    batches = span_batches(blocks)
+    assert [(b.num_spans, b.q_len, b.kv_len) for b in batches] == [
+        (1, 4, 4),
+        (1, 4, 8),
+        (24, 4, 12),
+        (10, 4, 12),
+        (10, 4, 12),
+    ]
+    assert [s.start for s in batches[2].pieces()] == [0, 4, 8]
 
 
 @pytest.mark.parametrize("heads", HEADS)

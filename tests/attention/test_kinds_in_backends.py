@@ -148,9 +148,10 @@ def test_random_forests_of_any_kind(backend: str, is_divided: bool) -> None:
     [
         AttentionKind(has_sink=True),
         AttentionKind(value_dim=32),
-        AttentionKind(value_dim=80, has_sink=True),
+        AttentionKind(window=11),
+        AttentionKind(value_dim=80, has_sink=True, window=30),
     ],
-    ids=["sink", "smaller values", "larger values and sink"],
+    ids=["sink", "smaller values", "window", "all"],
 )
 def test_16_bit_error_is_at_most_twice_an_ordinary_attentions(kind, dtype) -> None:
     """The control: the same dtype, written out, every operator's result rounded to it."""

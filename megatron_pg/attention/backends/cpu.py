@@ -13,10 +13,19 @@ from ..kinds import Scores
 from ..plan import AttentionPass
 from ..resident import accumulation_dtype
 from .base import MergingBackend
-from .cpu_spans import SpanBatch, span_batches, split_causal_pass
+from .cpu_spans import (
+    SpanBatch,
+    span_batches,
+    split_causal_pass,
+    split_windowed_pass,
+    window_mask,
+)
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Where the masks of longer ones would no longer stay in a cache.
+_MAX_WINDOW_BLOCK = 256
 
 # ``Tensor.copy_`` or ``Tensor.add_``.
 Put = Callable[[Tensor, Tensor], Tensor]
@@ -67,9 +76,11 @@ class _Call:
     def rows_of(self, x: Tensor, num_rows: int) -> Tensor | None:
         """A result ``[batch, heads, len, ...]`` as rows, uncopied, if it holds all rows there are.
 
-        Spans ascend and do not overlap, so as many rows are all of them in their order.
+        Spans ascend and do not overlap, so as many rows are all of them in their order. The keys
+        of several spans of a window may overlap.
         """
-        if self.grouping > 1 or x.shape[0] * x.shape[2] != num_rows:
+        overlaps = len(list(self.spans.pieces())) > 1
+        if self.grouping > 1 or overlaps or x.shape[0] * x.shape[2] != num_rows:
             return None
         rows = x.transpose(1, 2)
         return rows.flatten(0, 1) if rows.is_contiguous() else None
@@ -79,15 +90,33 @@ class _Call:
         rows = self.keys(total)
         if self.grouping > 1:
             rows, grad = rows[:, :1], grad.sum(dim=1, keepdim=True, dtype=total.dtype)
-        put(rows, grad)
+        for piece in self.spans.pieces():
+            put(rows[:, :, piece], grad[:, :, piece])
+
+    def mask(self, part: SpanPart, dtype: torch.dtype) -> Tensor | None:
+        """What the kernel adds to the scores of a span."""
+        if part.window is None or part.mask is None:
+            return None
+        n, m = self.spans.q_len, self.spans.kv_len
+        # The kernel takes fp32 beside 16-bit types.
+        return part.mask[:n, part.window + n - m : part.window + n].to(accumulation_dtype(dtype))
 
 
-@dataclass(frozen=True)
-class CausalPart:
-    """Batches that are all causal, or all not."""
+@dataclass(frozen=True, eq=False)
+class SpanPart:
+    """Batches that are all causal, all not, or blocks of a window.
+
+    Attributes:
+        causal: as in ``AttentionPass``.
+        batches: of spans; those of a window share keys.
+        window: as in ``AttentionPass``.
+        mask: ``window_mask`` of the longest block of a window.
+    """
 
     causal: bool
     batches: tuple[SpanBatch, ...]
+    window: int | None = None
+    mask: Tensor | None = None
 
     def calls(self, num_heads: int, num_kv_heads: int) -> Iterator[_Call]:
         """As few calls as the heads allow."""
@@ -104,13 +133,13 @@ class CausalPart:
 
 
 def _ordered(
-    parts: Sequence[CausalPart], num_heads: int, num_kv_heads: int
-) -> Iterator[tuple[bool, Put, _Call]]:
+    parts: Sequence[SpanPart], num_heads: int, num_kv_heads: int
+) -> Iterator[tuple[SpanPart, Put, _Call]]:
     """Calls in order: those of the first part write their rows, later ones add to them."""
     put: Put = Tensor.copy_
     for part in parts:
         for call in part.calls(num_heads, num_kv_heads):
-            yield part.causal, put, call
+            yield part, put, call
         put = Tensor.add_
 
 
@@ -122,7 +151,7 @@ def _first_rows(
     made = [call.rows_of(x, len(like)) for x, like in zip(results, rows)]
     if all(x is not None and x.dtype == dtype for x in made):
         return [x for x in made if x is not None], True
-    return [torch.empty(like.shape, dtype=dtype) for like in rows], False
+    return [torch.zeros(like.shape, dtype=dtype) for like in rows], False
 
 
 def _restore_nan(out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor) -> None:
@@ -146,33 +175,42 @@ class CpuBackend(MergingBackend):
     Args:
         min_causal_block: shortest block that a causal span is split into. Below it, merging and
             calls cost more than the pairs that a split saves.
+        min_window_block: shortest block of queries under a window, for the same reason.
     """
 
     name = "cpu"
+    features = MergingBackend.features | {"window"}
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     device_type = "cpu"
 
-    def __init__(self, min_causal_block: int = 128) -> None:
+    def __init__(self, min_causal_block: int = 128, min_window_block: int = 32) -> None:
         self._min_causal_block = min_causal_block
+        self._min_window_block = min_window_block
 
     def arguments(
         self, attention_pass: AttentionPass, device: torch.device
-    ) -> tuple[CausalPart, ...]:
+    ) -> tuple[SpanPart, ...]:
         """See ``VarlenKernel``."""
+        window = attention_pass.window
+        if window is not None:
+            # Of the keys of a block of a quarter of the window, four in five are seen.
+            size = min(max(window // 4, self._min_window_block), _MAX_WINDOW_BLOCK)
+            blocks = span_batches(split_windowed_pass(attention_pass, size))
+            return (SpanPart(False, blocks, window, window_mask(size, window)),)
         parts: tuple[AttentionPass, ...] = (attention_pass,)
         if attention_pass.causal:
             parts = split_causal_pass(attention_pass, self._min_causal_block)
-        return tuple(CausalPart(part.causal, span_batches(part)) for part in parts)
+        return tuple(SpanPart(part.causal, span_batches(part)) for part in parts)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, arguments: Sequence[CausalPart], scores: Scores
+        self, q: Tensor, k: Tensor, v: Tensor, arguments: Sequence[SpanPart], scores: Scores
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         out: Tensor | None = None
-        for causal, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
-            queries, keys = call.queries(q), call.keys(k)
+        for part, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
+            queries, keys, mask = call.queries(q), call.keys(k), call.mask(part, q.dtype)
             call_out, call_lse = _flash_forward(
-                queries, keys, call.keys(v), 0.0, causal, scale=scores.scale
+                queries, keys, call.keys(v), 0.0, part.causal, attn_mask=mask, scale=scores.scale
             )
             _restore_nan(call_out, call_lse, queries, keys)
             if out is None:
@@ -199,12 +237,12 @@ class CpuBackend(MergingBackend):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        arguments: Sequence[CausalPart],
+        arguments: Sequence[SpanPart],
         scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``VarlenKernel``."""
         dq: Tensor | None = None
-        for causal, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
+        for part, put, call in _ordered(arguments, q.shape[1], k.shape[1]):
             call_dq, call_dk, call_dv = _flash_backward(
                 call.queries(dout),
                 call.queries(q),
@@ -213,7 +251,8 @@ class CpuBackend(MergingBackend):
                 call.queries(out),
                 call.queries(lse.t()),
                 0.0,
-                causal,
+                part.causal,
+                attn_mask=call.mask(part, q.dtype),
                 scale=scores.scale,
             )
             if dq is None:
@@ -222,7 +261,9 @@ class CpuBackend(MergingBackend):
                 if are_filled:
                     continue
             put(call.queries(dq), call_dq)
-            call.put_key_grad(put, dk, call_dk)
-            call.put_key_grad(put, dv, call_dv)
+            # Blocks of a window share keys.
+            put_keys = put if part.window is None else Tensor.add_
+            call.put_key_grad(put_keys, dk, call_dk)
+            call.put_key_grad(put_keys, dv, call_dv)
         assert dq is not None, "a pass has at least one span"
         return dq, dk, dv

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..plan import AttentionPass
 
@@ -20,6 +23,12 @@ class SpanBatch:
     kv_start: int
     kv_step: int
     kv_len: int
+
+    def pieces(self) -> Iterator[slice]:
+        """Slices of a span's keys that share no key with the same slice of another span."""
+        size = self.kv_step if 0 < self.kv_step < self.kv_len else self.kv_len
+        for start in range(0, self.kv_len, size):
+            yield slice(start, start + size)
 
 
 def span_batches(attention_pass: AttentionPass) -> tuple[SpanBatch, ...]:
@@ -78,3 +87,35 @@ def split_causal_pass(causal_pass: AttentionPass, min_block: int) -> tuple[Atten
             replace(causal_pass, causal=False, q_spans=edges[:, 1:], kv_spans=edges[:, :2])
         )
     return tuple(parts)
+
+
+def split_windowed_pass(windowed_pass: AttentionPass, block: int) -> AttentionPass:
+    """A windowed pass as blocks of queries, each with all keys that one of them sees.
+
+    Equals the pass under ``window_mask``. Blocks of a run overlap in their keys.
+    """
+    window = windowed_pass.window
+    assert window is not None
+    q_spans, kv_spans = [], []
+    for (start, end), (kv_start, kv_end) in zip(
+        windowed_pass.q_spans.tolist(), windowed_pass.kv_spans.tolist()
+    ):
+        shift = kv_end - end
+        for first in range(start, end, block):
+            last = min(first + block, end)
+            q_spans.append((first, last))
+            kv_spans.append((max(kv_start, first + shift - window), last + shift))
+    return replace(
+        windowed_pass, causal=False, q_spans=np.array(q_spans), kv_spans=np.array(kv_spans)
+    )
+
+
+def window_mask(block: int, window: int) -> Tensor:
+    """``[block, window + block]``: 0 where query j sees a key, j to j + window; else -inf.
+
+    For n queries of m keys, of which the last query sees the last, take the first n rows and the m
+    columns up to ``window + n``.
+    """
+    distance = torch.arange(window + block)[None, :] - torch.arange(block)[:, None]
+    hidden = (distance < 0) | (distance > window)
+    return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)

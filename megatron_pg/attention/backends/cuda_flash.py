@@ -14,13 +14,18 @@ from .base import AttentionInputs, MergingBackend
 
 @dataclass(frozen=True, eq=False)
 class VarlenArguments:
-    """What a varlen kernel takes: int32 ``cu_seqlens`` on the device, lengths on the host."""
+    """What a varlen kernel takes: int32 ``cu_seqlens`` on the device, lengths on the host.
+
+    Of n queries and m keys of a sequence, query j sees keys up to j + m - n where ``causal``, and
+    of those the last ``window + 1``.
+    """
 
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
     max_seqlen_q: int
     max_seqlen_kv: int
     causal: bool
+    window: int | None = None
 
     @classmethod
     def of(cls, attention_pass: AttentionPass, device: torch.device) -> VarlenArguments:
@@ -44,7 +49,14 @@ class VarlenArguments:
         # FlashAttention-2 takes 1 for decoding, where every sequence has one query, and swaps
         # sequences and grouped heads; gaps have none.
         max_seqlen_q = max(max_seqlen_q, 2)
-        return cls(on_device[0], on_device[1], max_seqlen_q, max_seqlen_kv, attention_pass.causal)
+        return cls(
+            on_device[0],
+            on_device[1],
+            max_seqlen_q,
+            max_seqlen_kv,
+            attention_pass.causal,
+            attention_pass.window,
+        )
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
@@ -57,6 +69,7 @@ class CudaFlashBackend(MergingBackend):
 
     dtypes = (torch.bfloat16, torch.float16)
     device_type = "cuda"
+    features = MergingBackend.features | {"window"}
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""

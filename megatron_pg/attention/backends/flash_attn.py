@@ -38,6 +38,7 @@ class FlashAttnBackend(CudaFlashBackend):
             dropout_p=0.0,
             softmax_scale=scores.scale,
             causal=arguments.causal,
+            **_window(arguments),
             softcap=scores.softcap or 0.0,
         )
         return out, lse
@@ -64,13 +65,19 @@ class FlashAttnBackend(CudaFlashBackend):
             dropout_p=0.0,
             softmax_scale=scores.scale,
             causal=arguments.causal,
-            window_size_left=-1,
-            window_size_right=-1,
+            **_window(arguments),
             softcap=scores.softcap or 0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return grads
+
+
+def _window(arguments: VarlenArguments) -> dict[str, int]:
+    """Keys seen to the left and right of a query's own place; -1 is all, as far as causal."""
+    if arguments.window is None:
+        return {"window_size_left": -1, "window_size_right": -1}
+    return {"window_size_left": arguments.window, "window_size_right": 0}
 
 
 @functools.cache

@@ -27,7 +27,13 @@ class TorchFlashBackend(CudaFlashBackend):
     ) -> tuple[Tensor, Tensor]:
         """See ``VarlenKernel``."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *arguments.lengths, 0.0, arguments.causal, False, scale=scores.scale
+            *(q, k, v),
+            *arguments.lengths,
+            0.0,
+            arguments.causal,
+            False,
+            scale=scores.scale,
+            **_window(arguments),
         )
         return out, lse
 
@@ -47,6 +53,19 @@ class TorchFlashBackend(CudaFlashBackend):
         # Only read under dropout, but the operator wants the tensors.
         rng = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            *tensors, *arguments.lengths, 0.0, arguments.causal, *rng, scale=scores.scale
+            *tensors,
+            *arguments.lengths,
+            0.0,
+            arguments.causal,
+            *rng,
+            scale=scores.scale,
+            **_window(arguments),
         )
         return dq, dk, dv
+
+
+def _window(arguments: VarlenArguments) -> dict[str, int]:
+    """Keys seen to the left and right of a query's own place; nothing said is all."""
+    if arguments.window is None:
+        return {}
+    return {"window_size_left": arguments.window, "window_size_right": 0}

@@ -25,7 +25,7 @@ class CpuFusedBackend(AttentionBackend):
     name = "cpu_fused"
     device_type = "cpu"
     dtypes = (torch.float32, torch.float64)
-    features = frozenset({"has_sink", "softcap", "value_dim"})
+    features = frozenset({"window", "has_sink", "softcap", "value_dim"})
 
     def refusal(self, inputs: AttentionInputs) -> str | None:
         """Why the backend cannot take the inputs here; None when it can."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,6 +14,10 @@ from ...plan import AttentionPass, AttentionPlan
 
 # As in tree_attention.cpp: most queries of a tile, rows of a product, most lanes of a vector.
 TILE_ROWS, PRODUCT_ROWS, LANES = 132, 6, 16
+# Of the widest panel, a multiple of all others.
+PANEL_KEYS = 64
+# The first key that a query sees where no window hides any.
+_SEES_ALL = -(1 << 40)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,26 +37,27 @@ class Tiles:
 
 @dataclass(frozen=True, eq=False)
 class _KeySpans:
-    """Spans of one source, and where their panels begin."""
+    """Spans of one source, where their panels begin, and each first key's logical position."""
 
     source: int
     spans: IntArray
     panel_starts: IntArray
+    positions: IntArray
 
     @classmethod
-    def of(cls, source: int, spans: IntArray) -> _KeySpans:
+    def of(cls, source: int, spans: IntArray, positions: IntArray) -> _KeySpans:
         widths = -(-np.diff(spans)[:, 0] // LANES) * LANES
-        return cls(source, spans, np.cumsum(widths) - widths)
+        return cls(source, spans, np.cumsum(widths) - widths, positions)
 
     def panel_spans(self) -> IntArray:
         starts, ends = self.spans.T
         return _columns(self.source, starts, ends - starts, self.panel_starts)
 
     def ranges(self, index: IntArray) -> IntArray:
-        """Every key of ``spans[index]`` is visible."""
+        """Every key of ``spans[index]`` is visible; the last column is their first position."""
         starts, ends = self.spans[index].T
-        lens = ends - starts
-        return _columns(self.source, starts, lens, self.panel_starts[index], lens, -1)
+        lens, panel_starts = ends - starts, self.panel_starts[index]
+        return _columns(self.source, starts, lens, panel_starts, lens, -1, self.positions[index])
 
 
 def make_tiles(plan: AttentionPlan) -> Tiles:
@@ -60,9 +66,11 @@ def make_tiles(plan: AttentionPlan) -> Tiles:
     Tiles split the query spans of all passes, so that each lies in one span of a pass or in none.
     """
     first, *others = plan.passes
+    position_of = plan.layout.position_ids.numpy()
     starts, ends = _split([p.q_spans + p.q_begin for p in plan.passes])
-    own = _KeySpans.of(0, first.q_spans + first.q_begin)
-    tile_ids, ranges, sources = [], [], [own]
+    spans = first.q_spans + first.q_begin
+    own = _KeySpans.of(0, spans, position_of[spans[:, 0]])
+    tile_ids, ranges, sources, prefix_rows = [], [], [own], []
     for p in others:
         spans = p.kv_spans + p.kv_begin
         tiles, index = _tiles_in(p, starts)
@@ -71,7 +79,12 @@ def make_tiles(plan: AttentionPlan) -> Tiles:
             index = np.searchsorted(own.spans[:, 0], spans[:, 0])[index]
             ranges.append(own.ranges(index))
         else:
-            sources.append(_KeySpans.of(len(sources), spans))
+            if plan.window is not None:
+                spans[:, 0] = np.maximum(spans[:, 0], spans[:, 1] - plan.window)
+            # Its keys end where the sequences of its queries begin.
+            positions = position_of[p.q_spans[:, 0] + p.q_begin] - np.diff(spans)[:, 0]
+            sources.append(_KeySpans.of(len(sources), spans, positions))
+            prefix_rows.append(p.prefix_row)
             ranges.append(sources[-1].ranges(index))
         tile_ids.append(tiles)
     tiles, index = _tiles_in(first, starts)
@@ -80,8 +93,15 @@ def make_tiles(plan: AttentionPlan) -> Tiles:
     to_diagonal[:, 2] = ends[tiles] - segment_starts
     to_diagonal[:, 5] = starts[tiles] - segment_starts
     tile_ids.append(tiles)
-    order = np.argsort(np.concatenate(tile_ids), kind="stable")
-    end_range = np.cumsum(np.bincount(np.concatenate(tile_ids), minlength=len(starts)))
+    tile_of, table_of_ranges = np.concatenate(tile_ids), np.concatenate([*ranges, to_diagonal])
+    if plan.window is None:
+        table_of_ranges[:, 6] = _SEES_ALL
+    else:
+        reach = position_of[starts[tile_of]] - plan.window
+        table_of_ranges, is_seen = _windowed(table_of_ranges, reach)
+        tile_of = tile_of[is_seen]
+    order = np.argsort(tile_of, kind="stable")
+    end_range = np.cumsum(np.bincount(tile_of, minlength=len(starts)))
     table = _columns(starts, ends - starts, np.append(0, end_range[:-1]), end_range)
     if len(sources) == 1:
         trees = _tree_of(plan, starts)
@@ -90,12 +110,34 @@ def make_tiles(plan: AttentionPlan) -> Tiles:
         trees = np.zeros_like(starts)
     tables = (
         np.column_stack([table, trees]),
-        np.concatenate([*ranges, to_diagonal])[order],
+        table_of_ranges[order],
         np.concatenate([source.panel_spans() for source in sources]),
     )
-    rows = tuple(p.prefix_row for p in others if p.prefix_row is not None)
     tiles_table, range_table, panel_table = (torch.from_numpy(x) for x in tables)
-    return Tiles((tiles_table, range_table, panel_table), rows, plan.layout.unique_tokens)
+    return Tiles(
+        (tiles_table, range_table, panel_table), tuple(prefix_rows), plan.layout.unique_tokens
+    )
+
+
+def _windowed(ranges: IntArray, reach: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Ranges without whole panels before the first key that is seen, and which of them are left.
+
+    Args:
+        ranges: their last column is the position of the first key; it becomes the first key that
+            the tile's first query sees, less than 0 where that is not in the range.
+        reach: ``[num_ranges]`` position of the first key that the tile's first query sees.
+    """
+    ranges = ranges.copy()
+    ranges[:, 6] = reach - ranges[:, 6]
+    hidden = np.maximum(ranges[:, 6] // PANEL_KEYS * PANEL_KEYS, 0)
+    is_diagonal = ranges[:, 5] >= 0
+    for column in (1, 3):
+        ranges[:, column] += hidden
+    for column in (2, 4, 6):
+        ranges[:, column] -= hidden
+    ranges[is_diagonal, 5] -= hidden[is_diagonal]
+    is_seen = ranges[:, 6] < ranges[:, 2]
+    return ranges[is_seen], is_seen
 
 
 def _split(spans: list[IntArray]) -> tuple[IntArray, IntArray]:

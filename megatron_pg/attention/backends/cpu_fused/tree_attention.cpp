@@ -44,8 +44,10 @@ struct Tile {
     Index q_start, q_len, first_range, end_range, tree;
 };
 // q_offset: place of the tile's first query in its own segment; -1 where all keys are visible.
+// first_key: that the tile's first query sees under a window, the next query one later; below 0
+// where that key stands before the range.
 struct Range {
-    Index source, kv_start, len, panel_start, panel_len, q_offset;
+    Index source, kv_start, len, panel_start, panel_len, q_offset, first_key;
 };
 struct PanelSpan {
     Index source, kv_start, len, panel_start;
@@ -141,17 +143,22 @@ struct Simd {
         return scaled(expm1_near_0((x - whole) * LN2) + T(1), whole);
     }
 
-    // Accurate near 0 too, where 1 - 2 / (1 + e ** 2x) would cancel.
-    static V tanh(V x) {
-        const V limit = all(is_float ? 10 : 20);  // 1 from there on
-        x = 2 * -larger(-limit, -larger(-limit, x));
-        const V whole = nearest(x * T(1 / double(LN2)));
-        // In two steps, so that what is left of large x is exact.
-        constexpr T high = is_float ? T(0.693145751953125) : T(6.93147180369123816490e-01);
-        constexpr T low = is_float ? T(1.42860682030941723e-6) : T(1.90821492927058770002e-10);
-        const V rest = expm1_near_0((x - whole * high) - whole * low), power = scaled(all(1), whole);
-        const V expm1 = power * rest + (power - T(1));
-        return expm1 / (expm1 + T(2));
+    // tanh and its slope, 1 - tanh ** 2: accurate near 0 and 1, where differences would cancel.
+    struct Tanh {
+        V value, slope;
+    };
+    static Tanh tanh(V x) {
+        // 1 from limit on. NaN stays: the second operand wins.
+        const V limit = all(is_float ? 10 : 20);
+        const V twice = -2 * larger(-limit, -larger(-x, x));
+        const V whole = nearest(twice * T(1.44269504088896340736));
+        // LN2 in two steps, so that what is left of large numbers is exact.
+        constexpr T high = is_float ? 0.693145751953125 : 6.93147180369123816490e-01;
+        constexpr T low = is_float ? 1.42860682030941723e-6 : 1.90821492927058770002e-10;
+        const V power = scaled(all(1), whole);
+        const V rest = expm1_near_0((twice - whole * high) - whole * low);
+        const V expm1 = power * rest + (power - T(1)), sum = expm1 + T(2), size = expm1 / sum;
+        return {x < 0 ? -size : size, 4 * (expm1 + T(1)) / (sum * sum)};
     }
 
     static constexpr T LN2 = T(0.693147180559945309417);
@@ -194,9 +201,10 @@ struct Simd {
         return T(1 / product);
     }
 
-    // The first n lanes of x, -inf in the others.
-    static V first(Index n, V x) {
-        for (Index i = n; i < lanes; ++i) x[i] = -std::numeric_limits<T>::infinity();
+    // Lanes begin to end of x, -inf in the others.
+    static V only(Index begin, Index end, V x) {
+        for (Index i = 0; i < lanes; ++i)
+            if (i < begin || i >= end) x[i] = -std::numeric_limits<T>::infinity();
         return x;
     }
 
@@ -311,18 +319,24 @@ void for_products(Index num_rows, Visit visit) {
 }
 
 Index round_up(Index n, Index step) { return (n + step - 1) / step * step; }
+Index round_down(Index n, Index step) { return n / step * step; }
 
 // One block of keys of a range, as a tile sees it.
 struct Block {
     Index kv_start, panel_start, panel_len, keys, rows;
-    Index num_hidden;  // row r sees the first r + 1 - num_hidden keys
+    Index num_hidden;  // row r sees none after the first r + 1 - num_hidden keys
     bool is_causal;
-    Index visible(Index row) const {
+    Index window_start;  // row r sees keys from r + window_start on
+    // A row sees the keys from begin(row) to end(row); none where the end is not above.
+    Index begin(Index row) const { return std::clamp<Index>(row + window_start, 0, keys); }
+    Index end(Index row) const {
         return is_causal ? std::clamp<Index>(row + 1 - num_hidden, 0, keys) : keys;
     }
-    Index first_row(Index key) const {  // that sees the key
+    // The rows that see a key.
+    Index first_row(Index key) const {
         return is_causal ? std::clamp<Index>(key + num_hidden, 0, rows) : 0;
     }
+    Index end_row(Index key) const { return std::clamp<Index>(key + 1 - window_start, 0, rows); }
 };
 
 template <class Visit>
@@ -330,7 +344,7 @@ void for_blocks(const Tile& tile, const Range& range, Visit visit) {
     for (Index begin = 0; begin < range.len; begin += BLOCK_KEYS)
         visit(Block{range.kv_start + begin, range.panel_start + begin, range.panel_len - begin,
                     std::min(BLOCK_KEYS, range.len - begin), tile.q_len, begin - range.q_offset,
-                    range.q_offset >= 0});
+                    range.q_offset >= 0, range.first_key - begin});
 }
 
 // scores[rows, keys] = a[rows, depth] panels, where visible, in whole vectors.
@@ -342,11 +356,12 @@ void multiply_panels(const Block& block, Index depth, const T* a, Index a_row, c
         const T* panel = panels + (block.panel_start + key) * depth;
         const Index width = std::min(S::panel, round_up(block.panel_len - key, S::lanes));
         for_products(block.rows, [&](Index row, Index rows) {
-            const Index seen = std::min(block.visible(row + rows - 1) - key, S::panel);
-            if (seen <= 0) return;
-            multiply<T>(rows, round_up(seen, S::lanes) / S::lanes,
-                        {depth, a + row * a_row, a_row, 1, panel, width,
-                         scores + row * S::pitch + key, S::pitch, false});
+            const Index end = std::min(block.end(row + rows - 1) - key, S::panel);
+            const Index begin = round_down(std::max<Index>(block.begin(row) - key, 0), S::lanes);
+            if (end <= begin) return;
+            multiply<T>(rows, round_up(end - begin, S::lanes) / S::lanes,
+                        {depth, a + row * a_row, a_row, 1, panel + begin, width,
+                         scores + row * S::pitch + key + begin, S::pitch, false});
         });
     }
 }
@@ -454,24 +469,31 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
     using S = Simd<T>;
     using V = typename S::V;
     for_products(block.rows, [&](Index first, Index rows) {
-        const Index seen = block.visible(first + rows - 1);
-        if (seen <= 0) return;
+        const Index seen_begin = block.begin(first);
+        const Index seen_end = std::max(seen_begin, block.end(first + rows - 1));
+        if (seen_begin == seen_end && !is_first) return;
         for (Index row = first; row < first + rows; ++row) {
             T* line = scores + row * S::pitch;
-            const Index own = block.visible(row), end = round_up(own, S::lanes);
-            std::fill(line + end, line + std::max(end, seen), T(0));
-            if (own == 0) continue;
+            const Index own_begin = block.begin(row), own_end = block.end(row);
+            if (own_begin >= own_end) {
+                std::fill(line + seen_begin, line + seen_end, T(0));
+                continue;
+            }
+            const Index begin = round_down(own_begin, S::lanes), end = round_up(own_end, S::lanes);
+            std::fill(line + seen_begin, line + std::max(seen_begin, begin), T(0));
+            std::fill(line + end, line + std::max(end, seen_end), T(0));
             V most = S::all(top[row]);
-            for (Index i = 0; i < end; i += S::lanes) {
+            for (Index i = begin; i < end; i += S::lanes) {
                 V x = S::load(line + i) * (scale * T(LOG2E));
-                if (softcap > 0) x = softcap * T(LOG2E) * S::tanh(x / (softcap * T(LOG2E)));
-                if (i + S::lanes > own) x = S::first(own - i, x);
+                if (softcap > 0) x = softcap * T(LOG2E) * S::tanh(x / (softcap * T(LOG2E))).value;
+                if (i < own_begin || i + S::lanes > own_end)
+                    x = S::only(own_begin - i, own_end - i, x);
                 S::store(line + i, x);
                 most = x > most ? x : most;
             }
             const T new_top = S::max(most);
             V sums{};
-            for (Index i = 0; i < end; i += S::lanes) {
+            for (Index i = begin; i < end; i += S::lanes) {
                 const V weight = S::exp2(S::load(line + i) - new_top);
                 S::store(line + i, weight);
                 sums += weight;
@@ -488,8 +510,9 @@ void Forward<T>::block(const Block& block, const Source<T>& source, Index kv_hea
         }
         multiply<T>(
             rows, value_dim / S::lanes,
-            {seen, scores + first * S::pitch, S::pitch, 1, source.v.at(block.kv_start, kv_head),
-             source.v.row, tile_out + first * out.row, out.row, !is_first});
+            {seen_end - seen_begin, scores + first * S::pitch + seen_begin, S::pitch, 1,
+             source.v.at(block.kv_start + seen_begin, kv_head), source.v.row,
+             tile_out + first * out.row, out.row, !is_first});
     });
 }
 
@@ -546,34 +569,40 @@ void Backward<T>::tile(const Tile& tile, Index head, T* weights, T* dscores) con
             multiply_panels(block, head_dim, tile_q, q.row, k_panels, weights);
             multiply_panels(block, value_dim, tile_dout, dout.row, v_panels, dscores);
             for_products(tile.q_len, [&](Index first, Index rows) {
-                const Index seen = block.visible(first + rows - 1);
-                // A product of keys reads up to PRODUCT_ROWS - 1 beyond the last that a row sees.
-                const Index written = std::min(round_up(seen + PRODUCT_ROWS, S::lanes), S::pitch);
+                const Index seen_begin = block.begin(first);
+                const Index seen_end = std::max(seen_begin, block.end(first + rows - 1));
+                // A product of keys reads up to PRODUCT_ROWS - 1 beyond those that a row sees.
+                const Index low = std::max<Index>(seen_begin - PRODUCT_ROWS, 0);
+                const Index high = std::min(round_up(seen_end + PRODUCT_ROWS, S::lanes), S::pitch);
                 for (Index row = first; row < first + rows; ++row) {
                     T *p = weights + row * S::pitch, *ds = dscores + row * S::pitch;
-                    const Index own = block.visible(row), end = round_up(own, S::lanes);
-                    for (Index i = 0; i < end; i += S::lanes) {
+                    const Index own_begin = block.begin(row);
+                    const Index own_end = std::max(own_begin, block.end(row));
+                    for (Index i = round_down(own_begin, S::lanes); i < own_end; i += S::lanes) {
                         V x = S::load(p + i) * (scale * T(LOG2E)), slope = S::all(scale);
                         if (softcap > 0) {
-                            const V bounded = S::tanh(x / (softcap * T(LOG2E)));
-                            x = softcap * T(LOG2E) * bounded;
-                            slope *= T(1) - bounded * bounded;
+                            const auto bounded = S::tanh(x / (softcap * T(LOG2E)));
+                            x = softcap * T(LOG2E) * bounded.value;
+                            slope *= bounded.slope;
                         }
                         const V weight = S::exp2(x - tile_lse[row]);
                         S::store(p + i, weight);
                         S::store(ds + i, weight * (S::load(ds + i) - delta[row]) * slope);
                     }
-                    std::fill(p + own, p + written, T(0));
-                    std::fill(ds + own, ds + written, T(0));
+                    for (T* line : {p, ds}) {
+                        std::fill(line + low, line + own_begin, T(0));
+                        std::fill(line + own_end, line + high, T(0));
+                    }
                 }
-                if (seen > 0)
+                if (seen_begin < seen_end || is_first)
                     multiply<T>(rows, vectors,
-                                {seen, dscores + first * S::pitch, S::pitch, 1,
-                                 source.k.at(block.kv_start, kv_head), source.k.row,
-                                 tile_dq + first * dq.row, dq.row, !is_first});
+                                {seen_end - seen_begin, dscores + first * S::pitch + seen_begin,
+                                 S::pitch, 1, source.k.at(block.kv_start + seen_begin, kv_head),
+                                 source.k.row, tile_dq + first * dq.row, dq.row, !is_first});
             });
             for_products(block.keys, [&](Index key, Index keys) {
-                const Index row = block.first_row(key), depth = tile.q_len - row;
+                const Index row = block.first_row(key);
+                const Index depth = block.end_row(key + keys - 1) - row;
                 if (depth <= 0) return;
                 const Index place = row * S::pitch + key, kv = block.kv_start + key;
                 multiply<T>(keys, value_vectors,
