@@ -38,5 +38,5 @@ def build_gpt(model: HfModel, dtype: torch.dtype, device: torch.device) -> GPTMo
     """The whole ``GPTModel`` with the prefix-grouped local spec, its vocabulary not padded."""
     settings = model.transformer_config() | cpu.transformer_config_defaults()
     config = TransformerConfig(**settings, params_dtype=dtype)
-    (chunk,) = build_gpt_chunks(config, gpt=model.gpt_model(), layer=model.spec())
+    (chunk,) = build_gpt_chunks(config, gpt=model.gpt_model())
     return chunk.to(device).eval()

@@ -157,21 +157,22 @@ def _stock_spec(args: Any, config: TransformerConfig, vp_stage: int | None) -> A
         )
     use_te = implementation == "transformer_engine"
     if config.num_moe_experts:
-        return get_gpt_decoder_block_spec(
+        spec: Any = get_gpt_decoder_block_spec(
             config,
             use_transformer_engine=use_te,
             normalization=config.normalization,
             qk_l2_norm=config.qk_l2_norm,
             vp_stage=vp_stage,
         )
-    if getattr(args, "heterogeneous_layers_config_path", None) is not None:
+    elif getattr(args, "heterogeneous_layers_config_path", None) is not None:
         return get_gpt_heterogeneous_layer_spec(config, use_te)
-    names = _TE_LAYER_SETTINGS if use_te else _LAYER_SETTINGS
-    # A setting that this version does not have cannot be on.
-    settings = {name: getattr(config, name) for name in names if getattr(config, name, None)}
-    if use_te:
-        return get_gpt_layer_with_transformer_engine_spec(**settings)
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, **settings)
-    if importlib.util.find_spec("apex") is None:
+    else:
+        names = _TE_LAYER_SETTINGS if use_te else _LAYER_SETTINGS
+        # A setting that this version does not have cannot be on.
+        settings = {name: getattr(config, name) for name in names if getattr(config, name, None)}
+        if use_te:
+            return get_gpt_layer_with_transformer_engine_spec(**settings)
+        spec = get_gpt_layer_local_spec(normalization=config.normalization, **settings)
+    if not use_te and importlib.util.find_spec("apex") is None:
         return with_sequence_parallel_norms(spec, config, vp_stage=vp_stage)
     return spec

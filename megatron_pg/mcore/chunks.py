@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .model import PrefixGroupedGPTModel
@@ -21,18 +18,17 @@ def build_gpt_chunks(
     config: TransformerConfig,
     *,
     gpt: Mapping[str, Any],
-    layer: Mapping[str, Any],
     use_te: bool = False,
     attention_backend: str = "auto",
 ) -> list[PrefixGroupedGPTModel]:
     """This rank's model chunks, randomly initialised, in the dtype of their parameters.
 
-    Equals the stock ``GPTModel`` of the same settings; its layers run packed groups too.
+    Equals the stock ``GPTModel`` of the same settings; its layers run packed groups too. Which
+    layers have experts, norms of queries and keys and the like, the configuration alone says.
 
     Args:
         config: of the whole model; its pipeline sizes are those of Megatron's process groups.
         gpt: keyword arguments of ``GPTModel`` beside configuration, spec and place.
-        layer: keyword arguments of Megatron's layer spec.
         use_te: layers of Transformer Engine; local ones with PyTorch's norms otherwise.
         attention_backend: see ``with_prefix_grouped_attention``.
 
@@ -42,11 +38,15 @@ def build_gpt_chunks(
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in [None] if vpp is None else range(vpp):
-        if use_te:
-            spec: Any = get_gpt_layer_with_transformer_engine_spec(**layer)
-        else:
-            local = get_gpt_layer_local_spec(normalization=config.normalization, **layer)
-            spec = with_sequence_parallel_norms(local, config, vp_stage=vp_stage)
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=use_te,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+        if not use_te:
+            spec = with_sequence_parallel_norms(spec, config, vp_stage=vp_stage)
         place: dict[str, Any] = dict(ignore_virtual=False, vp_stage=vp_stage)
         chunk = PrefixGroupedGPTModel(
             config,

@@ -56,16 +56,19 @@ def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -
 
 
 def with_sequence_parallel_norms(
-    layer_spec: ModuleSpec, config: TransformerConfig, vp_stage: int | None = None
+    spec: ModuleSpec | TransformerBlockSubmodules,
+    config: TransformerConfig,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Block submodules of a local layer spec with norms that allow sequence parallelism.
+    """Block submodules of a local spec with norms that allow sequence parallelism.
 
     Without Apex or Transformer Engine, Megatron-Core's own norm refuses sequence parallelism.
     State-dict keys stay the same.
 
     Args:
-        layer_spec: a layer's spec, as ``get_gpt_layer_local_spec`` returns it.
-        config: decides RMSNorm or LayerNorm and the number of layers of this stage.
+        spec: of the layer that all are alike, as ``get_gpt_layer_local_spec`` returns it, or of
+            this stage's block, as ``get_gpt_decoder_block_spec`` does.
+        config: decides RMSNorm or LayerNorm, and the number of layers alike.
         vp_stage: the virtual pipeline stage of an interleaved schedule.
 
     Raises:
@@ -76,20 +79,28 @@ def with_sequence_parallel_norms(
     )
     if norm is None:
         raise ValueError(f"normalization={config.normalization!r}: use 'RMSNorm' or 'LayerNorm'")
-    layer = layer_spec.submodules
+    if isinstance(spec, ModuleSpec):
+        layers = [spec] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    else:
+        layers = spec.layer_specs or []
+    return TransformerBlockSubmodules(
+        layer_specs=[_with_norms(layer, norm, config.qk_layernorm) for layer in layers],
+        layer_norm=norm,
+    )
+
+
+def _with_norms(spec: ModuleSpec, norm: type, has_qk_norms: bool) -> ModuleSpec:
+    layer = spec.submodules
     attention = layer.self_attention
     names = ("q_layernorm", "k_layernorm")
     qk_norms = {
         name: norm
         for name in names
-        if config.qk_layernorm and getattr(attention.submodules, name) not in (None, IdentityOp)
+        if has_qk_norms and getattr(attention.submodules, name) not in (None, IdentityOp)
     }
     attention = replace(attention, submodules=replace(attention.submodules, **qk_norms))
     layer = replace(layer, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[replace(layer_spec, submodules=layer)] * num_layers, layer_norm=norm
-    )
+    return replace(spec, submodules=layer)
 
 
 def _refuse_zero_centered_gamma(config: TransformerConfig) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pg.checkpoint import (
@@ -68,7 +68,8 @@ def build_beyond(case: str) -> tuple[Any, Any]:
     config = TransformerConfig(
         **model.transformer_config() | extra, use_cpu_initialization=True, params_dtype=torch.float
     )
-    return GPTModel(config, get_gpt_layer_local_spec(**model.spec()), **model.gpt_model()), model
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    return GPTModel(config, block, **model.gpt_model()), model
 
 
 @pytest.fixture(scope="module")

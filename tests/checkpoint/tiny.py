@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -191,8 +191,10 @@ def build(
     chunks = []
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **model.spec())
-        block: Any = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
+        block: Any = with_sequence_parallel_norms(
+            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
+            config,
+        )
         if packed:
             block = with_prefix_grouped_attention(block)
         ends = dict(ignore_virtual=False, vp_stage=vp_stage)

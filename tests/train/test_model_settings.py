@@ -57,8 +57,7 @@ ELSEWHERE = {
     "variable_seq_lengths": (False, "must stay true"),
     "cross_entropy_loss_fusion": (True, "would be ignored"),
     "use_te_activation_func": (True, "needs a layer spec that no run makes"),
-    "moe_layer_freq": ([0, 1, 0, 1], "would be ignored"),
-    "moe_grouped_gemm": (True, "would be ignored"),
+    "moe_use_legacy_grouped_gemm": (True, "as no folder does"),
     "perform_initialization": (False, "break the start"),
     "init_model_with_meta_device": (True, "break the start"),
     "finalize_model_grads_func": ("print", "is set by the run"),
@@ -159,6 +158,11 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
             "takes more than the 1 experts of each",
         ),
         (dict(moe_enable_deepep=True), {}, "deepep"),
+        (dict(moe_grouped_gemm=True), {}, "moe_grouped_gemm=True needs Transformer Engine"),
+        (dict(moe_layer_freq=[0, 1]), {}, "moe_layer_freq=[0, 1] must be a whole number"),
+        (dict(moe_layer_freq=[0, 0, 0, 0]), {}, "with a 1 among them"),
+        (dict(moe_layer_freq=[0, 1, 2, 0]), {}, "or a 1 (experts) or 0"),
+        (dict(moe_layer_freq=0), {}, "a whole number from 1"),
         (dict(num_moe_experts=None), dict(expert_model_parallel_size=2), "expert"),
         (
             dict(num_moe_experts=None, moe_ffn_hidden_size=None, moe_router_topk=3),
@@ -307,7 +311,6 @@ def test_what_is_asked_for_is_built() -> None:
     )
     assert {name: getattr(config, name) for name in asked} == asked | named
     assert config.bf16 and config.pipeline_dtype == torch.bfloat16
-    assert model.spec["qk_l2_norm"], "the layers must have it too"
 
 
 def test_a_token_s_experts_decide_what_a_row_costs() -> None:

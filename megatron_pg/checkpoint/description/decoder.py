@@ -97,10 +97,6 @@ class Decoder:
             hidden_dropout=0.0,
         )
 
-    def spec(self) -> dict[str, Any]:
-        """Keyword arguments of ``get_gpt_layer_local_spec`` (and of its siblings)."""
-        return dict(qk_layernorm=self.qk_layernorm)
-
     def gpt_model(
         self, *, tp_size: int = 1, make_vocab_size_divisible_by: int = 1
     ) -> dict[str, Any]:

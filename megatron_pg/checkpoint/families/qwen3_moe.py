@@ -100,10 +100,6 @@ class Qwen3Moe(HfModel):
             moe_router_pre_softmax=not self.norm_topk_prob,
         )
 
-    def spec(self) -> dict[str, Any]:
-        """See ``HfModel``."""
-        return super().spec() | dict(num_experts=self.num_experts, moe_grouped_gemm=False)
-
     def mlp_weights(self, ours: str, theirs: str) -> Iterator[Row]:
         """See ``HfModel``."""
         shape = self.num_experts, self.hidden_size

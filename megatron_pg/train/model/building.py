@@ -152,7 +152,6 @@ def _initial_chunks(config: TrainConfig, plan: ModelPlan, weights: str | None) -
     chunks: list[Any] = build_gpt_chunks(
         plan.config,
         gpt=plan.gpt,
-        layer=plan.spec,
         use_te=plan.use_te,
         attention_backend=config.prefix_group.attention_backend,
     )

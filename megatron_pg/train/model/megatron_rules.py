@@ -134,6 +134,8 @@ def _kernel_problems(config: TransformerConfig, use_te: bool) -> Iterator[str]:
             "gradient_accumulation_fusion=True needs Apex or Transformer Engine's layers, this "
             "machine has neither; set it to false"
         )
+    if config.moe_grouped_gemm:
+        yield "moe_grouped_gemm=True needs Transformer Engine's layers; leave it out"
     if _is_there("transformer_engine"):
         return
     needing = {"moe_router_fusion": config.moe_router_fusion}
@@ -146,12 +148,26 @@ def _kernel_problems(config: TransformerConfig, use_te: bool) -> Iterator[str]:
         yield f"{name} needs Transformer Engine, which is not installed; leave it out"
 
 
+def _pattern_problems(config: TransformerConfig) -> Iterator[str]:
+    pattern, count = config.moe_layer_freq, config.num_layers
+    if isinstance(pattern, int):
+        is_good = pattern >= 1
+    else:
+        is_good = len(pattern) == count and set(pattern) <= {0, 1} and 1 in pattern
+    if not is_good:
+        yield (
+            f"moe_layer_freq={pattern!r} must be a whole number from 1, or a 1 (experts) or 0 for "
+            f"each of num_layers={count}, with a 1 among them"
+        )
+
+
 def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
 def _expert_problems(config: TransformerConfig) -> Iterator[str]:
     experts, topk = config.num_moe_experts, config.moe_router_topk
+    yield from _pattern_problems(config)
     if topk > experts:
         yield f"moe_router_topk={topk} must not exceed num_moe_experts={experts}"
     if config.moe_apply_probs_on_input and topk != 1:

@@ -28,7 +28,6 @@ class ModelPlan:
     Attributes:
         config: Megatron's configuration.
         gpt: keyword arguments of ``GPTModel``.
-        spec: keyword arguments of the layer spec.
         vocab_size: entries of the vocabulary without padding.
         use_te: whether layers are Transformer Engine's.
         origin: the Hugging Face folder it comes from; None for a model from scratch.
@@ -36,7 +35,6 @@ class ModelPlan:
 
     config: TransformerConfig
     gpt: dict[str, Any]
-    spec: dict[str, Any]
     vocab_size: int
     use_te: bool
     origin: Origin | None = None
@@ -91,9 +89,9 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         )
         if model.max_position_embeddings is not None:
             gpt["max_sequence_length"] = model.max_position_embeddings
-        spec, vocab_size = hf.spec(), hf.vocab_size
+        vocab_size = hf.vocab_size
     else:
-        gpt, spec, vocab_size = _from_scratch(model, sizes.tp)
+        gpt, vocab_size = _from_scratch(model, sizes.tp)
     of_hf = None if model.hf is None else dict(settings)
     has_cuda = torch.cuda.is_available()
     settings |= {
@@ -131,10 +129,6 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             "be even: rotary positions turn pairs of channels"
         )
     raise_problems("with the model's settings", problems)
-    if model.hf is None:
-        spec |= {"qk_layernorm": config.qk_layernorm, "qk_l2_norm": config.qk_l2_norm}
-        if config.num_moe_experts:
-            spec |= {"num_experts": config.num_moe_experts, "moe_grouped_gemm": False}
     origin = None
     if model.hf is not None:
         args = make_megatron_args(
@@ -146,7 +140,7 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             dtype=config.params_dtype,
         )
         origin = Origin(Path(model.hf), args)
-    return ModelPlan(config, gpt, spec, vocab_size, use_te, origin)
+    return ModelPlan(config, gpt, vocab_size, use_te, origin)
 
 
 def validate_trainable(plan: ModelPlan) -> None:
@@ -186,7 +180,7 @@ def check_attention(plan: ModelPlan, backend_name: str, device: torch.device) ->
     )
 
 
-def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], int]:
     if model.vocab_size is None:
         raise ValueError(needs_vocab_size_message())
     sizes = ("num_layers", "hidden_size", "num_attention_heads")
@@ -203,7 +197,7 @@ def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], dic
         "rotary_base": model.rotary_base,
         "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
     }
-    return gpt, {}, model.vocab_size
+    return gpt, model.vocab_size
 
 
 def _uses_te(transformer_impl: str) -> bool:

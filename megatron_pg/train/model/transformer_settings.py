@@ -118,7 +118,6 @@ _FOLLOWS_DTYPE = "follows model.transformer.params_dtype; omit it"
 _FOLLOWS_VPP = "follows parallel.virtual_pipeline_model_parallel_size; omit it"
 _GROUPS = "needs process groups that no run makes; omit it"
 _OWN_LOGPROBS = "would be ignored: logprobs are computed from predictor rows; omit it"
-_EVERY_LAYER = "would be ignored: layers are all alike, each expert on its own; omit it"
 _SEEDED = "would break the start from run.seed or model.hf; omit it"
 _HOOK = "is set by the run; omit it"
 # Settings that have one place elsewhere, or that the recipe depends on or does not look at.
@@ -149,9 +148,7 @@ _OWNED = {name: _PARALLEL.format(name) for name in _OFFERED_PARALLEL} | {
     "cross_entropy_loss_fusion": _OWN_LOGPROBS,
     "cross_entropy_fusion_impl": _OWN_LOGPROBS,
     "use_te_activation_func": "needs a layer spec that no run makes; omit it",
-    "moe_layer_freq": _EVERY_LAYER,
-    "moe_grouped_gemm": _EVERY_LAYER,
-    "moe_use_legacy_grouped_gemm": _EVERY_LAYER,
+    "moe_use_legacy_grouped_gemm": "lays experts out as no folder does; set moe_grouped_gemm",
     "perform_initialization": _SEEDED,
     "init_model_with_meta_device": _SEEDED,
     "use_te_rng_tracker": _SEEDED,
