@@ -25,10 +25,17 @@ from .spec import with_prefix_grouped_attention
 from .validate import validate_config
 
 # Of the configuration, by the name that the layer specs give them.
-_LAYER_SETTINGS = ("qk_layernorm", "qk_l2_norm", "use_kitchen", "use_kitchen_attention")
+_LAYER_SETTINGS = (
+    "multi_latent_attention",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "use_kitchen",
+    "use_kitchen_attention",
+)
 _TE_LAYER_SETTINGS = (
     *_LAYER_SETTINGS,
     "kitchen_attention_backend",
+    "mla_down_proj_fusion",
     "use_te_activation_func",
     "use_grouped_gemm_for_dense_mlp",
 )

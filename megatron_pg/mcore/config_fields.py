@@ -20,6 +20,11 @@ PROVEN_MODEL = {
     *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
     *("moe_router_topk_scaling_factor", "moe_apply_probs_on_input"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    # Of latent attention; elsewhere the model is told of its rotary embedding, not the layers.
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim"),
+    *("qk_pos_emb_head_dim", "v_head_dim", "rotary_base", "rotary_percent"),
+    *("rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim"),
 }
 # How the same model is run; which sizes are, ``parallel.ParallelSizes`` says.
 PROVEN_RUN = {
@@ -62,15 +67,15 @@ HARMLESS_RUN = {
     *("apply_rope_fusion", "use_fused_weighted_squared_relu", "cross_entropy_loss_fusion"),
     *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm"),
     *("use_te_activation_func", "clone_scatter_output_in_embedding"),
-    "disable_parameter_transpose_cache",
+    *("disable_parameter_transpose_cache", "mla_down_proj_fusion"),
     # Of ordinary batches, whose attention is not ours.
     *("attention_backend", "flash_attention_version"),
     # Deprecated spelling of a recomputed module.
     "moe_layer_recompute",
     # Of a provider that is its model's configuration too (Megatron-Bridge): outside the layers.
     *("vocab_size", "make_vocab_size_divisible_by", "should_pad_vocab", "seq_length"),
-    *("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base"),
-    *("rotary_percent", "seq_len_interpolation_factor", "fp16_lm_cross_entropy"),
+    *("share_embeddings_and_output_weights", "position_embedding_type"),
+    *("seq_len_interpolation_factor", "fp16_lm_cross_entropy"),
     *("parallel_output", "scatter_embedding_sequence_parallel", "tp_comm_overlap_cfg"),
     *("transformer_layer_spec", "generation_config", "hf_model_id", "restore_modelopt_state"),
     *("use_transformer_engine_full_layer_spec", "mtp_enabled", "_pg_collection"),
@@ -119,16 +124,13 @@ INERT = {
     *("mtp_loss_scaling_factor", "mtp_use_repeated_layer", "mtp_hybrid_override_pattern"),
     *("mtp_detach_heads", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult"),
     *("mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power"),
-    # linear, sparse and latent attention, state-space layers, blocks of their own.
+    # linear and sparse attention, state-space layers, blocks of their own.
     *("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_loss_coeff"),
     *("dsa_indexer_use_sparse_loss", "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"),
     *("dsa_kernel_backend", "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation"),
     *("dsa_indexer_scoring_relu", "dsa_indexer_k_norm_epsilon", "dsa_indexer_k_norm_fp32"),
     *("linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim"),
     *("linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
-    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
-    *("rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast"),
-    *("beta_slow", "mscale", "mscale_all_dim", "cache_mla_latents", "mla_down_proj_fusion"),
     *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
     *("use_mamba_mem_eff_path", "mamba_training_ssm_states_dtype"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
@@ -136,10 +138,11 @@ INERT = {
 }
 
 _BALANCE = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
-_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
+_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 # field -> (values that are proven; one or a list of them, does it change the model?)
 PROVEN_VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
     "normalization": (("LayerNorm", "RMSNorm"), True),
+    "rope_type": (("rope", "yarn"), True),
     "moe_router_score_function": (("softmax", "sigmoid"), True),
     "moe_router_load_balancing_type": (_BALANCE, False),
     "moe_router_dtype": ((None, "fp32", "fp64"), False),
@@ -173,7 +176,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     "hierarchical_context_parallel_sizes": (_NONE, "it belongs to context parallelism", False),
     "max_seqlen_per_dp_cp_rank": (_NONE, "it belongs to context parallelism", False),
     "hybrid_context_parallel": (_OFF, "it belongs to context parallelism", False),
-    "multi_latent_attention": (_OFF, "latent attention has its own core attention", True),
     "experimental_attention_variant": (
         _NONE,
         "linear and sparse attention carry state across the row",
@@ -209,6 +211,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     "use_kitchen_attention": (_OFF, _PRECISION, False),
     "enable_autocast": (_OFF, _NOT_PROVEN, False),
     "flash_decode": (_OFF, "it is an inference path", False),
+    "cache_mla_latents": (_OFF, "it is an inference path", False),
     "use_inference_optimized_layers": (_OFF, "it is an inference path", False),
     "fused_single_qkv_rope": (
         _OFF,

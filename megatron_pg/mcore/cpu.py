@@ -84,8 +84,8 @@ def emulate_cuda() -> Iterator[None]:
             (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        for module, name in missing_names():
-            stack.enter_context(mock.patch.object(module, name, None, create=True))
+        for module, name, right in missing_names():
+            stack.enter_context(mock.patch.object(module, name, right, create=True))
         stack.enter_context(_CpuInsteadOfCuda())
         yield
 

@@ -92,11 +92,11 @@ def with_sequence_parallel_norms(
 def _with_norms(spec: ModuleSpec, norm: type, has_qk_norms: bool) -> ModuleSpec:
     layer = spec.submodules
     attention = layer.self_attention
-    names = ("q_layernorm", "k_layernorm")
+    names = ("q_layernorm", "k_layernorm", "kv_layernorm")
     qk_norms = {
         name: norm
         for name in names
-        if has_qk_norms and getattr(attention.submodules, name) not in (None, IdentityOp)
+        if has_qk_norms and getattr(attention.submodules, name, None) not in (None, IdentityOp)
     }
     attention = replace(attention, submodules=replace(attention.submodules, **qk_norms))
     layer = replace(layer, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)

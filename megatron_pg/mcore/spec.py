@@ -13,6 +13,7 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -22,7 +23,9 @@ from .layers import (
     PrefixGroupedCoreAttention,
     PrefixGroupedLayer,
     PrefixGroupedSelfAttention,
+    latent_core_attention,
     prefix_grouped_core_attention,
+    prefix_grouped_latent_attention,
     prefix_grouped_layer,
     prefix_grouped_self_attention,
 )
@@ -56,8 +59,8 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
 
     Raises:
         ValueError: if the object is no such spec, or is wrapped already with another backend.
-        NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention`` over
-            plain softmax attention, or another part of it mixes tokens.
+        NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention`` or
+            ``MLASelfAttention`` over plain softmax attention, or another part of it mixes tokens.
     """
     if backend is not None:
         check_backend_name(backend)
@@ -139,10 +142,11 @@ def _wrap_attention(spec: Any, backend: str | None) -> Any:
     cls: Any = _class_of("self_attention", spec)
     if cls is IdentityOp:
         return spec
-    if not issubclass(cls, SelfAttention):
+    is_latent = issubclass(cls, MLASelfAttention)
+    if not (is_latent or issubclass(cls, SelfAttention)):
         raise NotImplementedError(
-            f"self_attention is {cls.__name__}; prefix grouping supports SelfAttention and its "
-            "subclasses (no latent, linear or sparse attention)"
+            f"self_attention is {cls.__name__}; prefix grouping supports SelfAttention, "
+            "MLASelfAttention and their subclasses (no linear or sparse attention)"
         )
     core = spec.submodules.core_attention
     core_cls: Any = _class_of("core_attention", core)
@@ -153,6 +157,7 @@ def _wrap_attention(spec: Any, backend: str | None) -> Any:
             "subclasses"
         )
     if not issubclass(core_cls, PrefixGroupedCoreAttention):
+        core_cls = latent_core_attention(core_cls) if is_latent else core_cls
         core_cls = prefix_grouped_core_attention(core_cls, "auto" if backend is None else backend)
     elif backend not in (None, core_cls.attention_backend):
         raise ValueError(
@@ -160,7 +165,8 @@ def _wrap_attention(spec: Any, backend: str | None) -> Any:
             f"{core_cls.attention_backend!r}; wrap the original spec, or leave backend out"
         )
     if not issubclass(cls, PrefixGroupedSelfAttention):
-        cls = prefix_grouped_self_attention(cls)
+        wrap = prefix_grouped_latent_attention if is_latent else prefix_grouped_self_attention
+        cls = wrap(cls)
     core = replace(core, module=core_cls) if isinstance(core, ModuleSpec) else core_cls
     return replace(
         spec,

@@ -68,6 +68,8 @@ def _problems(config: TransformerConfig) -> Iterator[str]:
                 "leave it at its default"
             )
     yield from _parallel_problems(config)
+    if getattr(config, "multi_latent_attention", False):
+        yield from _latent_problems(config)
 
 
 def _is_default(field: Any, value: Any) -> bool:
@@ -91,6 +93,20 @@ def _parallel_problems(config: TransformerConfig) -> Iterator[str]:
         yield (
             f"microbatch_group_size_per_vp_stage={chunk}: rows are made in multiples of "
             f"pipeline_model_parallel_size={sizes.pp}; set microbatch_group_size_per_vp_stage=None"
+        )
+
+
+def _latent_problems(config: TransformerConfig) -> Iterator[str]:
+    if config.apply_rope_fusion:
+        yield (
+            "apply_rope_fusion=True with multi_latent_attention: the fused kernel places tokens by "
+            "their index in the row; set apply_rope_fusion=False"
+        )
+    if config.num_query_groups not in (None, config.num_attention_heads):
+        yield (
+            f"num_query_groups={config.num_query_groups} with multi_latent_attention: each of "
+            f"num_attention_heads={config.num_attention_heads} heads has its own keys; set "
+            "num_query_groups=None"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import megatron.core
 from megatron.core import dist_checkpointing
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from packaging.version import Version
 
@@ -39,13 +40,16 @@ def check_version(version: str) -> None:
         )
 
 
-def missing_names() -> Iterator[tuple[Any, str]]:
-    """Modules and names in them that Megatron-Core reads without having defined them.
+def missing_names() -> Iterator[tuple[Any, str, Any]]:
+    """Modules, names in them that Megatron-Core reads wrongly, and what they should be.
 
-    Without Transformer Engine, 0.16 reads ``te_general_gemm`` although it never defined it.
+    Without Transformer Engine, 0.16 reads ``te_general_gemm`` although it never defined it, and
+    says that it has the classes of which latent attention then asks what is one.
     """
     if not hasattr(moe_utils, "te_general_gemm"):
-        yield moe_utils, "te_general_gemm"
+        yield moe_utils, "te_general_gemm", None
+    if not isinstance(multi_latent_attention.TELinear, type):
+        yield multi_latent_attention, "HAVE_TE", False
 
 
 check_version(megatron.core.__version__)

@@ -33,6 +33,41 @@ def moe(spec: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
     return MOE | dict(config=MOE["config"] | config, spec=MOE["spec"] | (spec or {}))
 
 
+def latent(spec: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
+    """Latent attention: queries and keys of 12, of which 4 are positions; values of 8."""
+    sizes = dict(kv_lora_rank=12, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=8)
+    return dict(
+        config=dict(multi_latent_attention=True, transformer_impl="local", **sizes) | config,
+        spec=dict(multi_latent_attention=True) | (spec or {}),
+        backend="reference",
+    )
+
+
+LATENT_ROPE = dict(q_lora_rank=None, rope_type="rope", rotary_base=500.0)
+LATENT_YARN = dict(
+    q_lora_rank=16,
+    qk_layernorm=True,
+    rope_type="yarn",
+    rotary_scaling_factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    mscale=1.5,
+    mscale_all_dim=0.5,
+)
+LATENT = latent(dict(qk_layernorm=True), **LATENT_YARN)
+LATENT_PLAIN = latent(**LATENT_ROPE)
+
+
+def recomputed(model: dict[str, Any], **config: Any) -> dict[str, Any]:
+    return model | dict(config=model["config"] | config)
+
+
+UP_PROJECTION = dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"])
+UP_AND_CORE = dict(
+    recompute_granularity="selective", recompute_modules=["mla_up_proj", "core_attn"]
+)
+
 EQUIVALENCE = {
     # One rank: models.
     "plain": Case(),
@@ -95,6 +130,12 @@ EQUIVALENCE = {
     "moe_modules": Case(
         **moe(recompute_granularity="selective", recompute_modules=["core_attn", "moe"])
     ),
+    "latent": Case(**LATENT),
+    "latent_rope": Case(**LATENT_PLAIN),
+    "latent_partial": Case(**latent(**LATENT_ROPE, rotary_percent=0.5)),
+    "latent_full": Case(**recomputed(LATENT, **FULL_RECOMPUTE)),
+    "latent_up": Case(**recomputed(LATENT, **UP_PROJECTION)),
+    "latent_up_core": Case(**recomputed(LATENT, **UP_AND_CORE)),
     "selective": Case(config=SELECTIVE_RECOMPUTE),
     "modules": Case(config=MODULES_RECOMPUTE),
     "full": Case(config=FULL_RECOMPUTE),
@@ -108,6 +149,11 @@ EQUIVALENCE = {
     "tp2_sp_full": Case(tp=2, sp=True, config=FULL_RECOMPUTE),
     "tp2_sp_selective": Case(tp=2, sp=True, config=SELECTIVE_RECOMPUTE),
     "tp2_mqa": Case(tp=2, num_query_groups=1),
+    "latent_tp2": Case(tp=2, **LATENT_PLAIN),
+    "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
+    "latent_tp2_sp_up": Case(tp=2, sp=True, **recomputed(LATENT, **UP_AND_CORE)),
+    "latent_pp2": Case(pp=2, **LATENT_PLAIN),
+    "latent_pp2_vpp2": Case(pp=2, vpp=2, num_layers=4, **LATENT),
     "moe_tp2_sp": Case(tp=2, sp=True, **MOE),
     "moe_tp2_sp_etp1": Case(tp=2, sp=True, ep=2, etp=1, **MOE),
     "moe_ep2": Case(dp=2, ep=2, **MOE),
@@ -156,6 +202,10 @@ SCHEDULE = {
     "full": Case(config=FULL_RECOMPUTE),
     "averaged": Case(config=dict(calculate_per_token_loss=False)),
     "moe": Case(**MOE),
+    "latent": Case(**LATENT),
+    "latent_full": Case(**recomputed(LATENT_PLAIN, **FULL_RECOMPUTE)),
+    "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
+    "latent_pp2": Case(pp=2, **LATENT_PLAIN),
     "tp2_sp": Case(tp=2, sp=True),
     "pp2": Case(pp=2),
     "pp2_tied": Case(pp=2, tied=True),

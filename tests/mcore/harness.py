@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
@@ -68,6 +69,7 @@ class Case:
     etp: int | None = None
     position_embedding_type: str = "rope"
     bound: float = 1e-9
+    backend: str = "auto"
     # (pipeline stage, chunk, parameter name) -> whether it is trained; None trains all.
     trains: Callable[[int, int, str], bool] | None = None
     loss_bound: float = 1e-9
@@ -134,7 +136,11 @@ def make_config(case: Case) -> TransformerConfig:
         overlap_p2p_comm=case.vpp is not None,
         batch_p2p_comm=case.vpp is None,
     )
-    config = TransformerConfig(**{**settings, **cpu.transformer_config_defaults(), **case.config})
+    settings |= cpu.transformer_config_defaults() | case.config
+    is_latent = case.config.get("multi_latent_attention", False)
+    if is_latent:
+        settings["num_query_groups"] = None
+    config = (MLATransformerConfig if is_latent else TransformerConfig)(**settings)
     # GPTModel reads these off the config although TransformerConfig does not declare them.
     for name, value in YARN.items() if case.position_embedding_type == "yarn" else ():
         setattr(config, name, value)
@@ -153,7 +159,9 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
                 config, False, normalization=config.normalization, vp_stage=vp_stage
             )
         if packed:
-            block = with_prefix_grouped_attention(block)
+            block = with_prefix_grouped_attention(block, case.backend)
+        elif config.multi_latent_attention:
+            block = with_value_sizes(block)
         chunks.append(
             (PrefixGroupedGPTModel if packed else GPTModel)(
                 config,
@@ -173,6 +181,25 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
             ).to(case.dtype)  # Megatron makes position embeddings in fp32
         )
     return chunks
+
+
+class SizedDotProductAttention(DotProductAttention):
+    """What the stock local spec of latent attention needs to be built at all."""
+
+    def __init__(self, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        heads = self.num_attention_heads_per_partition
+        self.hidden_size_per_partition = heads * (v_channels or 1)
+
+
+def with_value_sizes(block: Any) -> Any:
+    def layer(spec: Any) -> Any:
+        attention = spec.submodules.self_attention
+        parts = replace(attention.submodules, core_attention=SizedDotProductAttention)
+        attention = replace(attention, submodules=parts)
+        return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+    return replace(block, layer_specs=[layer(spec) for spec in block.layer_specs])
 
 
 def wrap_ddp(case: Case, config: TransformerConfig, chunks: list[Any]) -> list[Any]:

@@ -60,17 +60,20 @@ def test_every_field_has_a_verdict(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({*PROVEN_MODEL, *PROVEN_RUN, *PROVEN_VALUES}))
 def test_a_proven_field_is_set_by_a_case_that_is_compared(name: str) -> None:
-    default = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
-    values = [getattr(harness.make_config(case), name) for case in PROVEN]
-    assert any(value != getattr(default, name) for value in values)
+    for cls in (TransformerConfig, MLATransformerConfig):
+        default = cls(num_layers=1, hidden_size=8, num_attention_heads=2)
+        if hasattr(default, name):
+            break
+    configs = [c for c in map(harness.make_config, PROVEN) if hasattr(c, name)]
+    assert any(getattr(config, name) != getattr(default, name) for config in configs)
 
 
 @pytest.mark.parametrize(
-    "name", ["normalization", "moe_router_score_function", "recompute_granularity"]
+    "name", ["normalization", "moe_router_score_function", "recompute_granularity", "rope_type"]
 )
 def test_every_proven_value_is_that_of_a_case(name: str) -> None:
-    values = {getattr(harness.make_config(case), name) for case in PROVEN}
-    assert values == set(PROVEN_VALUES[name][0])
+    configs = [c for c in map(harness.make_config, PROVEN) if hasattr(c, name)]
+    assert {getattr(config, name) for config in configs} == set(PROVEN_VALUES[name][0])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_what_megatron_lm_sets_for_ordinary_training_passes(changes: dict[str, A
         ("moe_token_dispatcher_type", "broadcast"),
         ("moe_flex_dispatcher_backend", "hybridep"),
         ("normalization", "L2Norm"),
-        ("recompute_modules", ["core_attn", "mla_up_proj"]),
+        ("recompute_modules", ["core_attn", "attn_norm"]),
         ("recompute_granularity", "partial"),
         ("transformer_impl", "inference_optimized"),
         ("activation_func", "silu"),
@@ -139,10 +142,27 @@ def test_fields_of_which_nothing_is_known_keep_their_default(name: str, value: o
     assert "leave it at its default" in message and message.startswith("1 setting(s)")
 
 
-def test_configurations_of_other_models_are_refused_whole() -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("apply_rope_fusion", True),
+        ("num_query_groups", 2),
+        ("cache_mla_latents", True),
+        ("rope_type", "longrope"),
+        ("experimental_attention_variant", "dsa"),
+    ],
+)
+def test_what_latent_attention_cannot_have(name: str, value: Any) -> None:
     sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=4)
-    with pytest.raises(ValueError, match="multi_latent_attention=True"):
-        validate_config(MLATransformerConfig(**sizes))
+    config = MLATransformerConfig(attention_dropout=0.0, hidden_dropout=0.0, **sizes)
+    validate_config(config)
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=rf"^1 setting\(s\) [^\n]*\n  - {name}={value!r}"):
+        validate_config(config)
+
+
+def test_every_setting_that_is_refused_is_named() -> None:
+    sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=4)
     assert {"attention_dropout", "hidden_dropout"} <= REFUSED.keys()
     with pytest.raises(ValueError, match=r"^2 setting\(s\)"):
         validate_config(TransformerConfig(**sizes, **cpu.transformer_config_defaults()))

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -207,14 +207,19 @@ def test_unwrapped_attention_refuses_packed_groups(one_rank) -> None:
         run(model, harness.make_rows(0, 1))
 
 
+def with_attention(cls: type) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec()
+    return replace(spec, submodules=replace(spec.submodules, self_attention=ModuleSpec(module=cls)))
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
         (lambda: "gpt", ValueError, "expected a ModuleSpec"),
         (
-            lambda: get_gpt_layer_local_spec(multi_latent_attention=True),
+            lambda: with_attention(CrossAttention),
             NotImplementedError,
-            "MLASelfAttention",
+            "self_attention is CrossAttention",
         ),
         (
             lambda: ModuleSpec(module=torch.nn.Linear, submodules=None),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import megatron.core
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -128,11 +126,6 @@ def test_self_attention_without_positions(one_rank) -> None:
         run(model)
 
 
-@pytest.mark.skipif(
-    megatron.core.__version__.startswith("0.16")
-    and importlib.util.find_spec("transformer_engine") is None,
-    reason="0.16 builds latent attention with Transformer Engine only",
-)
 def test_latent_attention(one_rank) -> None:
     config = MLATransformerConfig(
         num_layers=1,

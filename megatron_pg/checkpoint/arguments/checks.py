@@ -43,7 +43,9 @@ def check_arguments(args: Namespace, model: HfModel, where: str, *, by_configura
         elif verdict is not None:
             wanted = getattr(fields, name, None)
             is_neutral = verdict.kind == "refused" and verdict.allows(value)
-            is_right = not verdict.changes_model or is_neutral or _same(value, wanted)
+            # Every checkpoint has sizes of latent attention, which its model need not have.
+            is_idle = verdict.kind == "proven" and not hasattr(fields, name)
+            is_right = not verdict.changes_model or is_neutral or is_idle or _same(value, wanted)
         else:
             is_right = by_configuration or _is_off(value) or says_nothing_of_the_model(name)
             if not (is_right or _is_ours(name, value)):

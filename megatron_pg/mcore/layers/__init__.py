@@ -7,17 +7,25 @@ from .core_attention import (
     count_attention_calls,
     prefix_grouped_core_attention,
 )
+from .mla import (
+    PrefixGroupedLatentAttention,
+    latent_core_attention,
+    prefix_grouped_latent_attention,
+)
 from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_attention
 from .transformer_layer import PrefixGroupedLayer, prefix_grouped_layer
 
 __all__ = [
     "AttentionCalls",
     "PrefixGroupedCoreAttention",
+    "PrefixGroupedLatentAttention",
     "PrefixGroupedLayer",
     "PrefixGroupedSelfAttention",
     "attention_backends",
     "count_attention_calls",
+    "latent_core_attention",
     "prefix_grouped_core_attention",
+    "prefix_grouped_latent_attention",
     "prefix_grouped_layer",
     "prefix_grouped_self_attention",
 ]

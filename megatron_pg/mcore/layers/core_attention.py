@@ -18,6 +18,7 @@ from ...attention import (
     prefix_grouped_attention,
     select_backend,
 )
+from ...data import HeadSizes
 from ...tree import PackedLayout
 from ..params import PositionedSeqParams, WrappedRow
 
@@ -49,8 +50,9 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
 
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
-        self.kind = AttentionKind(softmax_scale=softmax_scale)
-        inputs = _inputs_of(self.config, self.kind)
+        heads = HeadSizes.from_config(self.config)
+        self.kind = AttentionKind(softmax_scale=softmax_scale, value_dim=heads.value_dim)
+        inputs = _inputs_of(self.config, heads, self.kind)
         self.backend_name = select_backend(inputs, self.attention_backend).name
         self.num_prefix_grouped_calls = 0
         self.num_ordinary_calls = 0
@@ -66,12 +68,12 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """``[T, 1, num_heads * head_dim]`` for packed groups, else what the given module gives.
+        """``[T, 1, num_heads * value_dim]`` for packed groups, else what the given module gives.
 
         Args:
-            query: ``[T, 1, num_heads, head_dim]`` of this tensor-parallel rank.
+            query: ``[T, 1, num_heads, head_dim]`` of this tensor-parallel rank; without the 1 too.
             key: ``[T, 1, num_query_groups, head_dim]`` of this rank.
-            value: as key.
+            value: ``[T, 1, num_query_groups, value_dim]``.
             attention_mask: for ordinary batches; a packed row's visibility is its layout's.
             attn_mask_type: for ordinary batches.
             attention_bias: must be None for packed groups.
@@ -106,7 +108,8 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 "the layer's whole spec by with_prefix_grouped_attention"
             )
         self.num_prefix_grouped_calls += 1
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        # Latent attention has left the batch dimension out.
+        query, key, value = (x.reshape(len(x), *x.shape[-2:]) for x in (query, key, value))
         out = packed_seq_params.params.attend(self, query, key, value)
         return out.reshape(out.shape[0], 1, -1)
 
@@ -130,7 +133,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         )
 
 
-def _inputs_of(config: TransformerConfig, kind: AttentionKind) -> AttentionInputs:
+def _inputs_of(config: TransformerConfig, heads: HeadSizes, kind: AttentionKind) -> AttentionInputs:
     """What attention of the model will be given; Megatron runs on CUDA wherever there is one."""
     device, dtype = torch.device("cpu"), config.params_dtype
     if config.bf16 or config.fp16:
@@ -142,9 +145,9 @@ def _inputs_of(config: TransformerConfig, kind: AttentionKind) -> AttentionInput
     return AttentionInputs(
         device,
         dtype,
-        config.kv_channels,
-        config.num_attention_heads,
-        config.num_query_groups or config.num_attention_heads,
+        heads.head_dim,
+        heads.num_heads,
+        heads.num_kv_heads,
         kind,
     )
 

@@ -56,7 +56,7 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
                 )
             self._check_row(hidden_states, packed_seq_params)
             rotary_pos_emb = packed_seq_params.gather_rotary(rotary_pos_emb)
-            packed_seq_params = WrappedRow(packed_seq_params)
+            packed_seq_params = self.wrapped_row(packed_seq_params)
             core = self.wrapped_core()
             num_calls = core.num_prefix_grouped_calls
         output = super().forward(
@@ -73,6 +73,10 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
                 "which then attends across samples; hand it on, as SelfAttention.forward does"
             )
         return output
+
+    def wrapped_row(self, params: PositionedSeqParams) -> WrappedRow:
+        """What the given class and the core attention get in the place of a row's params."""
+        return WrappedRow(params)
 
     def wrapped_core(self) -> PrefixGroupedCoreAttention:
         """The layer's core attention.

@@ -1,0 +1,140 @@
+"""Latent self-attention of a layer: positions by the layout, everything else as given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from typing import Any, Self
+
+from torch import Tensor
+
+from ..params import PositionedSeqParams, WrappedRow
+from .self_attention import PrefixGroupedSelfAttention
+
+
+@dataclass(frozen=True)
+class LatentRow(WrappedRow):
+    """A row as wrapped latent attention hands it to itself: ``[T, heads, dim]``."""
+
+    local_cp_size: None = None
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Bound of the row's positions."""
+        return self.params.max_seqlen_q
+
+    @property
+    def max_seqlen_kv(self) -> int:
+        """As of queries."""
+        return self.params.max_seqlen_kv
+
+
+class PrefixGroupedLatentAttention(PrefixGroupedSelfAttention):
+    """Mixin over an ``MLASelfAttention`` class; ordinary batches go through it untouched.
+
+    Latent attention has a rotary embedding of its own, which is asked for a length and makes a row
+    for each position below it. Here it gives the rows of the tokens' positions.
+    """
+
+    rotary_pos_emb: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # Once it is there: Megatron's own constructor reads attributes of its method.
+        self.rotary_pos_emb.__class__ = _positioned_rotary(type(self.rotary_pos_emb))
+
+    def wrapped_row(self, params: PositionedSeqParams) -> LatentRow:
+        """See the base."""
+        return LatentRow(params)
+
+
+@cache
+def prefix_grouped_latent_attention(cls: type) -> type:
+    """Subclass of an ``MLASelfAttention`` class that places packed groups by their layout."""
+    return type(f"PrefixGrouped{cls.__name__}", (PrefixGroupedLatentAttention, cls), {})
+
+
+class _LengthOfRow(int):
+    """A rotary length on its way from ``get_rotary_seq_len`` to ``forward``, with its row."""
+
+    params: PositionedSeqParams
+
+    @classmethod
+    def of(cls, params: PositionedSeqParams) -> Self:
+        length = cls(params.max_seqlen_q)
+        length.params = params
+        return length
+
+
+@cache
+def _positioned_rotary(cls: Any) -> type:
+    """Subclass of a rotary embedding, with the same state, that knows packed rows."""
+
+    def get_rotary_seq_len(
+        self: Any,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> int:
+        if isinstance(packed_seq_params, WrappedRow):
+            return _LengthOfRow.of(packed_seq_params.params)
+        length: int = cls.get_rotary_seq_len(
+            self,
+            inference_context,
+            transformer,
+            transformer_input,
+            transformer_config,
+            packed_seq_params,
+            **kwargs,
+        )
+        return length
+
+    def forward(self: Any, max_seq_len: int, *args: Any, **kwargs: Any) -> Any:
+        made = cls.forward(self, int(max_seq_len), *args, **kwargs)
+        if not isinstance(max_seq_len, _LengthOfRow):
+            return made
+        # YaRN's comes with the factor on its sines and cosines.
+        table, *mscale = made if isinstance(made, tuple) else (made,)
+        # A packed row has lost its batch dimension: [T, heads, dim] takes [T, 1, dim].
+        rows: Tensor = max_seq_len.params.gather_rotary(table).squeeze(1)
+        return (rows, *mscale) if mscale else rows
+
+    methods = {"get_rotary_seq_len": get_rotary_seq_len, "forward": forward}
+    return type(f"Positioned{cls.__name__}", (cls,), methods)
+
+
+@cache
+def latent_core_attention(cls: Any) -> type:
+    """A core attention class that takes the sizes of latent attention's heads.
+
+    ``DotProductAttention`` computes with values of any size, but neither takes the sizes nor
+    shapes its output by them: latent attention of the local spec does not build. The class itself
+    comes back if it takes them.
+    """
+    taken = signature(cls.__init__).parameters
+    if "v_channels" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return cls  # type: ignore[no-any-return]
+    return type(f"Latent{cls.__name__}", (_TakesChannels, cls), {})
+
+
+class _TakesChannels:
+    """Mixin over ``DotProductAttention``."""
+
+    hidden_size_per_partition: int
+    num_attention_heads_per_partition: int
+
+    def __init__(
+        self,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # Megatron-Core's Attention makes one without sizes first, which is thrown away.
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
