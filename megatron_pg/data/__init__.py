@@ -3,7 +3,7 @@
 from .balance import balance_costs, balance_groups, equalize_num_microbatches, with_num_rows
 from .checksum import content_checksum
 from .cost import CostModel, active_ffn_hidden_size
-from .heads import HeadSizes
+from .heads import AttentionSizes
 from .memory import MemoryModel
 from .pack import carried_fields, make_microbatches, make_wave, pack_groups, token_values
 from .plan import (
@@ -31,10 +31,10 @@ from .types import Group, Sample, Status, without_aborted
 from .values import response_problems, reward_problem, shorten, show
 
 __all__ = [
+    "AttentionSizes",
     "CostModel",
     "Group",
     "GroupShape",
-    "HeadSizes",
     "MemoryModel",
     "Microbatch",
     "PackPlan",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..tree import PrefixTree
+from .heads import AttentionSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,27 +79,51 @@ class CostModel:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
-        # Query and output projections, key and value projections, MLP matrices.
-        attention = 2 * (num_attention_heads + num_query_groups) * kv_channels * hidden_size
+        attention = AttentionSizes(
+            num_heads=num_attention_heads,
+            num_kv_heads=num_query_groups,
+            head_dim=kv_channels,
+            value_dim=kv_channels,
+        )
         mlp = (3 if gated_linear_unit else 2) * hidden_size * ffn_hidden_size
+        return cls.from_attention(attention, num_layers, hidden_size, num_layers * mlp, vocab_size)
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: AttentionSizes,
+        num_layers: int,
+        hidden_size: int,
+        mlp_parameters: int,
+        vocab_size: int,
+    ) -> CostModel:
+        """Forward FLOPs of layers with such attention; two per multiply-add.
+
+        Args:
+            attention: of every layer.
+            num_layers: decoder layers.
+            hidden_size: width of the residual stream.
+            mlp_parameters: of all layers' MLPs, as far as one token goes through them.
+            vocab_size: rows of the output layer.
+        """
+        weights = num_layers * attention.parameters(hidden_size) + mlp_parameters
+        per_pair = attention.num_heads * (attention.head_dim + attention.value_dim)
         return cls(
-            per_token=2.0 * num_layers * (attention + mlp),
-            per_attention_pair=4.0 * num_layers * num_attention_heads * kv_channels,
+            per_token=2.0 * weights,
+            per_attention_pair=2.0 * num_layers * per_pair,
             per_loss_token=2.0 * hidden_size * vocab_size,
         )
 
     @classmethod
     def from_config(cls, config: Any, vocab_size: int) -> CostModel:
         """Of the model of a ``TransformerConfig``, whose vocabulary is not padded."""
-        return cls.from_model_dims(
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            ffn_hidden_size=active_ffn_hidden_size(config),
-            vocab_size=vocab_size,
-            num_attention_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            kv_channels=config.kv_channels,
-            gated_linear_unit=config.gated_linear_unit,
+        matrices = 3 if config.gated_linear_unit else 2
+        return cls.from_attention(
+            AttentionSizes.from_config(config),
+            config.num_layers,
+            config.hidden_size,
+            config.num_layers * matrices * config.hidden_size * active_ffn_hidden_size(config),
+            vocab_size,
         )
 
     def estimate(self, tree: PrefixTree, loss_tokens: int = 0) -> float:

@@ -1,4 +1,4 @@
-"""Heads of a model's attention, whichever kind it is."""
+"""Sizes of a model's attention, whichever kind it is."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadSizes:
-    """What attention of every layer is given.
+class AttentionSizes:
+    """Heads of a layer and what projects onto them.
 
     Attributes:
         num_heads: of queries.
         num_kv_heads: of keys and values.
-        head_dim: of queries and keys.
-        value_dim: of values.
-        latent_dim: what latent attention makes keys and values of, per token; 0 for any other.
+        head_dim: of a query and a key.
+        value_dim: of a value.
+        q_lora_rank: width between the two query projections; None where there is one.
+        kv_lora_rank: width of the latent that keys and values are projected from; None where they
+            come from the hidden states.
+        rotary_dim: part of a key that all heads share; latent attention only.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    latent_dim: int = 0
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    rotary_dim: int = 0
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
         """Of a ``TransformerConfig``."""
         heads = config.num_attention_heads
         if getattr(config, "multi_latent_attention", False):
-            # Every head has keys of its own, half positions that all of them share.
             return cls(
                 num_heads=heads,
                 num_kv_heads=heads,
                 head_dim=config.qk_head_dim + config.qk_pos_emb_head_dim,
                 value_dim=config.v_head_dim,
-                latent_dim=config.kv_lora_rank + config.qk_pos_emb_head_dim,
+                q_lora_rank=config.q_lora_rank,
+                kv_lora_rank=config.kv_lora_rank,
+                rotary_dim=config.qk_pos_emb_head_dim,
             )
         return cls(
             num_heads=heads,
@@ -43,3 +49,25 @@ class HeadSizes:
             head_dim=config.kv_channels,
             value_dim=config.kv_channels,
         )
+
+    @property
+    def kv_latent_dim(self) -> int:
+        """Of latent attention, what a token's keys and values are made of; 0 for any other."""
+        return self.kv_lora_rank + self.rotary_dim if self.kv_lora_rank else 0
+
+    @property
+    def latent_dim(self) -> int:
+        """Values of one token between projections."""
+        return (self.q_lora_rank or 0) + self.kv_latent_dim
+
+    def down_parameters(self, hidden_size: int) -> int:
+        """Parameters of the projections onto latents."""
+        return hidden_size * self.latent_dim
+
+    def parameters(self, hidden_size: int) -> int:
+        """Parameters of all projections of one layer, norms between them left out."""
+        q = self.num_heads * self.head_dim * (self.q_lora_rank or hidden_size)
+        out = self.num_heads * self.value_dim * hidden_size
+        per_head = self.head_dim - self.rotary_dim + self.value_dim
+        kv = self.num_kv_heads * per_head * (self.kv_lora_rank or hidden_size)
+        return self.down_parameters(hidden_size) + q + kv + out

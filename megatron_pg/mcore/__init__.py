@@ -3,6 +3,7 @@
 from . import cpu
 from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
+from .config_class import transformer_config_class
 from .generation.generate import GeneratedResponse, generate
 from .layers import AttentionCalls, attention_backends, count_attention_calls
 from .model import PrefixGroupedGPTModel
@@ -45,6 +46,7 @@ __all__ = [
     "gpt_builder",
     "gpt_config_from_args",
     "prefix_resident_forward_backward",
+    "transformer_config_class",
     "validate_config",
     "with_prefix_grouped_attention",
     "with_sequence_parallel_norms",

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from .layers import with_mended_latent_attention
 from .model import PrefixGroupedGPTModel
 from .norm import with_sequence_parallel_norms
 from .spec import with_prefix_grouped_attention
@@ -25,6 +26,8 @@ def build_gpt_chunks(
 
     Equals the stock ``GPTModel`` of the same settings; its layers run packed groups too. Which
     layers have experts, norms of queries and keys and the like, the configuration alone says.
+    Latent attention has the gradients of one rank on any number of tensor-parallel ranks, where the
+    stock one may leave other ranks' heads out of the key part that heads share.
 
     Args:
         config: of the whole model; its pipeline sizes are those of Megatron's process groups.
@@ -47,6 +50,7 @@ def build_gpt_chunks(
         )
         if not use_te:
             spec = with_sequence_parallel_norms(spec, config, vp_stage=vp_stage)
+        spec = with_mended_latent_attention(spec)
         place: dict[str, Any] = dict(ignore_virtual=False, vp_stage=vp_stage)
         chunk = PrefixGroupedGPTModel(
             config,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ..data import (
+    AttentionSizes,
     MemoryModel,
     PackPlan,
     active_ffn_hidden_size,
@@ -164,12 +165,16 @@ def parameters_per_rank(plan: ModelPlan) -> int:
     """Parameters of the largest rank: its layers, and the embedding and output it may hold."""
     config = plan.config
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    heads, groups = (
-        config.num_attention_heads,
-        config.num_query_groups or config.num_attention_heads,
-    )
-    gates = heads if config.attention_output_gate else 0
-    attention = config.hidden_size * config.kv_channels * (2 * heads + 2 * groups + gates)
+    sizes = AttentionSizes.from_config(config)
+    attention, whole = sizes.parameters(config.hidden_size), 2 * config.hidden_size
+    if config.attention_output_gate:
+        attention += config.hidden_size * sizes.num_heads * sizes.head_dim
+    if plan.use_te:
+        # Transformer Engine's projections onto latents are on every rank.
+        attention -= sizes.down_parameters(config.hidden_size)
+        whole += sizes.down_parameters(config.hidden_size)
+    if config.qk_layernorm and sizes.kv_lora_rank:
+        whole += (sizes.q_lora_rank or 0) + sizes.kv_lora_rank
     matrices = 3 if config.gated_linear_unit else 2
     ffn, router = config.ffn_hidden_size, 0
     if config.num_moe_experts:
@@ -178,7 +183,7 @@ def parameters_per_rank(plan: ModelPlan) -> int:
         ffn += config.moe_shared_expert_intermediate_size or 0
         router = config.num_moe_experts * config.hidden_size
     layer = (attention + matrices * config.hidden_size * ffn) // tp
-    layer += 2 * config.hidden_size + router
+    layer += whole + router
     embedding = plan.gpt["vocab_size"] * config.hidden_size // tp
     tables = [0] * pp
     tables[0] += 1
@@ -226,13 +231,15 @@ def _resident_bytes(config: TrainConfig, plan: ModelPlan, tokens: int) -> int:
 
 
 def _memory_model(plan: ModelPlan) -> MemoryModel:
-    c = plan.config
+    c, attention = plan.config, AttentionSizes.from_config(plan.config)
     return MemoryModel.from_model_dims(
         hidden_size=c.hidden_size,
         ffn_hidden_size=active_ffn_hidden_size(c),
-        num_attention_heads=c.num_attention_heads,
-        num_query_groups=c.num_query_groups or c.num_attention_heads,
-        kv_channels=c.kv_channels,
+        num_attention_heads=attention.num_heads,
+        num_query_groups=attention.num_kv_heads,
+        kv_channels=attention.head_dim,
+        value_channels=attention.value_dim,
+        latent_channels=attention.latent_dim,
         gated_linear_unit=c.gated_linear_unit,
         value_bytes=c.params_dtype.itemsize,
         tp_size=c.tensor_model_parallel_size,

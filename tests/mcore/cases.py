@@ -149,7 +149,8 @@ EQUIVALENCE = {
     "tp2_sp_full": Case(tp=2, sp=True, config=FULL_RECOMPUTE),
     "tp2_sp_selective": Case(tp=2, sp=True, config=SELECTIVE_RECOMPUTE),
     "tp2_mqa": Case(tp=2, num_query_groups=1),
-    "latent_tp2": Case(tp=2, **LATENT_PLAIN),
+    # One head on every rank.
+    "latent_tp2": Case(tp=2, **latent(**LATENT_ROPE, num_attention_heads=2)),
     "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
     "latent_tp2_sp_up": Case(tp=2, sp=True, **recomputed(LATENT, **UP_AND_CORE)),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
@@ -32,6 +32,7 @@ from megatron_pg.mcore import (
     PrefixGroupedGPTModel,
     PrefixGroupedSeqParams,
     cpu,
+    transformer_config_class,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
@@ -137,10 +138,9 @@ def make_config(case: Case) -> TransformerConfig:
         batch_p2p_comm=case.vpp is None,
     )
     settings |= cpu.transformer_config_defaults() | case.config
-    is_latent = case.config.get("multi_latent_attention", False)
-    if is_latent:
+    if settings.get("multi_latent_attention"):
         settings["num_query_groups"] = None
-    config = (MLATransformerConfig if is_latent else TransformerConfig)(**settings)
+    config = transformer_config_class(settings)(**settings)
     # GPTModel reads these off the config although TransformerConfig does not declare them.
     for name, value in YARN.items() if case.position_embedding_type == "yarn" else ():
         setattr(config, name, value)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from megatron_pg.data import AttentionSizes
 
 # Layers whose FLOPs are neither full attention's nor an MLP's. A value that is off is none.
 _HF_UNCOUNTED = {
@@ -22,45 +23,7 @@ _MEGATRON_UNCOUNTED = {
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attention:
-    """Heads of a layer and what projects onto them.
-
-    Attributes:
-        num_heads: of queries.
-        num_groups: of keys and values.
-        qk_size: of a query and a key.
-        v_size: of a value.
-        q_rank: width between the two query projections; None where there is one.
-        kv_rank: width of the latent that keys and values are projected from; None where they come
-            from the hidden states.
-        shared_size: part of a key that all heads share; latent attention only.
-    """
-
-    num_heads: int
-    num_groups: int
-    qk_size: int
-    v_size: int
-    q_rank: int | None = None
-    kv_rank: int | None = None
-    shared_size: int = 0
-
-    @property
-    def latent_size(self) -> int:
-        """Values of one token between projections."""
-        return (self.q_rank or 0) + (self.kv_rank or 0) + (self.shared_size if self.kv_rank else 0)
-
-    def weights(self, hidden_size: int) -> int:
-        """Parameters of the projections of one layer."""
-        q, out = self.num_heads * self.qk_size, self.num_heads * self.v_size * hidden_size
-        query = hidden_size * q if self.q_rank is None else self.q_rank * (hidden_size + q)
-        if self.kv_rank is None:
-            return query + hidden_size * self.num_groups * (self.qk_size + self.v_size) + out
-        up = self.num_heads * (self.qk_size - self.shared_size + self.v_size)
-        return query + hidden_size * (self.kv_rank + self.shared_size) + self.kv_rank * up + out
-
-
-def hf_attention(values: Mapping[str, Any]) -> Attention:
+def hf_attention(values: Mapping[str, Any]) -> AttentionSizes:
     """Of a Hugging Face config.
 
     Raises:
@@ -82,21 +45,21 @@ def hf_attention(values: Mapping[str, Any]) -> Attention:
     heads = values["num_attention_heads"]
     if values.get("kv_lora_rank"):
         rope = values["qk_rope_head_dim"]
-        return Attention(
+        return AttentionSizes(
             num_heads=heads,
-            num_groups=heads,
-            qk_size=values["qk_nope_head_dim"] + rope,
-            v_size=values["v_head_dim"],
-            q_rank=values.get("q_lora_rank"),
-            kv_rank=values["kv_lora_rank"],
-            shared_size=rope,
+            num_kv_heads=heads,
+            head_dim=values["qk_nope_head_dim"] + rope,
+            value_dim=values["v_head_dim"],
+            q_lora_rank=values.get("q_lora_rank"),
+            kv_lora_rank=values["kv_lora_rank"],
+            rotary_dim=rope,
         )
     size = values.get("head_dim") or values["hidden_size"] // heads
     groups = values.get("num_key_value_heads") or heads
-    return Attention(num_heads=heads, num_groups=groups, qk_size=size, v_size=size)
+    return AttentionSizes(num_heads=heads, num_kv_heads=groups, head_dim=size, value_dim=size)
 
 
-def megatron_attention(values: Mapping[str, Any]) -> Attention:
+def megatron_attention(values: Mapping[str, Any]) -> AttentionSizes:
     """Of Megatron-LM's arguments.
 
     Raises:
@@ -106,18 +69,20 @@ def megatron_attention(values: Mapping[str, Any]) -> Attention:
     heads = values["num_attention_heads"]
     if values.get("multi_latent_attention"):
         shared = values.get("qk_pos_emb_head_dim", 64)
-        return Attention(
+        return AttentionSizes(
             num_heads=heads,
-            num_groups=heads,
-            qk_size=values.get("qk_head_dim", 128) + shared,
-            v_size=values.get("v_head_dim", 128),
-            q_rank=values.get("q_lora_rank"),
-            kv_rank=values["kv_lora_rank"],
-            shared_size=shared,
+            num_kv_heads=heads,
+            head_dim=values.get("qk_head_dim", 128) + shared,
+            value_dim=values.get("v_head_dim", 128),
+            q_lora_rank=values.get("q_lora_rank"),
+            kv_lora_rank=values["kv_lora_rank"],
+            rotary_dim=shared,
         )
     groups = values.get("num_query_groups") if values.get("group_query_attention", True) else None
     size = values.get("kv_channels") or values["hidden_size"] // heads
-    return Attention(num_heads=heads, num_groups=groups or heads, qk_size=size, v_size=size)
+    return AttentionSizes(
+        num_heads=heads, num_kv_heads=groups or heads, head_dim=size, value_dim=size
+    )
 
 
 def hf_mlps(values: Mapping[str, Any]) -> tuple[list[int], dict[str, int]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_pg.data import CostModel, MemoryModel
+from megatron_pg.data import AttentionSizes, CostModel, MemoryModel
 from megatron_pg.parallel import ModelSizes
-from tools.sharing.layers import Attention, hf_attention, hf_mlps, megatron_attention, megatron_mlps
+from tools.sharing.layers import hf_attention, hf_mlps, megatron_attention, megatron_mlps
 from tools.sharing.support import training_model
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ModelDims:
     ffn_hidden_size: int
     ffn_hidden_sizes: int
     mlp_widths: dict[str, int]
-    attention: Attention
+    attention: AttentionSizes
     vocab_size: int
     gated: bool
     max_positions: int | None = field(default=None, compare=False)
@@ -89,19 +89,18 @@ class ModelDims:
     @property
     def num_query_groups(self) -> int:
         """Key and value heads."""
-        return self.attention.num_groups
+        return self.attention.num_kv_heads
 
     @property
     def cost_model(self) -> CostModel:
         """Forward FLOPs."""
         matrices = 3 if self.gated else 2
-        weights = self.num_layers * self.attention.weights(self.hidden_size)
-        weights += matrices * self.hidden_size * self.ffn_hidden_sizes
-        heads = self.num_layers * self.attention.num_heads
-        return CostModel(
-            per_token=2.0 * weights,
-            per_attention_pair=2.0 * heads * (self.attention.qk_size + self.attention.v_size),
-            per_loss_token=2.0 * self.hidden_size * self.vocab_size,
+        return CostModel.from_attention(
+            self.attention,
+            self.num_layers,
+            self.hidden_size,
+            matrices * self.hidden_size * self.ffn_hidden_sizes,
+            self.vocab_size,
         )
 
     def memory_model(self, value_bytes: int, tp_size: int) -> MemoryModel:
@@ -110,10 +109,10 @@ class ModelDims:
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.ffn_hidden_size,
             num_attention_heads=self.attention.num_heads,
-            num_query_groups=self.attention.num_groups,
-            kv_channels=self.attention.qk_size,
-            value_channels=self.attention.v_size,
-            latent_channels=self.attention.latent_size,
+            num_query_groups=self.attention.num_kv_heads,
+            kv_channels=self.attention.head_dim,
+            value_channels=self.attention.value_dim,
+            latent_channels=self.attention.latent_dim,
             gated_linear_unit=self.gated,
             value_bytes=value_bytes,
             tp_size=tp_size,
@@ -224,7 +223,7 @@ def _check_sizes(dims: ModelDims) -> None:
         "vocab_size": dims.vocab_size,
         "num_attention_heads": dims.num_attention_heads,
         "num_query_groups": dims.num_query_groups,
-        "head size": min(dims.attention.qk_size, dims.attention.v_size),
+        "head size": min(dims.attention.head_dim, dims.attention.value_dim),
         **dims.mlp_widths,
     }
     for name, size in sizes.items():

@@ -6,9 +6,8 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ...mcore import field_verdict
+from ...mcore import field_verdict, transformer_config_class
 from ..description import HfModel
 from .names import ORDINARY, says_nothing_of_the_model
 
@@ -31,7 +30,8 @@ def check_arguments(args: Namespace, model: HfModel, where: str, *, by_configura
     said, meant = _statements(vars(args)), _statements({"group_query_attention": True} | described)
     # What is off in the model is said by arguments that are off, or not at all.
     meant = {name: meant.get(name) for name in described}
-    fields = TransformerConfig(**model.transformer_config())
+    described_settings = model.transformer_config()
+    fields = transformer_config_class(described_settings)(**described_settings)
     problems = []
     for name, value in said.items():
         wanted: Any = None

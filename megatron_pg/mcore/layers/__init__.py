@@ -7,6 +7,7 @@ from .core_attention import (
     count_attention_calls,
     prefix_grouped_core_attention,
 )
+from .mended_mla import with_mended_latent_attention
 from .mla import (
     PrefixGroupedLatentAttention,
     latent_core_attention,
@@ -28,4 +29,5 @@ __all__ = [
     "prefix_grouped_latent_attention",
     "prefix_grouped_layer",
     "prefix_grouped_self_attention",
+    "with_mended_latent_attention",
 ]

@@ -18,7 +18,7 @@ from ...attention import (
     prefix_grouped_attention,
     select_backend,
 )
-from ...data import HeadSizes
+from ...data import AttentionSizes
 from ...tree import PackedLayout
 from ..params import PositionedSeqParams, WrappedRow
 
@@ -50,7 +50,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
 
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
-        heads = HeadSizes.from_config(self.config)
+        heads = AttentionSizes.from_config(self.config)
         self.kind = AttentionKind(softmax_scale=softmax_scale, value_dim=heads.value_dim)
         inputs = _inputs_of(self.config, heads, self.kind)
         self.backend_name = select_backend(inputs, self.attention_backend).name
@@ -133,7 +133,9 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         )
 
 
-def _inputs_of(config: TransformerConfig, heads: HeadSizes, kind: AttentionKind) -> AttentionInputs:
+def _inputs_of(
+    config: TransformerConfig, heads: AttentionSizes, kind: AttentionKind
+) -> AttentionInputs:
     """What attention of the model will be given; Megatron runs on CUDA wherever there is one."""
     device, dtype = torch.device("cpu"), config.params_dtype
     if config.bf16 or config.fp16:

@@ -12,6 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ...parallel import ModelSizes, ParallelSizes
 
+_OF_YARN = {
+    *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
+}
+
 
 def megatron_problems(
     config: TransformerConfig, asked: Mapping[str, Any], vpp_size: int | None, use_te: bool
@@ -50,6 +54,8 @@ def megatron_problems(
         problems += _stage_problems(config)
     yield from problems or _recompute_problems(config)
     yield from _width_problems(config)
+    if config.multi_latent_attention:
+        yield from _latent_problems(config, asked, use_te)
     yield from _kernel_problems(config, use_te)
     if config.num_moe_experts:
         yield from _expert_problems(config)
@@ -110,6 +116,27 @@ def _width_problems(config: TransformerConfig) -> Iterator[str]:
             f"hidden_size={config.hidden_size} leaves num_attention_heads="
             f"{config.num_attention_heads} no channel; set kv_channels, or fewer heads"
         )
+
+
+def _latent_problems(
+    config: TransformerConfig, asked: Mapping[str, Any], use_te: bool
+) -> Iterator[str]:
+    for name in ("add_qkv_bias", "kv_channels", "no_rope_freq", "qk_l2_norm", "softmax_scale"):
+        if asked.get(name):
+            yield f"model.transformer.{name} would be ignored by latent attention; remove it"
+    if config.rope_type != "yarn":
+        for name in sorted(_OF_YARN & asked.keys()):
+            yield f"model.transformer.{name} would be ignored: rope_type is 'rope'; remove it"
+    if use_te:
+        return
+    tp = config.tensor_model_parallel_size
+    widths = {
+        "q_lora_rank": config.q_lora_rank or 0,
+        "kv_lora_rank + qk_pos_emb_head_dim": config.kv_lora_rank + config.qk_pos_emb_head_dim,
+    }
+    for name, width in widths.items():
+        if width % tp:
+            yield f"{name}={width} is no multiple of tensor_model_parallel_size={tp}; change either"
 
 
 def _recompute_problems(config: TransformerConfig) -> Iterator[str]:

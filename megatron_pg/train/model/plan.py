@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ...attention import AttentionInputs, select_backend
+from ...attention import AttentionInputs, AttentionKind, select_backend
 from ...checkpoint import HfModel, make_megatron_args, read_hf_config
-from ...data import CostModel
+from ...data import AttentionSizes, CostModel
 from ...grpo import PackingConfig, PrefixGroupConfig
-from ...mcore import cpu
+from ...mcore import cpu, transformer_config_class
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .megatron_rules import megatron_problems
 from .transformer_settings import transformer_settings
@@ -93,8 +94,9 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     else:
         gpt, vocab_size = _from_scratch(model, sizes.tp)
     of_hf = None if model.hf is None else dict(settings)
-    has_cuda = torch.cuda.is_available()
+    has_cuda, use_te = torch.cuda.is_available(), _uses_te(model.transformer_impl)
     settings |= {
+        "transformer_impl": "transformer_engine" if use_te else "local",
         **sizes.group_arguments(),
         "sequence_parallel": sizes.sp,
         # The loss carries its own global denominators; Megatron must not divide again.
@@ -110,10 +112,13 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
         settings |= cpu.transformer_config_defaults()
     overrides = transformer_settings(model.transformer, of_hf)
     settings |= overrides
+    if settings.get("multi_latent_attention") and model.hf is None:
+        # Its layers have rotary embeddings of their own.
+        settings["rotary_base"] = model.rotary_base
     settings["pipeline_dtype"] = settings["params_dtype"]
     settings["bf16"] = settings["params_dtype"] is torch.bfloat16
     try:
-        config = TransformerConfig(**settings)
+        config = transformer_config_class(settings)(**settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
         named = [n for n, v in vars(parallel).items() if v != getattr(ParallelConfig, n)]
         raise ValueError(
@@ -121,13 +126,8 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             f"change of parallel {', '.join(named) or 'a size'}, or of model.transformer "
             f"{', '.join(overrides) or 'a field'}"
         ) from error
-    use_te = _uses_te(model.transformer_impl)
     problems = list(megatron_problems(config, overrides, sizes.vpp, use_te))
-    if gpt["position_embedding_type"] == "rope" and config.kv_channels % 2:
-        problems.append(
-            f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
-            "be even: rotary positions turn pairs of channels"
-        )
+    problems += _position_problems(config, gpt["position_embedding_type"])
     raise_problems("with the model's settings", problems)
     origin = None
     if model.hf is not None:
@@ -167,17 +167,37 @@ def check_attention(plan: ModelPlan, backend_name: str, device: torch.device) ->
     Raises:
         ValueError: naming what it cannot do.
     """
-    model = plan.config
+    heads = AttentionSizes.from_config(plan.config)
     select_backend(
         AttentionInputs(
             device=device,
-            dtype=model.params_dtype,
-            head_dim=model.kv_channels,
-            num_heads=model.num_attention_heads,
-            num_kv_heads=model.num_query_groups or model.num_attention_heads,
+            dtype=plan.config.params_dtype,
+            head_dim=heads.head_dim,
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            kind=AttentionKind(value_dim=heads.value_dim),
         ),
         backend_name,
     )
+
+
+def _position_problems(config: TransformerConfig, position_embedding_type: str) -> Iterator[str]:
+    if config.multi_latent_attention:
+        if position_embedding_type != "rope":
+            yield (
+                f"position_embedding_type={position_embedding_type!r}: latent attention turns its "
+                "own part of queries and keys; leave it at 'rope'"
+            )
+        if config.qk_pos_emb_head_dim % 2:
+            yield (
+                f"qk_pos_emb_head_dim={config.qk_pos_emb_head_dim} must be even: rotary positions "
+                "turn pairs of channels"
+            )
+    elif position_embedding_type == "rope" and config.kv_channels % 2:
+        yield (
+            f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
+            "be even: rotary positions turn pairs of channels"
+        )
 
 
 def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], int]:

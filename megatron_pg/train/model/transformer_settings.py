@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from ...mcore import field_verdict
+from ...mcore import field_verdict, transformer_config_class
 from ..config import convert, nearest, raise_problems
 
 
@@ -28,13 +28,16 @@ def transformer_settings(
         ValueError: listing every field that is unknown, set elsewhere, said by ``model.hf``
             otherwise or without effect, and every value that is none of its field's.
     """
-    hints = typing.get_type_hints(TransformerConfig)
-    fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
+    cls = transformer_config_class({**(of_hf or {}), **overrides})
+    hints = typing.get_type_hints(cls) | _HINTS
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     problems: list[str] = []
     values: dict[str, Any] = {}
     for name, given in overrides.items():
         path = f"model.transformer.{name}"
-        if name not in fields:
+        if name not in fields and name in _OF_LATENT_ATTENTION:
+            problems.append(f"{path} is of latent attention; set multi_latent_attention: true too")
+        elif name not in fields:
             problems.append(f"{path} is unknown{nearest(str(name), list(fields))}")
         elif name in _OWNED:
             problems.append(f"{path} {_OWNED[name]}")
@@ -96,11 +99,19 @@ _SIZES = {
     *("moe_shared_expert_intermediate_size", "moe_router_num_groups", "moe_router_group_topk"),
     *("recompute_num_layers", "num_layers_in_first_pipeline_stage"),
     "num_layers_in_last_pipeline_stage",
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+    "original_max_position_embeddings",
 }
 _ABOVE_ZERO = {
     *("layernorm_epsilon", "softmax_scale", "init_method_std", "embedding_init_method_std"),
-    *("activation_func_clamp_value", "moe_router_topk_scaling_factor"),
+    *("activation_func_clamp_value", "moe_router_topk_scaling_factor", "rotary_percent"),
+    *("rotary_scaling_factor", "beta_fast", "beta_slow"),
 }
+_OF_LATENT_ATTENTION = {field.name for field in dataclasses.fields(MLATransformerConfig)} - {
+    field.name for field in dataclasses.fields(TransformerConfig)
+}
+# Said otherwise than it is read: without a rank there is one projection of queries.
+_HINTS: dict[str, Any] = {"q_lora_rank": int | None}
 # How the model of a folder is run stays the run's choice.
 _FREE = {
     *("attention_dropout", "hidden_dropout", "moe_router_load_balancing_type"),
@@ -145,6 +156,7 @@ _OWNED = {name: _PARALLEL.format(name) for name in _OFFERED_PARALLEL} | {
     "attention_backend": "is not of packed rows; set prefix_group.attention_backend",
     "flash_attention_version": "is not of packed rows; set prefix_group.attention_backend",
     "transformer_impl": "is set by model.transformer_impl; set it there",
+    "rotary_base": "is set by model.rotary_base; set it there",
     "cross_entropy_loss_fusion": _OWN_LOGPROBS,
     "cross_entropy_fusion_impl": _OWN_LOGPROBS,
     "use_te_activation_func": "needs a layer spec that no run makes; omit it",

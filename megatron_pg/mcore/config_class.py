@@ -1,0 +1,13 @@
+"""Which class of configuration holds a model's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+
+def transformer_config_class(settings: Mapping[str, Any]) -> type[TransformerConfig]:
+    """``MLATransformerConfig`` where the settings ask for latent attention."""
+    return MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig

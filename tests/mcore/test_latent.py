@@ -1,0 +1,186 @@
+"""Latent attention beyond a step against the stock spec: our own models, fused ones, other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import multi_latent_attention
+from torch import Tensor
+
+from megatron_pg.mcore import (
+    PrefixGroupedGPTModel,
+    PrefixGroupedSeqParams,
+    build_gpt_chunks,
+    with_prefix_grouped_attention,
+    with_sequence_parallel_norms,
+)
+from megatron_pg.mcore import chunks as chunks_module
+from tests.mcore import cases, harness
+from tests.ranks import Pool
+from tests.utils import assert_close
+
+pytestmark = pytest.mark.megatron
+
+GPT = dict(
+    vocab_size=harness.VOCAB, max_sequence_length=harness.MAX_LEN, position_embedding_type="rope"
+)
+
+
+def make_model(spec: Any, config: Any, cls: type = GPTModel) -> Any:
+    return cls(config, spec, **GPT).to(config.params_dtype)
+
+
+def packed_loss(model: Any, row: harness.Rows) -> Tensor:
+    params = PrefixGroupedSeqParams.from_layout(row.layout)
+    tokens = row.layout.pack_tokens(row.sequences)
+    logits = model(tokens[None], params.position_ids[None], None, packed_seq_params=params)[0]
+    total = logits.new_zeros(())
+    for sample, weights in enumerate(row.weights):
+        targets = row.layout.sample_indices(sample)[1:]
+        logprobs = logits[row.layout.predictor_of[targets]].log_softmax(-1)
+        total = total - (logprobs.gather(1, tokens[targets][:, None])[:, 0] * weights).sum()
+    return total
+
+
+def written_out_loss(model: Any, row: harness.Rows) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for sequence, weights in zip(row.sequences, row.weights):
+        logprobs = ordinary(model, sequence)[:-1].log_softmax(-1)
+        total = total - (logprobs.gather(1, sequence[1:, None])[:, 0] * weights).sum()
+    return total
+
+
+def ordinary(model: Any, sequence: Tensor) -> Tensor:
+    n = len(sequence)
+    mask = torch.ones(1, 1, n, n, dtype=torch.bool).triu(1)
+    return model(sequence[None], torch.arange(n)[None], mask)[0]
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_packed_equals_written_out(model: Any) -> dict[str, Tensor]:
+    row = harness.make_rows(3, 1)
+    got = gradients(model, packed_loss(model, row))
+    want = gradients(model, written_out_loss(model, row))
+    for name, gradient in want.items():
+        assert gradient.abs().max() > 0
+        assert_close(name, got[name], gradient, 1e-11)
+    return want
+
+
+# Models of our own.
+
+
+def shared_key_gradients(mends: bool, case: harness.Case) -> list[dict[str, Tensor]]:
+    """Gradients of projections onto the latent, gathered over ranks: packed, and written out."""
+    with harness.on_cpu():
+        harness.initialize(case)
+        if not mends:
+            chunks_module.with_mended_latent_attention = lambda block: block
+        config = harness.make_config(case)
+        (model,) = build_gpt_chunks(config, gpt=GPT, attention_backend=case.backend)
+        row = harness.make_rows(3, case.tp)
+        found = []
+        losses: list[Callable[..., Tensor]] = [packed_loss]
+        if not case.sp:  # rows of any length
+            losses.append(written_out_loss)
+        for loss in losses:
+            grads = gradients(model, gathered(loss, model, row))
+            found.append({n: whole(g) for n, g in grads.items() if "kv_down_proj" in n})
+        return found
+
+
+def gathered(loss: Callable[..., Tensor], model: Any, row: harness.Rows) -> Tensor:
+    """The loss of logits of the whole vocabulary."""
+
+    def logits(*args: Any, **kwargs: Any) -> Tensor:
+        part = model(*args, **kwargs)
+        return harness.gather_from_tensor_model_parallel_region(part)
+
+    return loss(logits, row)
+
+
+def whole(shard: Tensor) -> Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, shard, group=group)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_gradients_of_our_model_are_those_of_one_rank(ranks: Pool, sp: bool) -> None:
+    case = harness.Case(**cases.LATENT)
+    (want, _), *_ = ranks.run(1, shared_key_gradients, True, case)
+    on_two = replace(case, tp=2, sp=sp)
+    of_ours = ranks.run(2, shared_key_gradients, True, on_two)
+    of_stock = ranks.run(2, shared_key_gradients, False, on_two)
+    assert len(want) == 2
+    for name, gradient in want.items():
+        for ours in (found for of_rank in of_ours for found in of_rank):
+            assert_close(name, ours[name], gradient, 1e-12)
+        error = (of_stock[0][0][name] - gradient).abs().max() / gradient.abs().max()
+        assert error > 1e-3, "the stock layer is right: mend it no longer"
+
+
+def test_keys_are_normed_without_a_latent_of_queries(one_rank: None) -> None:
+    settings = cases.LATENT_YARN | dict(q_lora_rank=None)
+    config = harness.make_config(harness.Case(**cases.latent(**settings)))
+    (model,) = build_gpt_chunks(config, gpt=GPT, attention_backend="reference")
+    names = [n for n in model.state_dict() if ".0.self_attention" in n and "extra" not in n]
+    assert [n.split("self_attention.")[1] for n in names] == [
+        "linear_proj.weight",
+        "linear_q_proj.weight",
+        "linear_kv_down_proj.weight",
+        "linear_kv_up_proj.weight",
+        "kv_layernorm.weight",
+    ]
+    assert_packed_equals_written_out(model)
+
+
+# Specs of a user's own.
+
+
+def test_ordinary_batches_are_the_stock_models(one_rank: None) -> None:
+    config = harness.make_config(harness.Case(**cases.LATENT))
+    layer = get_gpt_layer_local_spec(**cases.LATENT["spec"], normalization="RMSNorm")
+    block = with_sequence_parallel_norms(layer, config)
+    stock = make_model(harness.with_value_sizes(block), config)
+    wrapped = with_prefix_grouped_attention(block, "reference")
+    ours = make_model(wrapped, config, PrefixGroupedGPTModel)
+    ours.load_state_dict(stock.state_dict())
+    sequence = torch.arange(40) % harness.VOCAB
+    assert torch.equal(ordinary(ours, sequence), ordinary(stock, sequence))
+    packed_loss(ours, harness.make_rows(3, 1))
+    assert torch.equal(ordinary(ours, sequence), ordinary(stock, sequence))
+
+
+@pytest.mark.skipif(
+    not hasattr(multi_latent_attention, "FusedMLASelfAttention"),
+    reason="this Megatron-Core does not fuse projections onto latents",
+)
+def test_fused_projections_onto_latents(one_rank: None) -> None:
+    config = harness.make_config(harness.Case(**cases.LATENT))
+    layer = get_gpt_layer_local_spec(**cases.LATENT["spec"], normalization="RMSNorm")
+    attention = layer.submodules.self_attention
+    attention = replace(
+        attention,
+        module=multi_latent_attention.FusedMLASelfAttention,
+        submodules=replace(attention.submodules, linear_qkv_down_proj=ColumnParallelLinear),
+    )
+    layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    block = with_sequence_parallel_norms(layer, config)
+    model = make_model(with_prefix_grouped_attention(block, "reference"), config)
+    grads = assert_packed_equals_written_out(model)
+    assert sum("linear_qkv_down_proj" in name for name in grads) == 2
