@@ -39,7 +39,6 @@ def latent(spec: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
     return dict(
         config=dict(multi_latent_attention=True, transformer_impl="local", **sizes) | config,
         spec=dict(multi_latent_attention=True) | (spec or {}),
-        backend="reference",
     )
 
 

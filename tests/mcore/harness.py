@@ -70,7 +70,6 @@ class Case:
     etp: int | None = None
     position_embedding_type: str = "rope"
     bound: float = 1e-9
-    backend: str = "auto"
     # (pipeline stage, chunk, parameter name) -> whether it is trained; None trains all.
     trains: Callable[[int, int, str], bool] | None = None
     loss_bound: float = 1e-9
@@ -159,7 +158,7 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
                 config, False, normalization=config.normalization, vp_stage=vp_stage
             )
         if packed:
-            block = with_prefix_grouped_attention(block, case.backend)
+            block = with_prefix_grouped_attention(block)
         elif config.multi_latent_attention:
             block = with_value_sizes(block)
         chunks.append(

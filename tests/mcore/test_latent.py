@@ -90,7 +90,7 @@ def shared_key_gradients(mends: bool, case: harness.Case) -> list[dict[str, Tens
         if not mends:
             chunks_module.with_mended_latent_attention = lambda block: block
         config = harness.make_config(case)
-        (model,) = build_gpt_chunks(config, gpt=GPT, attention_backend=case.backend)
+        (model,) = build_gpt_chunks(config, gpt=GPT)
         row = harness.make_rows(3, case.tp)
         found = []
         losses: list[Callable[..., Tensor]] = [packed_loss]
@@ -137,7 +137,7 @@ def test_gradients_of_our_model_are_those_of_one_rank(ranks: Pool, sp: bool) -> 
 def test_keys_are_normed_without_a_latent_of_queries(one_rank: None) -> None:
     settings = cases.LATENT_YARN | dict(q_lora_rank=None)
     config = harness.make_config(harness.Case(**cases.latent(**settings)))
-    (model,) = build_gpt_chunks(config, gpt=GPT, attention_backend="reference")
+    (model,) = build_gpt_chunks(config, gpt=GPT)
     names = [n for n in model.state_dict() if ".0.self_attention" in n and "extra" not in n]
     assert [n.split("self_attention.")[1] for n in names] == [
         "linear_proj.weight",
@@ -157,7 +157,7 @@ def test_ordinary_batches_are_the_stock_models(one_rank: None) -> None:
     layer = get_gpt_layer_local_spec(**cases.LATENT["spec"], normalization="RMSNorm")
     block = with_sequence_parallel_norms(layer, config)
     stock = make_model(harness.with_value_sizes(block), config)
-    wrapped = with_prefix_grouped_attention(block, "reference")
+    wrapped = with_prefix_grouped_attention(block)
     ours = make_model(wrapped, config, PrefixGroupedGPTModel)
     ours.load_state_dict(stock.state_dict())
     sequence = torch.arange(40) % harness.VOCAB
@@ -181,6 +181,6 @@ def test_fused_projections_onto_latents(one_rank: None) -> None:
     )
     layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
     block = with_sequence_parallel_norms(layer, config)
-    model = make_model(with_prefix_grouped_attention(block, "reference"), config)
+    model = make_model(with_prefix_grouped_attention(block), config)
     grads = assert_packed_equals_written_out(model)
     assert sum("linear_qkv_down_proj" in name for name in grads) == 2
