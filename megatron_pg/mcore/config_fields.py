@@ -7,13 +7,14 @@ where packed rows would differ, or nothing shows that they do not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 # The same weights give other outputs under another value.
 PROVEN_MODEL = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
     *("kv_channels", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "gated_linear_unit"),
-    *("activation_func", "activation_func_clamp_value", "glu_linear_offset", "qk_layernorm"),
+    *("activation_func_clamp_value", "glu_linear_offset", "qk_layernorm"),
     *("qk_l2_norm", "softmax_scale", "rotary_interleaved", "no_rope_freq"),
     *("attention_output_gate", "apply_residual_connection_post_layernorm"),
     *("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk"),
@@ -119,8 +120,8 @@ INERT = {
     *("moe_hybridep_pad_uneven_dispatch_inputs", "moe_permute_fusion_into_hybridep"),
     *("moe_ncclep_zero_copy", "moe_paged_stash_page_size"),
     *("moe_paged_stash_buffer_size_factor_cuda", "moe_paged_stash_buffer_size_factor_cpu"),
-    # windows, clipped queries and keys, multi-token prediction, mu-parametrisation,
-    *("window_attn_skip_freq", "qk_clip_alpha", "qk_clip_threshold"),
+    # clipped queries and keys, multi-token prediction, mu-parametrisation,
+    *("qk_clip_alpha", "qk_clip_threshold"),
     *("mtp_loss_scaling_factor", "mtp_use_repeated_layer", "mtp_hybrid_override_pattern"),
     *("mtp_detach_heads", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult"),
     *("mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power"),
@@ -143,6 +144,7 @@ _MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "s
 PROVEN_VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
     "normalization": (("LayerNorm", "RMSNorm"), True),
     "rope_type": (("rope", "yarn"), True),
+    "softmax_type": (("vanilla", "off-by-one", "learnable"), True),
     "moe_router_score_function": (("softmax", "sigmoid"), True),
     "moe_router_load_balancing_type": (_BALANCE, False),
     "moe_router_dtype": ((None, "fp32", "fp64"), False),
@@ -150,6 +152,41 @@ PROVEN_VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
     "recompute_granularity": ((None, "full", "selective"), False),
     "recompute_method": ((None, "uniform", "block"), False),
     "recompute_modules": ((None, [], *_MODULES), False),
+}
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_window(value: Any) -> bool:
+    """Megatron-Core's cores agree on these alone: its local one takes -1 for no key at all."""
+    if value is None:
+        return True
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return is_pair and _is_count(value[0], 0) and _is_count(value[1], 0) and value[1] == 0
+
+
+def _is_skip_freq(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(layer, int) and layer in (0, 1) for layer in value)
+    return value is None or _is_count(value, 1)
+
+
+# field -> (whether a value is proven, what is, does it change the model?)
+PROVEN_FORMS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
+    "activation_func": (callable, "a function", True),
+    "window_size": (
+        _is_window,
+        "(n, 0), where n keys before a token are seen, or None, where all are",
+        True,
+    ),
+    "window_attn_skip_freq": (
+        _is_skip_freq,
+        "None, a number n (every nth layer sees all keys) or a list of one 0 or 1 per layer "
+        "(1: the layer has the window)",
+        True,
+    ),
 }
 # As above; nothing in them meets attention.
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
@@ -184,12 +221,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     "is_hybrid_model": (_OFF, "state-space layers carry state across the row", True),
     "heterogeneous_block_specs": (_OFF, _NOT_PROVEN, True),
     "mrope_section": (_NONE, "positions of a packed row are one number per token", True),
-    "window_size": (_NONE, "sliding windows are not expressed in the attention plan", True),
-    "softmax_type": (
-        ("vanilla", None),
-        "attention sinks and softmax-off-by-one change the merge of passes",
-        True,
-    ),
     # Megatron-Core declares no such field; models that read it off the config do.
     "attn_logit_softcapping": (_ZERO, "softcap is not applied by the kernels in use", True),
     "qk_clip": (_OFF, "no maximum attention logit is collected", True),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
@@ -45,6 +46,16 @@ class _CpuInsteadOfCuda(TorchFunctionMode):
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
+
+
+def _emulated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is recomputed runs outside of the mode that ``backward()`` was called in."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _CpuInsteadOfCuda():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -86,6 +97,9 @@ def emulate_cuda() -> Iterator[None]:
             stack.enter_context(mock.patch.object(target, name, stand_in))
         for module, name, right in missing_names():
             stack.enter_context(mock.patch.object(module, name, right, create=True))
+        for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
+            function = _emulated(getattr(fused_softmax, name))
+            stack.enter_context(mock.patch.object(fused_softmax, name, function))
         stack.enter_context(_CpuInsteadOfCuda())
         yield
 

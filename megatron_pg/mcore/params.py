@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..parallel import ParallelSizes
-from ..tree import PackedLayout
+from ..tree import PackedLayout, within_window
 from .predictions import Predictions
 from .prefix_kv import PrefixKV
 
@@ -205,11 +205,24 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
 
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See the base; the row's keys and values are kept if it is a prefix row."""
+        window = core.kind.window
         if self.prefix_kv is not None:
-            key, value = self.prefix_kv.keep(core, key, value)
+            key, value = self.prefix_kv.keep(core, key, value, self.layout, window)
         resident = [kept.of(core) for kept in self.resident]
-        out: Tensor = core.attend(query, key, value, self.layout, resident)
+        layout = self.layout
+        if resident and window is not None:
+            layout = self._within(window) or layout
+        out: Tensor = core.attend(query, key, value, layout, resident)
         return out
+
+    def _within(self, window: int) -> PackedLayout | None:
+        """The row beside what layers with this window keep of prefix rows, made once."""
+        prefix_rows = [kept.layout for kept in self.resident if kept.layout is not None]
+        lens = [row.forest.segment_lens.tobytes() for row in prefix_rows]
+        return self.layout.derived(
+            ("within_window", window, *lens),
+            lambda: within_window(self.layout, window, prefix_rows),
+        )
 
 
 def _membership(layout: PackedLayout) -> Tensor:

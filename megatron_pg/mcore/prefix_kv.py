@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import ResidentKV
+from ..tree import PackedLayout, reached_rows
 
 
 class PrefixKV:
@@ -16,12 +17,23 @@ class PrefixKV:
 
     A call argument like the layout: the row that fills it carries it as
     ``PrefixGroupedSeqParams.prefix_kv``, the rows that attend to it in ``resident``.
+
+    Attributes:
+        layout: the prefix row; None before it has been through a layer.
     """
 
     def __init__(self) -> None:
+        self.layout: PackedLayout | None = None
         self._layers: dict[torch.nn.Module, ResidentKV] = {}
 
-    def keep(self, layer: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        layout: PackedLayout,
+        window: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Keep ``key, value`` of a layer; equal tensors come back, to be used by the row itself.
 
         When the backward pass of the row comes to them, the gradients that other rows have left
@@ -32,12 +44,19 @@ class PrefixKV:
             layer: the core attention module.
             key: ``[tokens of the prefix row, num_query_groups, head_dim]``, positions encoded.
             value: as key.
+            layout: the prefix row.
+            window: of the layer, which keeps the last ``window`` tokens of every segment then (see
+                ``reached_rows``); all tokens when None.
         """
-        key, value = _without_owner(key), _without_owner(value)
+        self.layout = layout
+        rows = None if window is None else _rows(layout, window, key.device)
+        if rows is None:
+            key, value = _without_owner(key), _without_owner(value)
         kept = self._layers.get(layer)
         if kept is None:
-            kept = self._layers[layer] = ResidentKV(key.detach(), value.detach())
-        joined: tuple[Tensor, Tensor] = _JoinGradients.apply(key, value, kept)
+            held = [x.detach() if rows is None else x.detach()[rows] for x in (key, value)]
+            kept = self._layers[layer] = ResidentKV(*held)
+        joined: tuple[Tensor, Tensor] = _JoinGradients.apply(key, value, kept, rows)
         return joined
 
     def of(self, layer: torch.nn.Module) -> ResidentKV:
@@ -61,6 +80,16 @@ class PrefixKV:
         )
 
 
+def _rows(layout: PackedLayout, window: int, device: torch.device) -> Tensor | None:
+    """``reached_rows`` on the device."""
+
+    def make() -> Tensor | None:
+        rows = reached_rows(layout, window)
+        return None if rows is None else torch.from_numpy(rows).to(device, non_blocking=True)
+
+    return layout.derived(("reached_rows", window, device), make)
+
+
 def _without_owner(x: Tensor) -> Tensor:
     """``x``, copied if it alone would keep a larger tensor alive.
 
@@ -71,20 +100,30 @@ def _without_owner(x: Tensor) -> Tensor:
 
 
 class _JoinGradients(torch.autograd.Function):
-    """Identity whose gradient is its own plus what other rows left in ``kept``."""
+    """Identity whose gradient is its own plus what other rows left in ``kept``, of ``rows``."""
 
     @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, kept: ResidentKV) -> tuple[Tensor, Tensor]:
-        ctx.kept = kept
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, kept: ResidentKV, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kept, ctx.rows = kept, rows
         return key.view_as(key), value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = ctx.kept
         if kept.dk is None:
-            return dkey, dvalue, None
-        # The sum is made in the wider type and rounded once.
-        return (kept.dk + dkey).to(dkey.dtype), (kept.dv + dvalue).to(dvalue.dtype), None
+            return dkey, dvalue, None, None
+        return _joined(dkey, kept.dk, ctx.rows), _joined(dvalue, kept.dv, ctx.rows), None, None
+
+
+def _joined(own: Tensor, share: Tensor, rows: Tensor | None) -> Tensor:
+    """The sum, made in the wider type and rounded once."""
+    if rows is None:
+        return (share + own).to(own.dtype)
+    own = own.clone()
+    own[rows] = (share + own[rows]).to(own.dtype)
+    return own
 
 
 @dataclass(frozen=True)

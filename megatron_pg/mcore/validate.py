@@ -67,6 +67,12 @@ def _problems(config: TransformerConfig) -> Iterator[str]:
                 f"{name}={value!r}: nothing is known of this field of {type(config).__name__}; "
                 "leave it at its default"
             )
+    layers = config.window_attn_skip_freq
+    if isinstance(layers, list) and len(layers) != config.num_layers:
+        yield (
+            f"window_attn_skip_freq={layers!r}: {len(layers)} entries for num_layers="
+            f"{config.num_layers}; give one 0 or 1 per layer of the whole model"
+        )
     yield from _parallel_problems(config)
     if getattr(config, "multi_latent_attention", False):
         yield from _latent_problems(config)
@@ -135,9 +141,8 @@ def _make_verdicts() -> dict[str, FieldVerdict]:
     def limited(values: tuple[Any, ...]) -> str:
         return f"no other than {', '.join(map(repr, values))} is known to be exact; set one of them"
 
-    for name in config_fields.PROVEN_MODEL - {"activation_func"}:
+    for name in config_fields.PROVEN_MODEL:
         add(name, "proven", True, anything)
-    add("activation_func", "proven", True, callable, "it is no function; set it to one")
     for name in config_fields.PROVEN_RUN:
         add(name, "proven", False, anything)
     for name in config_fields.HARMLESS_MODEL:
@@ -148,6 +153,8 @@ def _make_verdicts() -> dict[str, FieldVerdict]:
         add(name, "harmless", False, anything, "", True)
     for name, (values, changes) in config_fields.PROVEN_VALUES.items():
         add(name, "proven", changes, _one_of(values), limited(values))
+    for name, (allows, form, changes) in config_fields.PROVEN_FORMS.items():
+        add(name, "proven", changes, allows, f"it is none of the known forms; set {form}")
     for name, values in config_fields.HARMLESS_VALUES.items():
         add(name, "harmless", False, _one_of(values), limited(values))
     for name, (values, reason, changes) in config_fields.REFUSED.items():

@@ -67,6 +67,11 @@ UP_AND_CORE = dict(
     recompute_granularity="selective", recompute_modules=["mla_up_proj", "core_attn"]
 )
 
+def window(size: int, **config: Any) -> dict[str, Any]:
+    """Layers whose queries see ``size`` keys before themselves, with further settings."""
+    return dict(config=dict(window_size=(size, 0)) | config, backend="reference")
+
+
 EQUIVALENCE = {
     # One rank: models.
     "plain": Case(),
@@ -139,6 +144,14 @@ EQUIVALENCE = {
     "modules": Case(config=MODULES_RECOMPUTE),
     "full": Case(config=FULL_RECOMPUTE),
     "block": Case(config=BLOCK_RECOMPUTE, num_layers=3),
+    # Prompts of 9 to 19 tokens and a fork after 5, responses of 1 to 7.
+    "window": Case(**window(3, window_attn_skip_freq=None)),
+    "window_none": Case(**window(0, softmax_type="learnable")),
+    "window_wide": Case(**window(12, softmax_type="off-by-one")),
+    "window_freq": Case(**window(2, window_attn_skip_freq=2), num_layers=3),
+    "window_selective": Case(
+        **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0], **SELECTIVE_RECOMPUTE)
+    ),
     # Two ranks.
     "tp2": Case(tp=2),
     "tp2_sp": Case(tp=2, sp=True),
@@ -173,6 +186,11 @@ EQUIVALENCE = {
     "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),
     "pp2_vpp2_full": Case(pp=2, vpp=2, num_layers=4, config=FULL_RECOMPUTE),
     "dp2": Case(dp=2),
+    "tp2_sp_window": Case(tp=2, sp=True, **window(4, softmax_type="learnable", **FULL_RECOMPUTE)),
+    # By local numbers every chunk would be alike.
+    "pp2_vpp2_window": Case(
+        pp=2, vpp=2, num_layers=4, **window(3, window_attn_skip_freq=[1, 0, 0, 1])
+    ),
     # Four ranks.
     "tp4": Case(tp=4, num_query_groups=4),
     "tp4_sp": Case(tp=4, sp=True, num_query_groups=2),
@@ -206,10 +224,15 @@ SCHEDULE = {
     "latent_full": Case(**recomputed(LATENT_PLAIN, **FULL_RECOMPUTE)),
     "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),
+    # Prefixes of 6 to 11 tokens, of which layers with a window keep the last.
+    "window": Case(**window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0])),
+    "window_none": Case(**window(0, softmax_type="learnable")),
+    "window_wide": Case(**window(8, softmax_type="off-by-one", **FULL_RECOMPUTE)),
     "tp2_sp": Case(tp=2, sp=True),
     "pp2": Case(pp=2),
     "pp2_tied": Case(pp=2, tied=True),
     "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),
+    "pp2_window": Case(pp=2, **window(3, softmax_type="learnable", window_attn_skip_freq=2)),
     "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),
     "dp2": Case(dp=2),
     "moe_ep2": Case(dp=2, ep=2, **MOE),

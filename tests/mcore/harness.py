@@ -73,6 +73,7 @@ class Case:
     # (pipeline stage, chunk, parameter name) -> whether it is trained; None trains all.
     trains: Callable[[int, int, str], bool] | None = None
     loss_bound: float = 1e-9
+    backend: str = "auto"
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +159,7 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
                 config, False, normalization=config.normalization, vp_stage=vp_stage
             )
         if packed:
-            block = with_prefix_grouped_attention(block)
+            block = with_prefix_grouped_attention(block, case.backend)
         elif config.multi_latent_attention:
             block = with_value_sizes(block)
         chunks.append(

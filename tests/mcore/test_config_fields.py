@@ -13,7 +13,13 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_pg.mcore import cpu, field_verdict, validate_config
-from megatron_pg.mcore.config_fields import PROVEN_MODEL, PROVEN_RUN, PROVEN_VALUES, REFUSED
+from megatron_pg.mcore.config_fields import (
+    PROVEN_FORMS,
+    PROVEN_MODEL,
+    PROVEN_RUN,
+    PROVEN_VALUES,
+    REFUSED,
+)
 from tests.mcore import cases, harness
 
 pytestmark = pytest.mark.megatron
@@ -58,7 +64,9 @@ def test_every_field_has_a_verdict(name: str) -> None:
     assert field_verdict(name) is not None, f"say in config_fields what {name} does to packed rows"
 
 
-@pytest.mark.parametrize("name", sorted({*PROVEN_MODEL, *PROVEN_RUN, *PROVEN_VALUES}))
+@pytest.mark.parametrize(
+    "name", sorted({*PROVEN_MODEL, *PROVEN_RUN, *PROVEN_VALUES, *PROVEN_FORMS})
+)
 def test_a_proven_field_is_set_by_a_case_that_is_compared(name: str) -> None:
     for cls in (TransformerConfig, MLATransformerConfig):
         default = cls(num_layers=1, hidden_size=8, num_attention_heads=2)
@@ -69,7 +77,11 @@ def test_a_proven_field_is_set_by_a_case_that_is_compared(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["normalization", "moe_router_score_function", "recompute_granularity", "rope_type"]
+    "name",
+    [
+        *("normalization", "moe_router_score_function", "recompute_granularity", "rope_type"),
+        "softmax_type",
+    ],
 )
 def test_every_proven_value_is_that_of_a_case(name: str) -> None:
     configs = [c for c in map(harness.make_config, PROVEN) if hasattr(c, name)]
@@ -85,6 +97,8 @@ def test_every_proven_value_is_that_of_a_case(name: str) -> None:
         dict(num_moe_experts=4, moe_grouped_gemm=True, moe_router_dtype="fp32"),
         dict(num_moe_experts=4, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"]),
         dict(recompute_granularity="selective", recompute_modules=["core_attn", "moe_act"]),
+        dict(window_size=[128, 0], window_attn_skip_freq=[True, 0], softmax_type="off-by-one"),
+        dict(window_attn_skip_freq=2),
         dict(attention_backend="flash", timers=print, no_sync_func=[print], init_method_std=1.0),
     ],
 )
@@ -106,6 +120,22 @@ def test_what_megatron_lm_sets_for_ordinary_training_passes(changes: dict[str, A
         ("recompute_granularity", "partial"),
         ("transformer_impl", "inference_optimized"),
         ("activation_func", "silu"),
+        ("softmax_type", None),
+        ("softmax_type", "learned"),
+        ("window_size", 128),
+        ("window_size", (128,)),
+        ("window_size", (128, -1)),
+        ("window_size", (128, 1)),
+        ("window_size", (-1, 0)),
+        ("window_size", (-1, -1)),
+        ("window_size", (128.0, 0)),
+        ("window_size", (128, False)),
+        ("window_attn_skip_freq", 0),
+        ("window_attn_skip_freq", True),
+        ("window_attn_skip_freq", (1, 0)),
+        ("window_attn_skip_freq", [1, 2]),
+        ("window_attn_skip_freq", [1, 0, 1]),
+        ("window_attn_skip_freq", []),
     ],
 )
 def test_values_that_nothing_proves_are_refused(name: str, value: object) -> None:

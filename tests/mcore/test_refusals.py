@@ -27,8 +27,6 @@ UNSUPPORTED = {
     "hidden_dropout": 0.1,
     "experimental_attention_variant": "gated_delta_net",
     "mrope_section": [16, 24, 24],
-    "window_size": (128, 0),
-    "softmax_type": "learnable",
     "attn_logit_softcapping": 30.0,
     "fp8": "hybrid",
     "fp4": "e2m1",
@@ -95,7 +93,7 @@ def test_unsupported_combination(changes, message: str) -> None:
 
 def test_all_problems_are_reported_at_once_when_the_model_is_built(one_rank) -> None:
     case = harness.Case()
-    config = config_with(attention_dropout=0.1, window_size=(4, 0), fp8="hybrid")
+    config = config_with(attention_dropout=0.1, window_size=(4, 1), fp8="hybrid")
     with pytest.raises(ValueError) as error:
         harness.build(case, config, packed=True)
     for name in ("3 setting(s)", "attention_dropout", "window_size", "fp8"):

@@ -10,6 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_pg import PrefixTree, pack_trees
 from megatron_pg.data import Wave
 from megatron_pg.mcore import PrefixKV, prefix_resident_forward_backward
 from megatron_pg.mcore.schedule import sweep
@@ -84,26 +85,40 @@ def test_a_row_that_comes_too_early_is_an_error() -> None:
         PrefixKV().of(torch.nn.Identity())
 
 
+@pytest.mark.parametrize("window", [None, 3, 2, 0])
 @pytest.mark.parametrize("has_graph", [False, True])
-def test_kept_values_do_not_keep_the_projection_that_they_are_a_view_of(has_graph: bool) -> None:
-    projected = torch.randn(4, 2, 9, requires_grad=True)
+def test_what_is_kept_owns_its_memory_and_no_more(has_graph: bool, window: int | None) -> None:
+    """Two prefixes of 3 and 2 tokens; values are a view of what projects them."""
+    projected = torch.randn(6, 2, 9, requires_grad=True)
+    layout = pack_trees([PrefixTree.from_sequences([[0] * n]) for n in (3, 2)], pad_to_multiple=6)
     key, value = projected[..., 3:6].contiguous(), projected[..., 6:]
     prefix_kv, layer = PrefixKV(), torch.nn.Identity()
     with torch.set_grad_enabled(has_graph):
-        row_key, row_value = prefix_kv.keep(layer, key, value)
+        row_key, row_value = prefix_kv.keep(layer, key, value, layout, window)
+    assert torch.equal(row_key, key) and torch.equal(row_value, value)
+    # A window of 3 leaves nothing out; padding stays with what is kept whole.
+    rows = torch.tensor([[], [], [1, 2, 3, 4], [0, 1, 2, 3, 4, 5]][3 if window is None else window])
+    rows = rows.long()
     kept = prefix_kv.of(layer)
-    assert torch.equal(kept.k, key) and torch.equal(kept.v, value)
-    assert kept.k.data_ptr() == key.data_ptr() and not kept.v.requires_grad
+    assert torch.equal(kept.k, key[rows]) and torch.equal(kept.v, value[rows])
+    assert not kept.v.requires_grad
     # What attention saves for the backward pass of the row itself is the same copy.
-    assert row_value.data_ptr() == kept.v.data_ptr() != value.data_ptr()
+    is_whole = len(rows) == 6
+    assert (row_value.data_ptr() == kept.v.data_ptr() != value.data_ptr()) == is_whole
+    assert (kept.k.data_ptr() == key.data_ptr()) == is_whole
     stored = sum(x.untyped_storage().nbytes() for x in (kept.k, kept.v))
-    assert stored == prefix_kv.num_bytes == 2 * 4 * 2 * 3 * 4
+    assert stored == prefix_kv.num_bytes == 2 * len(rows) * 2 * 3 * 4
     if has_graph:
         kept.grads()[1].fill_(2.0)
         kept.grads()[0].fill_(1.0)
+        assert prefix_kv.num_bytes == 2 * stored
         torch.autograd.backward([row_key, row_value], [torch.ones_like(x) for x in (key, value)])
         assert projected.grad is not None
-        assert (projected.grad[..., 3:6] == 2).all() and (projected.grad[..., 6:] == 3).all()
+        want = torch.ones(6, 2, 9)
+        want[..., :3] = 0
+        want[rows, :, 3:6] += 1
+        want[rows, :, 6:] += 2
+        assert torch.equal(projected.grad, want)
 
 
 def test_overlaps_that_count_on_one_call_and_unknown_modes_are_refused() -> None:

@@ -28,7 +28,7 @@ from megatron_pg.mcore import (
     with_sequence_parallel_norms,
 )
 from megatron_pg.mcore.layers import prefix_grouped_core_attention
-from tests.mcore import harness
+from tests.mcore import cases, harness
 from tests.utils import assert_close
 
 pytestmark = pytest.mark.megatron
@@ -154,6 +154,26 @@ def test_stock_model_with_a_wrapped_spec_returns_logits(one_rank) -> None:
     calls = count_attention_calls(model)
     assert calls.prefix_grouped == config.num_layers
     assert calls.ordinary == config.num_layers * len(row.sequences)
+
+
+@pytest.mark.parametrize("name", ["plain", "window_none", "window_freq", "window_selective"])
+def test_ordinary_batches_are_those_of_the_stock_spec_bit_by_bit(one_rank, name) -> None:
+    case = cases.EQUIVALENCE[name]
+    models = [
+        harness.build(case, harness.make_config(case), packed=packed)[0] for packed in (True, False)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).triu(1)
+    cotangent = torch.randn(2, 9, 64, dtype=case.dtype)
+    results = []
+    for model in models:
+        logits = model(tokens, torch.arange(9).expand(2, 9), mask)
+        (logits * cotangent).sum().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    assert count_attention_calls(models[0]) == (0, case.num_layers * (2 if "sel" in name else 1))
+    for got, want in zip(*results, strict=True):
+        assert want.abs().max() > 0 and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
@@ -325,7 +345,7 @@ def test_backends_that_cannot_run_the_model_are_refused_when_it_is_built(
 class BareCore(torch.nn.Module):
     """As much of a core attention as reads its configuration."""
 
-    def __init__(self, config, softmax_scale=None):
+    def __init__(self, config, layer_number, softmax_scale=None):
         super().__init__()
         self.config = config
 
@@ -351,7 +371,7 @@ def test_devices_that_cannot_run_the_model(monkeypatch, changes, capability, mes
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     core = prefix_grouped_core_attention(BareCore, "auto")
     if message is None:
-        core(config)
+        core(config, 1)
         return
     with pytest.raises(ValueError, match=message):
-        core(config)
+        core(config, 1)

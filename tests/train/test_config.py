@@ -328,7 +328,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         (8, ["parallel.tensor_model_parallel_size=8"], "num_attention_heads"),
         (2, ["parallel.expert_model_parallel_size=4"], "expert_model_parallel_size=4"),
         (1, ["model.transformer.attention_dropout=0.1"], "attention_dropout=0.1"),
-        (1, ["model.transformer.window_size=[3,0]"], "window_size"),
+        (1, ["model.transformer.window_size=[3,1]"], "window_size"),
         (1, ["model.transformer.num_layer=3"], "did you mean 'num_layers'?"),
         (1, ["model.transformer.params_dtype=float64"], "takes no gradients in float64"),
         (1, ["model.transformer.params_dtype=bf16"], "did you mean 'bfloat16'?"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from ...attention import (
@@ -47,11 +48,25 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
 
     attention_backend: str
     config: Any
+    softmax_offset: Any
 
-    def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any):
-        super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(config, layer_number, *args, softmax_scale=softmax_scale, **kwargs)
+        # The given module may have made a configuration of its own.
         heads = AttentionSizes.from_config(self.config)
-        self.kind = AttentionKind(softmax_scale=softmax_scale, value_dim=heads.value_dim)
+        self.kind = AttentionKind(
+            softmax_scale=softmax_scale,
+            window=layer_window(self.config, layer_number),
+            has_sink=self.config.softmax_type != "vanilla",
+            value_dim=heads.value_dim,
+        )
         inputs = _inputs_of(self.config, heads, self.kind)
         self.backend_name = select_backend(inputs, self.attention_backend).name
         self.num_prefix_grouped_calls = 0
@@ -130,7 +145,27 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             backend=ATTENTION_BACKENDS[self.backend_name],
             resident=resident,
             kind=self.kind,
+            sink=self.sink(query.device),
         )
+
+    def sink(self, device: torch.device) -> Tensor | None:
+        """``[heads of this rank]`` logits that take weight and have no value; None without.
+
+        Learned by the given module, or its zeros, which no move of the module moves.
+        """
+        return self.softmax_offset.flatten().to(device) if self.kind.has_sink else None
+
+
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Keys that a query of the layer sees before itself; None where it sees all.
+
+    Args:
+        config: the model's.
+        layer_number: of the whole model, from 1, on whichever stage the layer stands.
+    """
+    window_size: Any = config.window_size
+    has_window = is_layer_window_attention(window_size, config.window_attn_skip_freq, layer_number)
+    return int(window_size[0]) if has_window else None
 
 
 def _inputs_of(

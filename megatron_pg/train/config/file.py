@@ -129,7 +129,7 @@ def convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
         if _is_a(option, value):
-            return value
+            return tuple(value) if typing.get_origin(option) is tuple else value
         if option is float and _is_number(value):
             # YAML reads 1e-6 without a dot as text.
             return float(value)
@@ -190,7 +190,9 @@ def _describe(option: Any) -> str:
     origin, arguments = typing.get_origin(option), typing.get_args(option)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
-    if origin in (list, tuple):
+    if origin is tuple:
+        return f"a list of {' and '.join(map(describe_type, arguments))}"
+    if origin is list:
         return f"a list of {describe_type(arguments[0])}"
     names: dict[Any, str] = {type(None): "null", dict: "a mapping", list: "a list"}
     names |= {str: "text", int: "an integer"}

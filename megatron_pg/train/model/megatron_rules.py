@@ -41,6 +41,11 @@ def megatron_problems(
                 f"model.transformer.{name}={value!r} would be ignored: the model has no experts; "
                 "remove it, or set num_moe_experts"
             )
+        elif name == "window_attn_skip_freq" and value is not None and not config.window_size:
+            yield (
+                f"model.transformer.{name}={value!r} would be ignored: no layer has a window; "
+                "remove it, or set window_size"
+            )
     if config.virtual_pipeline_model_parallel_size != vpp_size:
         made = config.virtual_pipeline_model_parallel_size
         yield (

@@ -108,10 +108,10 @@ def half_precision_difference() -> float:
 def test_settings_of_the_model_are_refused_together(ranks: Pool) -> None:
     (message,) = ranks.run(1, refused)
     assert message.startswith("2 setting(s)")
-    assert "attention_dropout=0.1" in message and "window_size=(4, 0)" in message
+    assert "attention_dropout=0.1" in message and "window_size=(4, 1)" in message
 
 
 def refused() -> str:
     with on_cpu(), without_cuda_numbers(), pytest.raises(ValueError) as error:
-        make_worker(True, attention_dropout=0.1, window_size=(4, 0))
+        make_worker(True, attention_dropout=0.1, window_size=(4, 1))
     return str(error.value)
