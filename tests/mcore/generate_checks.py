@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -61,9 +62,15 @@ def check_model(name: str, case: harness.Case) -> None:
             assert_close("logprobs", response.logprobs, logprobs, bound)
 
 
-def check_rows_and_cache() -> None:
-    """Prompts are encoded and kept once; then each step runs the live samples only."""
-    chunks = make_model(harness.Case())
+def check_rows_and_cache(window: int | None = None) -> None:
+    """Prompts are encoded and kept once; then each step runs the live samples only.
+
+    Of two layers the first has the window.
+    """
+    case = harness.Case()
+    if window is not None:
+        case = harness.Case(**cases.window(window, window_attn_skip_freq=[1, 0]))
+    chunks = make_model(case)
     prompts, row_lens, caches = make_prompts(), [], []
     prompt_lens = [len(prompt) for prompt in prompts]
 
@@ -73,11 +80,16 @@ def check_rows_and_cache() -> None:
             caches.append(self)
 
         def advance(self, pad_to_multiple: int = 1) -> Any:
-            for layer in self.layers.values():
-                assert layer.prompt_key.shape == (len(prompts), 2, max(prompt_lens), 8)
+            params = super().advance(pad_to_multiple)
+            for layer, reach in zip(self.layers.values(), (window, None), strict=True):
+                reach = 1000 if reach is None else reach
+                kept = min(max(prompt_lens), reach)
+                assert layer.prompt_key.shape == (len(prompts), 2, kept, 8)
                 assert layer.prompt_value.shape == layer.prompt_key.shape
                 assert layer.own_key.shape[:2] == (4 * len(prompts), 2) or self.own_len > 64
-            return super().advance(pad_to_multiple)
+                capacity = min(64 if self.own_len <= 64 else 99, reach + 1)
+                assert layer.own_key.shape[2] == layer.own_value.shape[2] == capacity
+            return params
 
     hook = chunks[0].register_forward_pre_hook(lambda _, args: row_lens.append(args[0].shape[1]))
     module = sys.modules["megatron_pg.mcore.generation.generate"]
@@ -249,6 +261,9 @@ def check_parallel(case: harness.Case) -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "rows_and_cache": check_rows_and_cache,
+    # Fewer tokens than a prompt has, and more than the cache has room for at first.
+    "window_of_5": partial(check_rows_and_cache, 5),
+    "window_of_70": partial(check_rows_and_cache, 70),
     "invariance": check_invariance,
     "truncation": check_truncation,
     "distribution": check_distribution,

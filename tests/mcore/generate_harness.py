@@ -37,6 +37,10 @@ MODELS = (
     "rope_scaling",
     "moe",
     "full",
+    "window",
+    "window_none",
+    "window_wide",
+    "window_selective",
 )
 LAYOUTS = (
     "tp2",
@@ -46,6 +50,8 @@ LAYOUTS = (
     "pp2",
     "pp2_tied",
     "pp2_vpp2",
+    "pp2_vpp2_window",
+    "tp2_sp_window",
     "dp2",
     "tp4_sp",
     "tp2_sp_pp2",

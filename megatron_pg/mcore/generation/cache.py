@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attention import AttentionKind
 from ...tree import PackedLayout
 from ..params import PositionedSeqParams, PrefixGroupedSeqParams
 
@@ -19,19 +20,28 @@ _FIRST_CAPACITY = 64
 class LayerCache:
     """Keys and values of one layer, positions encoded, on this tensor-parallel rank.
 
+    A window keeps what it can reach: the end of the prompts, and as many own tokens as it shows,
+    each in the place of the one that it no longer does. Their order does not matter.
+
     Attributes:
-        prompt_key, prompt_value: ``[num_prompts, num_query_groups, longest prompt, head_dim]``.
+        prompt_key, prompt_value: ``[num_prompts, num_query_groups, kept of the longest prompt,
+            head_dim]``; prompts end together.
         own_key, own_value: ``[num_samples, num_query_groups, capacity, head_dim]``, of the tokens
-            that a sample was given after its prompt.
+            that a sample was given after its prompt; number i stands at ``i % room``.
+        room: most own tokens that are ever kept.
     """
 
     prompt_key: Tensor
     prompt_value: Tensor
     own_key: Tensor
     own_value: Tensor
+    room: int
 
-    def grow(self, own_len: int, capacity: int) -> None:
-        """Make room for ``capacity`` own tokens, of which ``own_len`` are kept."""
+    def make_room(self, own_len: int) -> None:
+        """Make room for one more own token than ``own_len``."""
+        capacity = min(2 * own_len, self.room)
+        if self.own_key.shape[2] != own_len or capacity <= own_len:
+            return
         for name in ("own_key", "own_value"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
@@ -70,21 +80,33 @@ class GenerationCache:
         self.samples = torch.arange(len(prompt_lens) * num_generations)
         self.own_len = 0
         self.layers: dict[torch.nn.Module, LayerCache] = {}
-        # A prompt that is shorter than the longest repeats its last token; the copies are masked.
-        place = torch.arange(max(prompt_lens)).minimum(self.prompt_lens[:, None] - 1)
+        # A prompt that is shorter than the longest repeats its first token; the copies are masked.
+        longest = max(prompt_lens)
+        place = (torch.arange(longest) - longest + self.prompt_lens[:, None]).clamp(min=0)
         starts = self.prompt_lens.cumsum(0) - self.prompt_lens
         self._prompt_rows = (starts[:, None] + place).to(device)
         self._place_rows()
 
-    def store_prompts(self, layer: torch.nn.Module, key: Tensor, value: Tensor) -> None:
-        """Keep the prompts of a packed row ``[T, num_query_groups, head_dim]`` for a layer."""
-        capacity = min(_FIRST_CAPACITY, self.max_own_len)
-        own_shape = (len(self.samples), key.shape[1], capacity, key.shape[2])
-        prompt_key, prompt_value = (
-            x[self._prompt_rows].transpose(1, 2).contiguous() for x in (key, value)
-        )
+    def store_prompts(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, window: int | None = None
+    ) -> None:
+        """Keep the prompts of a packed row ``[T, num_query_groups, head_dim]`` for a layer.
+
+        Args:
+            layer: that reads them.
+            key: of the row.
+            value: as key.
+            window: of the layer, as in ``AttentionKind``.
+        """
+        rows, room = self._prompt_rows, self.max_own_len
+        if window is not None:
+            rows = rows[:, max(rows.shape[1] - window, 0) :]
+            room = min(room, window + 1)
+        own = (len(self.samples), key.shape[1], min(_FIRST_CAPACITY, room))
         self.layers[layer] = LayerCache(
-            prompt_key, prompt_value, key.new_empty(own_shape), value.new_empty(own_shape)
+            *(x[rows].transpose(1, 2).contiguous() for x in (key, value)),
+            *(x.new_empty(*own, x.shape[2]) for x in (key, value)),
+            room,
         )
 
     def advance(self, pad_to_multiple: int = 1) -> DecodeSeqParams:
@@ -97,8 +119,7 @@ class GenerationCache:
         num_rows = len(self.samples)
         position_ids = torch.nn.functional.pad(position_ids, (0, -num_rows % pad_to_multiple))
         for layer in self.layers.values():
-            if layer.own_key.shape[2] == self.own_len:
-                layer.grow(self.own_len, min(2 * self.own_len, self.max_own_len))
+            layer.make_room(self.own_len)
         self.own_len += 1
         return DecodeSeqParams(
             max_seqlen_q=self.max_seqlen,
@@ -122,6 +143,7 @@ class GenerationCache:
             return order
         for layer in self.layers.values():
             for x in (layer.own_key, layer.own_value):
+                # Beyond its length slicing stops, as a window's does.
                 x[holes, :, : self.own_len] = x[movers, :, : self.own_len]
         self.samples = self.samples[order]
         has_rows = torch.isin(self.prompts, self.samples // self.num_generations)
@@ -140,7 +162,8 @@ class GenerationCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        softmax_scale: float | None,
+        kind: AttentionKind,
+        sink: Tensor | None,
     ) -> Tensor:
         """Attention of one token per row over its prompt and its own tokens, itself included.
 
@@ -152,30 +175,36 @@ class GenerationCache:
             query: ``[rows, num_heads, head_dim]``, padding rows behind.
             key: ``[rows, num_query_groups, head_dim]``.
             value: as key.
-            softmax_scale: factor on the scores; ``head_dim ** -0.5`` when None.
+            kind: of the layer's attention.
+            sink: as in ``prefix_grouped_attention``.
 
         Returns:
             ``[rows, num_heads, head_dim]``, 0 on padding rows.
         """
         cache, num_rows, own_len = self.layers[layer], len(self.samples), self.own_len
-        cache.own_key[:num_rows, :, own_len - 1] = key[:num_rows]
-        cache.own_value[:num_rows, :, own_len - 1] = value[:num_rows]
-        slots = slice(len(self.prompts))
-        prompt_key = cache.prompt_key[slots, :, : self._longest].flatten(0, 1)
-        prompt_value = cache.prompt_value[slots, :, : self._longest].flatten(0, 1)
-        own_key = cache.own_key[:num_rows, :, :own_len].flatten(0, 1)
-        own_value = cache.own_value[:num_rows, :, :own_len].flatten(0, 1)
+        place = (own_len - 1) % cache.room
+        cache.own_key[:num_rows, :, place] = key[:num_rows]
+        cache.own_value[:num_rows, :, place] = value[:num_rows]
+        num_own, reach = min(own_len, cache.room), self._longest
+        if kind.window is not None:
+            # The first token after the prompt sees one token of it less than the last of it does.
+            reach = min(reach, max(kind.window + 1 - own_len, 0))
+        slots, end = slice(len(self.prompts)), slice(cache.prompt_key.shape[2] - reach, None)
+        prompt_key = cache.prompt_key[slots, :, end].flatten(0, 1)
+        prompt_value = cache.prompt_value[slots, :, end].flatten(0, 1)
+        own_key = cache.own_key[:num_rows, :, :num_own].flatten(0, 1)
+        own_value = cache.own_value[:num_rows, :, :num_own].flatten(0, 1)
 
         grouped = query[:num_rows].unflatten(1, (key.shape[1], -1))
         shared = _scores(self._to_slots(grouped), prompt_key)
         if self._is_padding is not None:
-            shared.unflatten(0, (len(self.prompts), -1)).masked_fill_(self._is_padding, -torch.inf)
-        own = _scores(grouped.flatten(0, 1), own_key).view(*grouped.shape[:3], own_len)
+            is_padding = self._is_padding[..., self._longest - reach :]
+            shared.unflatten(0, (len(self.prompts), -1)).masked_fill_(is_padding, -torch.inf)
+        own = _scores(grouped.flatten(0, 1), own_key).view(*grouped.shape[:3], num_own)
         scores = torch.cat([self._from_slots(shared, grouped.shape[1]), own], dim=-1)
-        scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        weights = scores.mul_(scale).softmax(-1).to(value.dtype)
-        shared_weights, own_weights = weights.split([self._longest, own_len], dim=-1)
-        out = torch.bmm(own_weights.flatten(0, 1), own_value).view(grouped.shape)
+        weights = _weights(scores, kind, query.shape[-1], sink).to(value.dtype)
+        shared_weights, own_weights = weights.split([reach, num_own], dim=-1)
+        out = torch.bmm(own_weights.flatten(0, 1), own_value).unflatten(0, grouped.shape[:2])
         shared_out = torch.bmm(self._to_slots(shared_weights), prompt_value)
         out += self._from_slots(shared_out, grouped.shape[1])
         padding = (0, 0, 0, 0, 0, len(query) - num_rows)
@@ -198,7 +227,7 @@ class GenerationCache:
         self._grid = None if is_trivial else grid.to(self.device)
         lens = self.prompt_lens[self.prompts]
         self._longest = int(lens.max())
-        is_padding = torch.arange(self._longest) >= lens[:, None]
+        is_padding = torch.arange(self._longest, 0, -1) > lens[:, None]
         self._is_padding = (
             is_padding[:, None, None].to(self.device) if bool(is_padding.any()) else None
         )
@@ -240,7 +269,7 @@ class PrefillSeqParams(PrefixGroupedSeqParams):
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See ``PositionedSeqParams``."""
         out = super().attend(core, query, key, value)
-        self.cache.store_prompts(core, key, value)
+        self.cache.store_prompts(core, key, value, core.kind.window)
         return out
 
 
@@ -258,7 +287,7 @@ class DecodeSeqParams(PositionedSeqParams):
 
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See ``PositionedSeqParams``."""
-        return self.cache.attend(core, query, key, value, core.kind.softmax_scale)
+        return self.cache.attend(core, query, key, value, core.kind, core.sink(query.device))
 
 
 def _close_holes(is_kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,3 +311,14 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     if query.is_cuda:
         return torch.bmm(query, key, out_dtype=torch.float32)
     return torch.bmm(query.float(), key.float())
+
+
+def _weights(scores: Tensor, kind: AttentionKind, head_dim: int, sink: Tensor | None) -> Tensor:
+    """What ``AttentionKind`` makes of products ``[rows, groups, heads of a group, keys]``."""
+    scores.mul_(kind.scale(head_dim))
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    if sink is None:
+        return scores.softmax(-1)
+    column = sink.to(scores.dtype).view(*scores.shape[1:3], 1).expand(len(scores), -1, -1, -1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
