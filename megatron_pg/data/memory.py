@@ -77,13 +77,19 @@ class MemoryModel:
             recompute_layers=recompute_layers,
         )
 
-    def resident(self, mode: Literal["retain", "recompute"]) -> int:
+    def resident(self, mode: Literal["retain", "recompute"], kept: float = 1) -> float:
         """Bytes of a resident token in one layer while microbatches of its wave run.
 
         "retain" keeps its activations, and with them its keys and values. "recompute" keeps keys
         and values alone: its activations come and go with the prefix rows in flight, when those of
         the microbatches are gone.
+
+        Args:
+            mode: how it stays.
+            kept: share of the tokens whose keys and values a layer with a window keeps, in copies
+                of their own where it is less than 1.
         """
         if mode == "recompute":
-            return self.kv + self.kv_grads
-        return self.activations + (self.kv if self.recompute_layers else 0) + self.kv_grads
+            return kept * (self.kv + self.kv_grads)
+        copies = self.kv if self.recompute_layers or kept < 1 else 0
+        return self.activations + kept * (copies + self.kv_grads)

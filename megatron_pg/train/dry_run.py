@@ -19,7 +19,7 @@ from ..grpo import (
     count_tokens,
     plan_all_replicas,
 )
-from ..mcore import validate_config
+from ..mcore import layer_window, validate_config
 from ..parallel import ParallelSizes
 from ..rollout import FilePrompts
 from .config import TrainConfig, config_problems, raise_problems
@@ -109,7 +109,7 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
     )
     parameters = parameters_per_rank(plan)
     tokens = _resident_tokens(config, plans)
-    resident = _resident_bytes(config, plan, tokens)
+    resident = _resident_bytes(config, plan, tokens, plans)
     total = _bytes_per_rank(config, plan, parameters, dp_size) + resident
     dtype = str(plan.config.params_dtype).removeprefix("torch.")
     lines.append(
@@ -222,12 +222,28 @@ def _resident_tokens(config: TrainConfig, plans: Sequence[Sequence[PackPlan]] | 
     return config.prefix_group.max_resident_tokens or config.prefix_group.max_tokens_per_microbatch
 
 
-def _resident_bytes(config: TrainConfig, plan: ModelPlan, tokens: int) -> int:
-    """What they keep on every pipeline stage beside its microbatches."""
-    layers = max(layers_per_stage(plan.config))
-    return int(
-        tokens * layers * _memory_model(plan).resident(config.prefix_group.prefix_resident_mode)
-    )
+def _resident_bytes(
+    config: TrainConfig,
+    plan: ModelPlan,
+    tokens: int,
+    plans: Sequence[Sequence[PackPlan]] | None,
+) -> int:
+    """What they keep on every pipeline stage beside its microbatches, by the average layer."""
+    model, mode = plan.config, config.prefix_group.prefix_resident_mode
+    memory = _memory_model(plan)
+    windows = [layer_window(model, number) for number in range(1, model.num_layers + 1)]
+    layers = [memory.resident(mode, _kept_share(window, plans)) for window in windows]
+    return int(tokens * max(layers_per_stage(model)) * sum(layers) / len(layers))
+
+
+def _kept_share(window: int | None, plans: Sequence[Sequence[PackPlan]] | None) -> float:
+    """Of the largest wave's resident tokens, those that a window reaches; all without a plan."""
+    if window is None or plans is None:
+        return 1.0
+    wave = max((wave for waves in plans for wave in waves), key=lambda wave: wave.prefix_tokens)
+    prefixes = [wave.shapes[group].prefixes for row in wave.prefix_rows for group in row]
+    lens = [length for prefix in prefixes for length in prefix.segment_lens.tolist()]
+    return sum(min(length, window) for length in lens) / max(sum(lens), 1)
 
 
 def _memory_model(plan: ModelPlan) -> MemoryModel:

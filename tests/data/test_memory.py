@@ -42,6 +42,9 @@ def test_resident_tokens_keep_keys_values_and_gradients(value_bytes: int, grad_b
     assert model.resident("recompute") == 12 * (value_bytes + grad_bytes)
     # The activations hold the keys and values already.
     assert model.resident("retain") == model.activations + 12 * grad_bytes
+    # A window keeps copies of the part that it reaches, the row itself all of its own.
+    assert model.resident("recompute", 0.25) == 3 * (value_bytes + grad_bytes)
+    assert model.resident("retain", 0.25) == model.activations + 3 * (value_bytes + grad_bytes)
     # Where layers run again in the backward pass, they hold the layer's input alone.
     model = MemoryModel.from_model_dims(**DIMS, value_bytes=value_bytes, recompute_layers=True)
     assert model.activations == 8 * value_bytes

@@ -162,7 +162,7 @@ def build(variant: Variant, config: TransformerConfig, ours: bool) -> list[Any]:
         place: Any = dict(ignore_virtual=False, vp_stage=vp_stage)
         chunk = (PrefixSharingGPTModel if ours else GPTModel)(
             config,
-            with_prefix_grouped_attention(block) if ours else block,
+            with_prefix_grouped_attention(block, case.backend) if ours else block,
             vocab_size=VOCAB,
             max_sequence_length=MAX_LEN,
             pre_process=parallel_state.is_pipeline_first_stage(**place),

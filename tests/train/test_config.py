@@ -460,6 +460,36 @@ def test_a_dry_run_counts_what_resident_prompts_keep(
         assert halved.resident_bytes_per_rank == 500 * per_token
 
 
+@pytest.mark.parametrize("mode", ["recompute", "retain"])
+def test_a_dry_run_counts_what_windows_reach_of_resident_prompts(
+    tmp_path: Path, sections: dict[str, Any], mode: str
+) -> None:
+    """Of 4 layers with 2 heads of 8 channels in fp32, every second one sees all keys."""
+    kv = 2 * 2 * 8 * 4
+    overrides = (
+        "prefix_group.max_tokens_per_microbatch=24",
+        "prefix_group.prefix_resident=always",
+        f"prefix_group.prefix_resident_mode={mode}",
+    )
+    freq = "model.transformer.window_attn_skip_freq=2"
+
+    def kept(*window: str) -> tuple[int, int]:
+        told = dry_run(load(tmp_path, sections, *overrides, *window), 1)
+        tokens = re.search(r"(\d+) tokens at once", told.lines[-1])
+        assert tokens is not None
+        return told.resident_bytes_per_rank, int(tokens[1])
+
+    whole, tokens = kept()
+    assert kept("model.transformer.window_size=[1000,0]", freq) == (whole, tokens)
+    # By windows of 0, 1 and 2 tokens, two layers keep so many of each prompt.
+    windows = [kept(f"model.transformer.window_size=[{n},0]", freq)[0] for n in range(3)]
+    share = 2 * (kv if mode == "retain" else 2 * kv)
+    assert windows[0] == whole - share * tokens
+    copies = 2 * 2 * kv
+    prompts = (windows[1] - windows[0]) // copies
+    assert 0 < prompts and windows[1:] == [windows[0] + n * copies * prompts for n in (1, 2)]
+
+
 def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str, Any]) -> None:
     sections["model"] = {"vocab_size": tiny.VOCAB}
     with pytest.raises(ValueError, match="needs model.transformer.num_layers, model.transformer."):

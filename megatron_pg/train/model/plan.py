@@ -16,7 +16,7 @@ from ...attention import AttentionInputs, AttentionKind, select_backend
 from ...checkpoint import HfModel, make_megatron_args, read_hf_config
 from ...data import AttentionSizes, CostModel
 from ...grpo import PackingConfig, PrefixGroupConfig
-from ...mcore import cpu, transformer_config_class
+from ...mcore import cpu, layer_window, transformer_config_class
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .megatron_rules import megatron_problems
 from .transformer_settings import transformer_settings
@@ -167,18 +167,19 @@ def check_attention(plan: ModelPlan, backend_name: str, device: torch.device) ->
     Raises:
         ValueError: naming what it cannot do.
     """
-    heads = AttentionSizes.from_config(plan.config)
-    select_backend(
-        AttentionInputs(
+    model, heads = plan.config, AttentionSizes.from_config(plan.config)
+    has_sink = model.softmax_type != "vanilla"
+    windows = [layer_window(model, number) for number in range(1, model.num_layers + 1)]
+    for window in dict.fromkeys(windows):
+        inputs = AttentionInputs(
             device=device,
-            dtype=plan.config.params_dtype,
+            dtype=model.params_dtype,
             head_dim=heads.head_dim,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
-            kind=AttentionKind(value_dim=heads.value_dim),
-        ),
-        backend_name,
-    )
+            kind=AttentionKind(window=window, has_sink=has_sink, value_dim=heads.value_dim),
+        )
+        select_backend(inputs, backend_name)
 
 
 def _position_problems(config: TransformerConfig, position_embedding_type: str) -> Iterator[str]:
