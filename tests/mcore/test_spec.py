@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import replace
 
@@ -348,6 +349,30 @@ class BareCore(torch.nn.Module):
     def __init__(self, config, layer_number, softmax_scale=None):
         super().__init__()
         self.config = config
+
+
+class CoreOfItsOwn(BareCore):
+    """Gives even layers a window, as models of a framework do, and keeps its offset in a shape."""
+
+    def __init__(self, config, layer_number, softmax_scale=None):
+        config = copy.copy(config)
+        config.window_size = (5, 0) if layer_number % 2 == 0 else None
+        super().__init__(config, layer_number, softmax_scale)
+        self.softmax_offset = torch.nn.Parameter(torch.randn(1, 4, 1, 1))
+
+
+def test_a_core_s_own_configuration_says_what_it_computes(one_rank) -> None:
+    config = harness.make_config(harness.Case(config=dict(softmax_type="learnable")))
+    build = prefix_grouped_core_attention(CoreOfItsOwn, "reference")
+    cores = [build(config, number) for number in (1, 2)]
+    assert [core.kind.window for core in cores] == [None, 5] and config.window_size is None
+    for core in cores:
+        sink = core.sink(torch.device("cpu"))
+        assert core.kind.has_sink and torch.equal(sink, core.softmax_offset.flatten())
+        sink.sum().backward()
+        assert torch.equal(core.softmax_offset.grad, torch.ones(1, 4, 1, 1))
+    config.softmax_type = "vanilla"
+    assert build(config, 1).sink(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
