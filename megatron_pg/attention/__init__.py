@@ -10,7 +10,7 @@ from .interface import (
 from .kinds import AttentionKind
 from .merge import merge_implementation
 from .plan import AttentionPlan, make_attention_plan
-from .resident import ResidentKV
+from .resident import ResidentKV, accumulation_dtype
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionKind",
     "AttentionPlan",
     "ResidentKV",
+    "accumulation_dtype",
     "available_backends",
     "check_backend_name",
     "make_attention_plan",

@@ -60,6 +60,17 @@ class AttentionSizes:
         """Values of one token between projections."""
         return (self.q_lora_rank or 0) + self.kv_latent_dim
 
+    def kept_dim(self, tp_size: int, sequence_parallel: bool) -> int:
+        """Values that a rank keeps of a token of a resident prompt in one layer.
+
+        Keys and values of its heads; of latent attention the latent, which sequence parallelism
+        divides, and the part of the key that all heads share.
+        """
+        if self.kv_lora_rank:
+            shards = tp_size if sequence_parallel else 1
+            return self.kv_lora_rank // shards + self.rotary_dim
+        return max(self.num_kv_heads // tp_size, 1) * (self.head_dim + self.value_dim)
+
     def down_parameters(self, hidden_size: int) -> int:
         """Parameters of the projections onto latents."""
         return hidden_size * self.latent_dim

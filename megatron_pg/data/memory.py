@@ -17,14 +17,17 @@ class MemoryModel:
         activations: inputs of two norms and of the four matrix products, q, k and v before and
             after rotary, and what the activation function reads; the log-sum-exp (one a head) is
             left out. Only the layer's input if layers are recomputed.
-        kv: keys and values. The activations hold them too, unless layers are recomputed.
-        kv_grads: their gradients where other rows add to them, fp32 for 16-bit types.
+        kv: keys and values.
+        kept: what stays of a resident token: keys and values, or what latent attention makes them
+            of. The activations hold it too, unless layers are recomputed.
+        kept_grads: its gradients, to which other rows add, fp32 for 16-bit types.
         recompute_layers: whether the backward pass runs every layer once more.
     """
 
     activations: int
     kv: int
-    kv_grads: int
+    kept: int
+    kept_grads: int
     recompute_layers: bool = False
 
     @classmethod
@@ -43,6 +46,7 @@ class MemoryModel:
         recompute_layers: bool = False,
         value_channels: int | None = None,
         latent_channels: int = 0,
+        kept_channels: int | None = None,
     ) -> MemoryModel:
         """Of a decoder.
 
@@ -59,6 +63,7 @@ class MemoryModel:
             recompute_layers: see the class.
             value_channels: width of a value's head; ``kv_channels`` when None.
             latent_channels: what latent attention holds between its projections.
+            kept_channels: what a rank keeps of a resident token; its keys and values when None.
         """
         value_channels = kv_channels if value_channels is None else value_channels
         # A rank has at least one head for keys and values.
@@ -70,19 +75,21 @@ class MemoryModel:
         mlp = (3 if gated_linear_unit else 2) * ffn_hidden_size // tp_size
         elements = 4 * hidden + 2 * q + out + kv + k + latent_channels + mlp
         elements = hidden if recompute_layers else elements
+        kept = kv if kept_channels is None else kept_channels
         return cls(
             activations=elements * value_bytes,
             kv=kv * value_bytes,
-            kv_grads=kv * max(value_bytes, 4),
+            kept=kept * value_bytes,
+            kept_grads=kept * max(value_bytes, 4),
             recompute_layers=recompute_layers,
         )
 
     def resident(self, mode: Literal["retain", "recompute"], kept: float = 1) -> float:
         """Bytes of a resident token in one layer while microbatches of its wave run.
 
-        "retain" keeps its activations, and with them its keys and values. "recompute" keeps keys
-        and values alone: its activations come and go with the prefix rows in flight, when those of
-        the microbatches are gone.
+        "retain" keeps its activations, and with them what is kept of it. "recompute" keeps that
+        alone: its activations come and go with the prefix rows in flight, when those of the
+        microbatches are gone.
 
         Args:
             mode: how it stays.
@@ -90,6 +97,6 @@ class MemoryModel:
                 of their own where it is less than 1.
         """
         if mode == "recompute":
-            return kept * (self.kv + self.kv_grads)
-        copies = self.kv if self.recompute_layers or kept < 1 else 0
-        return self.activations + kept * (copies + self.kv_grads)
+            return kept * (self.kept + self.kept_grads)
+        copies = self.kept if self.recompute_layers or kept < 1 else 0
+        return self.activations + kept * (copies + self.kept_grads)

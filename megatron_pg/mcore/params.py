@@ -122,6 +122,10 @@ class WrappedRow:
     params: PositionedSeqParams
     qkv_format: str = "sbhd"
 
+    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See ``PositionedSeqParams``."""
+        return self.params.attend(core, query, key, value)
+
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class PrefixGroupedSeqParams(PositionedSeqParams):

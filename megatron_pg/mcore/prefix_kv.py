@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..attention import ResidentKV
 from ..tree import PackedLayout, reached_rows
+from .resident_latent import ResidentLatent
+
+_TOO_EARLY = "a row attends to a resident prefix that has not been encoded yet"
 
 
 class PrefixKV:
@@ -20,11 +23,13 @@ class PrefixKV:
 
     Attributes:
         layout: the prefix row; None before it has been through a layer.
+        latents: by layer of latent attention, which keeps those in the place of keys and values.
     """
 
     def __init__(self) -> None:
         self.layout: PackedLayout | None = None
         self._layers: dict[torch.nn.Module, ResidentKV] = {}
+        self.latents: dict[torch.nn.Module, ResidentLatent] = {}
 
     def keep(
         self,
@@ -59,6 +64,28 @@ class PrefixKV:
         joined: tuple[Tensor, Tensor] = _JoinGradients.apply(key, value, kept, rows)
         return joined
 
+    def keep_latent(
+        self, layer: torch.nn.Module, query: Tensor, latent: Tensor, shared_key: Tensor
+    ) -> Tensor:
+        """Keep what a layer of latent attention makes keys and values of (``ResidentLatent``).
+
+        Args:
+            layer: the self-attention module.
+            query: of the row; an equal tensor comes back, to be used by the row itself.
+            latent: see ``ResidentLatent``.
+            shared_key: see ``ResidentLatent``.
+        """
+        kept = self.latents.get(layer)
+        if kept is None:
+            kept = self.latents[layer] = ResidentLatent(latent, shared_key)
+        return kept.join(query, latent, shared_key)
+
+    def latent_of(self, layer: torch.nn.Module) -> ResidentLatent:
+        """As ``of``, of latent attention."""
+        if layer not in self.latents:
+            raise RuntimeError(_TOO_EARLY)
+        return self.latents[layer]
+
     def of(self, layer: torch.nn.Module) -> ResidentKV:
         """What ``layer`` kept.
 
@@ -66,13 +93,13 @@ class PrefixKV:
             RuntimeError: if the prefix row has not been through the layer.
         """
         if layer not in self._layers:
-            raise RuntimeError("a row attends to a resident prefix that has not been encoded yet")
+            raise RuntimeError(_TOO_EARLY)
         return self._layers[layer]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the keys and values and of their gradients so far."""
-        return sum(
+        """Memory of what is kept and of its gradients so far."""
+        return sum(kept.num_bytes for kept in self.latents.values()) + sum(
             x.numel() * x.element_size()
             for kept in self._layers.values()
             for x in (kept.k, kept.v, kept.dk, kept.dv)

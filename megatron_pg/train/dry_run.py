@@ -232,6 +232,9 @@ def _resident_bytes(
     model, mode = plan.config, config.prefix_group.prefix_resident_mode
     memory = _memory_model(plan)
     windows = [layer_window(model, number) for number in range(1, model.num_layers + 1)]
+    if model.multi_latent_attention:
+        # Latents are kept of whole prompts.
+        windows = [None] * len(windows)
     layers = [memory.resident(mode, _kept_share(window, plans)) for window in windows]
     return int(tokens * max(layers_per_stage(model)) * sum(layers) / len(layers))
 
@@ -256,6 +259,7 @@ def _memory_model(plan: ModelPlan) -> MemoryModel:
         kv_channels=attention.head_dim,
         value_channels=attention.value_dim,
         latent_channels=attention.latent_dim,
+        kept_channels=attention.kept_dim(c.tensor_model_parallel_size, c.sequence_parallel),
         gated_linear_unit=c.gated_linear_unit,
         value_bytes=c.params_dtype.itemsize,
         tp_size=c.tensor_model_parallel_size,

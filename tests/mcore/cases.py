@@ -67,6 +67,7 @@ UP_AND_CORE = dict(
     recompute_granularity="selective", recompute_modules=["mla_up_proj", "core_attn"]
 )
 
+
 def window(size: int, **config: Any) -> dict[str, Any]:
     """Layers whose queries see ``size`` keys before themselves, with further settings."""
     return dict(config=dict(window_size=(size, 0)) | config, backend="reference")
@@ -222,7 +223,17 @@ SCHEDULE = {
     "moe": Case(**MOE),
     "latent": Case(**LATENT),
     "latent_full": Case(**recomputed(LATENT_PLAIN, **FULL_RECOMPUTE)),
+    "latent_up_core": Case(**recomputed(LATENT, **UP_AND_CORE)),
+    "latent_tp2": Case(tp=2, **LATENT),
     "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
+    "latent_frozen_latents": Case(
+        **LATENT_PLAIN,
+        trains=lambda stage, chunk, name: "kv_up_proj" in name or "output_layer" in name,
+    ),
+    "latent_frozen_lower": Case(
+        **LATENT,
+        trains=lambda stage, chunk, name: "embedding" not in name and "layers.0" not in name,
+    ),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),
     # Prefixes of 6 to 11 tokens, of which layers with a window keep the last.
     "window": Case(**window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0])),

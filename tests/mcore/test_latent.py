@@ -15,15 +15,19 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from torch import Tensor
 
+from megatron_pg.data import AttentionSizes
 from megatron_pg.mcore import (
     PrefixGroupedGPTModel,
     PrefixGroupedSeqParams,
+    PrefixKV,
     build_gpt_chunks,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
 from megatron_pg.mcore import chunks as chunks_module
-from tests.mcore import cases, harness
+from megatron_pg.mcore.resident_latent import ProjectedKV, ResidentLatent
+from megatron_pg.mcore.schedule import resident
+from tests.mcore import cases, harness, resident_steps
 from tests.ranks import Pool
 from tests.utils import assert_close
 
@@ -184,3 +188,71 @@ def test_fused_projections_onto_latents(one_rank: None) -> None:
     model = make_model(with_prefix_grouped_attention(block), config)
     grads = assert_packed_equals_written_out(model)
     assert sum("linear_qkv_down_proj" in name for name in grads) == 2
+
+
+# Resident prompts.
+
+
+@pytest.mark.parametrize("mode", ["retain", "recompute"])
+def test_resident_prompts_keep_latents(one_rank: None, monkeypatch, mode: str) -> None:
+    case = harness.Case(**cases.LATENT_PLAIN)
+    config = harness.make_config(case)
+    chunks = harness.wrap_ddp(case, config, harness.build(case, config, packed=True))
+    kept: list[PrefixKV] = []
+
+    def make_prefix_kv() -> PrefixKV:
+        kept.append(PrefixKV())
+        return kept[-1]
+
+    monkeypatch.setattr(resident, "PrefixKV", make_prefix_kv)
+    waves = resident_steps.make_waves(case, mode)
+    resident.prefix_resident_forward_backward(
+        forward_step_func=resident_steps.resident_step(resident_steps.groups_of(0)),
+        waves=waves,
+        model=chunks,
+        seq_length=harness.MAX_LEN,
+        mode=mode,
+    )
+    rows = [row for wave in waves for row in wave.prefix_rows]
+    assert len(rows) == len(kept) > 1
+    # Latents of 12 and a shared key of 4 in two layers, 8 bytes each, with their gradients; keys
+    # and values would be four heads of 20.
+    sizes = AttentionSizes.from_config(config)
+    assert sizes.kept_dim(1, False) == 12 + 4
+    for row, prefix_kv in zip(rows, kept):
+        assert prefix_kv.num_bytes == row.layout.total_tokens * 2 * (12 + 4) * 8 * 2
+        assert len(prefix_kv.latents) == 2
+
+
+def test_a_row_that_comes_too_early_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="not been encoded"):
+        PrefixKV().latent_of(torch.nn.Identity())
+
+
+def test_keys_and_values_of_latents_are_there_while_they_are_read() -> None:
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def project(latent: Tensor, shared_key: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(latent))
+        both = (latent @ weight.t()).view(-1, 2, 3)
+        return torch.cat([both[..., :2], shared_key[:, None].expand(-1, 2, -1)], -1), both[..., 2:]
+
+    latent = torch.randn(4, 3, dtype=torch.float64)
+    kept = ResidentLatent(latent, torch.randn(4, 1, dtype=torch.float64))
+    made = ProjectedKV(kept, project)
+    assert made.k.shape == (4, 2, 3) and made.v.shape == (4, 2, 1) and calls == [4]
+    assert not made.k.requires_grad and not made.v.requires_grad
+    made.drop()
+    dk, dv = made.grads()
+    dk += 2.0
+    dv += 3.0
+    key = torch.zeros(1, requires_grad=True)
+    made.follow(key).sum().backward()
+    assert calls == [4, 4] and made.dk is None
+    of_latent, of_key = kept.gradients
+    share = torch.tensor([2.0, 2.0, 3.0, 2.0, 2.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(of_latent, (share @ weight.detach()).expand(4, 3))
+    torch.testing.assert_close(weight.grad, share[:, None] * latent.sum(0))
+    assert torch.equal(of_key, torch.full((4, 1), 4.0, dtype=torch.float64))
+    assert kept.num_bytes == 2 * 4 * (3 + 1) * 8

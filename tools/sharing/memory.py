@@ -41,7 +41,7 @@ def stage_memory(
                 in_flight * longest * layers * memory.activations,
                 wave.prefix_tokens * layers * memory.resident(RESIDENT_MODE),
                 in_flight * written_out * layers * memory.activations,
-                (in_flight * longest + wave.prefix_tokens) * layers * memory.kv,
+                (in_flight * longest * memory.kv + wave.prefix_tokens * memory.kept) * layers,
             )
             sizes = dict(zip(_MEMORY_FIELDS, values))
             peak = max(peak, sizes, key=lambda s: s["activation_bytes"] + s["resident_bytes"])

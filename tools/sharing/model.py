@@ -113,6 +113,7 @@ class ModelDims:
             kv_channels=self.attention.head_dim,
             value_channels=self.attention.value_dim,
             latent_channels=self.attention.latent_dim,
+            kept_channels=self.attention.kept_dim(tp_size, True),
             gated_linear_unit=self.gated,
             value_bytes=value_bytes,
             tp_size=tp_size,

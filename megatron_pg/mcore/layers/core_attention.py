@@ -125,7 +125,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         self.num_prefix_grouped_calls += 1
         # Latent attention has left the batch dimension out.
         query, key, value = (x.reshape(len(x), *x.shape[-2:]) for x in (query, key, value))
-        out = packed_seq_params.params.attend(self, query, key, value)
+        out = packed_seq_params.attend(self, query, key, value)
         return out.reshape(out.shape[0], 1, -1)
 
     def attend(

@@ -7,17 +7,46 @@ from functools import cache
 from inspect import signature
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from ..params import PositionedSeqParams, WrappedRow
+from ..prefix_kv import PrefixKV
+from ..resident_latent import ProjectedKV
 from .self_attention import PrefixGroupedSelfAttention
 
 
 @dataclass(frozen=True)
 class LatentRow(WrappedRow):
-    """A row as wrapped latent attention hands it to itself: ``[T, heads, dim]``."""
+    """A row as wrapped latent attention hands it to itself: ``[T, heads, dim]``.
 
+    Attributes:
+        layer: that does.
+    """
+
+    layer: Any = None
     local_cp_size: None = None
+
+    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See the base; prefix rows keep latents in the place of keys and values."""
+        params: Any = self.params
+        resident = getattr(params, "resident", ())
+        if not resident and self.prefix_kv is None:
+            return super().attend(core, query, key, value)
+        made = [ProjectedKV(kept.latent_of(self.layer), self.layer.project) for kept in resident]
+        if torch.is_grad_enabled() and key.requires_grad:
+            for projected in made:
+                key = projected.follow(key)
+        out: Tensor = core.attend(query, key, value, params.layout, made)
+        if not self.layer.recomputes_attention:
+            for projected in made:
+                projected.drop()
+        return out
+
+    @property
+    def prefix_kv(self) -> PrefixKV | None:
+        """What keeps the row, if it is a prefix row."""
+        return getattr(self.params, "prefix_kv", None)
 
     @property
     def max_seqlen_q(self) -> int:
@@ -38,6 +67,9 @@ class PrefixGroupedLatentAttention(PrefixGroupedSelfAttention):
     """
 
     rotary_pos_emb: Any
+    linear_kv_up_proj: Any
+    num_attention_heads_per_partition: int
+    checkpoint_core_attention: bool
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -46,7 +78,37 @@ class PrefixGroupedLatentAttention(PrefixGroupedSelfAttention):
 
     def wrapped_row(self, params: PositionedSeqParams) -> LatentRow:
         """See the base."""
-        return LatentRow(params)
+        return LatentRow(params, layer=self)
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the given class; a prefix row leaves its latents."""
+        query, key, value, q_latent, latent = super().get_query_key_value_tensors(  # type: ignore[misc]
+            hidden_states, key_value_states, position_ids, packed_seq_params, **kwargs
+        )
+        if isinstance(packed_seq_params, LatentRow) and packed_seq_params.prefix_kv is not None:
+            shared_key = key[:, 0, -self.config.qk_pos_emb_head_dim :]
+            query = packed_seq_params.prefix_kv.keep_latent(self, query, latent, shared_key)
+        return query, key, value, q_latent, latent
+
+    def project(self, latent: Tensor, shared_key: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[tokens, heads, head_dim]`` and values of what a ``ResidentLatent`` keeps."""
+        value_dim, heads = self.config.v_head_dim, self.num_attention_heads_per_partition
+        both = self.linear_kv_up_proj(latent)[0].unflatten(-1, (heads, -1))
+        own, value = both.split([both.shape[-1] - value_dim, value_dim], dim=-1)
+        key = torch.cat([own, shared_key[:, None].expand(-1, heads, -1)], dim=-1)
+        return key, value.contiguous()
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether the backward pass follows each forward pass that has a graph at once."""
+        return self.config.recompute_granularity == "full" or self.checkpoint_core_attention
 
 
 @cache
