@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..tree import PrefixTree
+from ..tree import PrefixTree, pairs_within
 from .heads import AttentionSizes
 
 
@@ -19,8 +21,10 @@ class CostModel:
 
     Attributes:
         per_token: linear layers of all decoder layers, per unique token.
-        per_attention_pair: scores and their product with the values, per visible (q, kv) pair.
+        per_attention_pair: scores and their product with the values, per visible (q, kv) pair, in
+            all layers that see every key before a token.
         per_loss_token: output layer, per trained token.
+        per_window_pair: windows and the same of all layers that have them.
 
     Raises:
         ValueError: if a cost is negative or not finite.
@@ -29,10 +33,13 @@ class CostModel:
     per_token: float = 1.0
     per_attention_pair: float = 6.6e-5
     per_loss_token: float = 0.18
+    per_window_pair: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
+        names = ("per_token", "per_attention_pair", "per_loss_token")
+        costs = {name: getattr(self, name) for name in names}
+        costs |= {f"per_window_pair[{window}]": cost for window, cost in self.per_window_pair}
+        for name, value in costs.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value} must be finite and not negative")
 
@@ -115,22 +122,51 @@ class CostModel:
         )
 
     @classmethod
-    def from_config(cls, config: Any, vocab_size: int) -> CostModel:
-        """Of the model of a ``TransformerConfig``, whose vocabulary is not padded."""
+    def from_config(cls, config: Any, vocab_size: int, windows: Sequence[int | None]) -> CostModel:
+        """Of the model of a ``TransformerConfig``, whose vocabulary is not padded.
+
+        Args:
+            config: of the model.
+            vocab_size: rows of the output layer.
+            windows: as in ``within_windows``.
+        """
         matrices = 3 if config.gated_linear_unit else 2
-        return cls.from_attention(
+        model = cls.from_attention(
             AttentionSizes.from_config(config),
             config.num_layers,
             config.hidden_size,
             config.num_layers * matrices * config.hidden_size * active_ffn_hidden_size(config),
             vocab_size,
         )
+        return model.within_windows(windows)
+
+    def within_windows(self, windows: Sequence[int | None]) -> CostModel:
+        """The same model, some layers of which have a window.
+
+        Args:
+            windows: of every layer, keys that a token sees before itself; None sees all.
+        """
+        per_layer, numbers = self.per_attention_pair / len(windows), Counter(windows)
+        return replace(
+            self,
+            per_attention_pair=numbers.pop(None, 0) * per_layer,
+            per_window_pair=tuple(
+                (window, number * per_layer)
+                for window, number in numbers.items()
+                if window is not None
+            ),
+        )
+
+    def attention(self, tree: PrefixTree) -> float:
+        """Cost of the visible pairs of a tree in all layers."""
+        costs = ((None, self.per_attention_pair), *self.per_window_pair)
+        return sum(cost * pairs_within(tree, window) for window, cost in costs if cost)
 
     def estimate(self, tree: PrefixTree, loss_tokens: int = 0) -> float:
         """Cost of a tree whose samples train ``loss_tokens`` tokens; several trees add up."""
         return (
             self.per_token * tree.unique_tokens
-            + self.per_attention_pair * tree.attention_pairs
+            + self.attention(tree)
             + self.per_loss_token * loss_tokens
         )
 

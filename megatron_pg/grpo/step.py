@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import CostModel, Group
 from ..loss import kl_of_samples
-from ..mcore import PrefixGroupedGPTModel
+from ..mcore import PrefixGroupedGPTModel, layer_windows
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
 from .offload import Offloaded
@@ -74,7 +74,7 @@ class GrpoStep:
         settings = settings or PrefixGroupConfig()
         config = get_model_config(self.chunks[0])
         _check_trainable(self.chunks, config)
-        cost_model = cost_model or CostModel.from_config(config, vocab_size)
+        cost_model = cost_model or CostModel.from_config(config, vocab_size, layer_windows(config))
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(
             temperature=temperature,

@@ -5,7 +5,7 @@ from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
 from .config_class import transformer_config_class
 from .generation.generate import GeneratedResponse, generate
-from .layers import AttentionCalls, attention_backends, count_attention_calls, layer_window
+from .layers import AttentionCalls, attention_backends, count_attention_calls, layer_windows
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,
@@ -45,7 +45,7 @@ __all__ = [
     "generate",
     "gpt_builder",
     "gpt_config_from_args",
-    "layer_window",
+    "layer_windows",
     "prefix_resident_forward_backward",
     "transformer_config_class",
     "validate_config",

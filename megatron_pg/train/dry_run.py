@@ -19,7 +19,7 @@ from ..grpo import (
     count_tokens,
     plan_all_replicas,
 )
-from ..mcore import layer_window, validate_config
+from ..mcore import layer_windows, validate_config
 from ..parallel import ParallelSizes
 from ..rollout import FilePrompts
 from .config import TrainConfig, config_problems, raise_problems
@@ -231,10 +231,8 @@ def _resident_bytes(
     """What they keep on every pipeline stage beside its microbatches, by the average layer."""
     model, mode = plan.config, config.prefix_group.prefix_resident_mode
     memory = _memory_model(plan)
-    windows = [layer_window(model, number) for number in range(1, model.num_layers + 1)]
-    if model.multi_latent_attention:
-        # Latents are kept of whole prompts.
-        windows = [None] * len(windows)
+    # Latents are kept of whole prompts.
+    windows = [None] if model.multi_latent_attention else layer_windows(model)
     layers = [memory.resident(mode, _kept_share(window, plans)) for window in windows]
     return int(tokens * max(layers_per_stage(model)) * sum(layers) / len(layers))
 
@@ -245,7 +243,7 @@ def _kept_share(window: int | None, plans: Sequence[Sequence[PackPlan]] | None) 
         return 1.0
     wave = max((wave for waves in plans for wave in waves), key=lambda wave: wave.prefix_tokens)
     prefixes = [wave.shapes[group].prefixes for row in wave.prefix_rows for group in row]
-    lens = [length for prefix in prefixes for length in prefix.segment_lens.tolist()]
+    lens: list[int] = [n for prefix in prefixes for n in prefix.segment_lens.tolist()]
     return sum(min(length, window) for length in lens) / max(sum(lens), 1)
 
 

@@ -6,7 +6,7 @@ from .mask import dense_mask, resident_mask
 from .pack import pack_trees
 from .resident import ResidentSpans
 from .tree import PrefixTree
-from .window import reached_rows, within_window
+from .window import pairs_within, reached_rows, within_window
 
 __all__ = [
     "IntArray",
@@ -15,6 +15,7 @@ __all__ = [
     "ResidentSpans",
     "dense_mask",
     "pack_trees",
+    "pairs_within",
     "reached_rows",
     "resident_mask",
     "within_window",

@@ -1,4 +1,4 @@
-"""What a window reaches of resident prefixes, and rows beside prefixes that hold no more."""
+"""What a window leaves of a tree: its pairs, and what it reaches of resident prefixes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ import numpy as np
 from .checks import IntArray
 from .layout import PackedLayout
 from .resident import ResidentSpans
+from .tree import PrefixTree
+
+
+def pairs_within(tree: PrefixTree, window: int | None) -> int:
+    """Visible (q, kv) pairs of a tree, of a window: ``min(position, window) + 1`` for every token.
+
+    Args:
+        tree: with or without a resident prefix.
+        window: keys that a query sees before itself on its path; None sees all.
+    """
+    if window is None:
+        return tree.attention_pairs
+
+    def below(position: IntArray) -> IntArray:
+        """Keys that all tokens before a position see before themselves."""
+        reached = np.minimum(position, window + 1)
+        pairs: IntArray = reached * (reached - 1) // 2 + (position - reached) * window
+        return pairs
+
+    starts, lens = tree.segment_positions, tree.segment_lens
+    return int((below(starts + lens) - below(starts) + lens).sum())
 
 
 def reached_rows(prefix_row: PackedLayout, window: int) -> IntArray | None:

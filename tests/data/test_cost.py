@@ -36,6 +36,19 @@ def test_estimate_adds_the_three_terms():
     assert model.estimate(tree, loss_tokens=4) == 600 + 18 + 40_000
 
 
+def test_layers_with_a_window_cost_by_what_they_see():
+    model = CostModel(per_token=0, per_attention_pair=6, per_loss_token=0)
+    tree = PrefixTree.from_group(2, [1, 3])
+    # Of 1 + 2, 3 and 3 + 4 + 5 visible keys a window of 1 leaves 2 to each token but the first.
+    windowed = model.within_windows([None, 1, 1])
+    assert windowed.estimate(tree) == 2 * 18 + 4 * (1 + 2 + 2 + 3 * 2)
+    assert model.within_windows([0, 0, 0]).estimate(tree) == 6 * 6
+    assert model.within_windows([1000, None, 5]).estimate(tree) == model.estimate(tree)
+    assert model.within_windows([None, None]) == model
+    with pytest.raises(ValueError, match=r"per_window_pair\[4\]=-1 must be finite"):
+        CostModel(per_window_pair=((4, -1),))
+
+
 def test_default_has_the_ratios_of_its_decoder():
     dims = CostModel.from_model_dims(
         hidden_size=1536,

@@ -70,7 +70,7 @@ UP_AND_CORE = dict(
 
 def window(size: int, **config: Any) -> dict[str, Any]:
     """Layers whose queries see ``size`` keys before themselves, with further settings."""
-    return dict(config=dict(window_size=(size, 0)) | config, backend="reference")
+    return dict(config=dict(window_size=(size, 0)) | config)
 
 
 EQUIVALENCE = {
@@ -151,7 +151,13 @@ EQUIVALENCE = {
     "window_wide": Case(**window(12, softmax_type="off-by-one")),
     "window_freq": Case(**window(2, window_attn_skip_freq=2), num_layers=3),
     "window_selective": Case(
-        **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0], **SELECTIVE_RECOMPUTE)
+        **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0], **SELECTIVE_RECOMPUTE),
+        backend="cpu",
+    ),
+    "window_latent": Case(
+        **recomputed(
+            LATENT, **window(3, softmax_type="learnable", window_attn_skip_freq=2)["config"]
+        )
     ),
     # Two ranks.
     "tp2": Case(tp=2),
@@ -239,6 +245,7 @@ SCHEDULE = {
     "window": Case(**window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0])),
     "window_none": Case(**window(0, softmax_type="learnable")),
     "window_wide": Case(**window(8, softmax_type="off-by-one", **FULL_RECOMPUTE)),
+    "window_latent": Case(**recomputed(LATENT_PLAIN, **window(4)["config"])),
     "tp2_sp": Case(tp=2, sp=True),
     "pp2": Case(pp=2),
     "pp2_tied": Case(pp=2, tied=True),

@@ -6,13 +6,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_pg import PrefixTree
 from megatron_pg.data import read_rollouts
 from megatron_pg.parallel import ParallelSizes
-from tools.flops import FORWARD_BACKWARD
+from tools.flops import FORWARD_BACKWARD, FlopWeights, packed_flops, written_out_flops
 from tools.plan_sharing import main
 from tools.sharing.model import GATED, UNGATED, read_model
 from tools.sharing.render import print_report
@@ -672,8 +674,59 @@ def test_what_is_not_counted_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "change", "windows"),
+    [
+        ("args.json", MEGATRON, dict(window_size=[4, 0]), (4, 4)),
+        ("args.json", MEGATRON, dict(window_size=[4, 0], window_attn_skip_freq=2), (4, None)),
+        ("args.json", MEGATRON, dict(window_size=[4, 0], window_attn_skip_freq=[0, 1]), (None, 4)),
+        ("config.json", HF, dict(model_type="mixtral", sliding_window=4), (3, 3)),
+        (
+            "config.json",
+            HF,
+            dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4),
+            (3, None),
+        ),
+        (
+            "config.json",
+            HF,
+            dict(model_type="starcoder2", sliding_window=4, use_sliding_window=False),
+            (None, None),
+        ),
+    ],
+)
+def test_windows_are_counted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    content: Any,
+    change: Any,
+    windows: Any,
+) -> None:
+    """A token of a written-out sample of 6 sees 1 to 6 keys, or at most a window's and itself."""
+    monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
+    (tmp_path / file).write_text(json.dumps(content | change))
+    dims = read_model(tmp_path)
+    assert dims.windows == windows
+    weights = FlopWeights(0, 1, 0)
+    tree = PrefixTree.from_group(4, [2, 1])
+    # Two heads of 4 channels, scores and values, two FLOPs each.
+    per_pair = 2 * 2 * 2 * 4
+    pairs = [[min(p, 9 if w is None else w) + 1 for p in range(6)] for w in windows]
+    unique, logical = ([*row, row[4]] for row in pairs), ([*row, *row[:5]] for row in pairs)
+    assert packed_flops(tree, 0, dims.cost_model, weights) == per_pair * sum(map(sum, unique))
+    assert written_out_flops(tree, 0, dims.cost_model, weights) == per_pair * sum(map(sum, logical))
+
+
+@pytest.mark.parametrize(
     "change",
-    [dict(window_size=[128, 0]), dict(hybrid_layer_pattern="M*"), dict(moe_latent_size=8)],
+    [
+        dict(window_size=[128, 1]),
+        dict(window_size=128),
+        dict(window_attn_skip_freq=[1], window_size=[4, 0]),
+        dict(window_attn_skip_freq=0, window_size=[4, 0]),
+        dict(hybrid_layer_pattern="M*"),
+        dict(moe_latent_size=8),
+    ],
 )
 def test_arguments_that_are_not_counted_are_refused_by_name(
     tmp_path: Path, change: dict[str, object]

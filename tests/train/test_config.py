@@ -487,7 +487,7 @@ def test_a_dry_run_counts_what_windows_reach_of_resident_prompts(
     assert windows[0] == whole - share * tokens
     copies = 2 * 2 * kv
     prompts = (windows[1] - windows[0]) // copies
-    assert 0 < prompts and windows[1:] == [windows[0] + n * copies * prompts for n in (1, 2)]
+    assert prompts > 0 and windows[1:] == [windows[0] + n * copies * prompts for n in (1, 2)]
 
 
 def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("megatron.core")
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_pg.data import Group, Sample  # noqa: E402
-from megatron_pg.mcore import layer_window  # noqa: E402
+from megatron_pg.mcore import layer_windows  # noqa: E402
 from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.model.megatron_rules import layers_per_stage  # noqa: E402
@@ -244,12 +244,12 @@ def test_stages_and_widths_that_do_not_fit(
 
 
 def test_windows_and_sinks() -> None:
-    """A file has no pairs; which layers have the window is ``layer_window``'s to say."""
+    """A file has no pairs."""
     asked = dict(window_size=[8, 0], window_attn_skip_freq=[1, 0, 0, 1], softmax_type="learnable")
     config = plan(SIZES | asked)
     assert config.window_size == (8, 0) and config.softmax_type == "learnable"
-    assert [layer_window(config, number) for number in range(1, 5)] == [8, None, None, 8]
-    assert [layer_window(plan(SIZES), number) for number in range(1, 5)] == [None] * 4
+    assert layer_windows(config) == [8, None, None, 8]
+    assert layer_windows(plan(SIZES)) == [None] * 4
     for changes, message in (
         (dict(window_size=None), "would be ignored: no layer has a window"),
         (dict(window_size=8), "window_size=8 must be a list of an integer and an integer"),

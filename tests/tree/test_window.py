@@ -12,6 +12,7 @@ from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.tree import (
     ResidentSpans,
     dense_mask,
+    pairs_within,
     reached_rows,
     resident_mask,
     within_window,
@@ -65,6 +66,19 @@ def test_visibility_is_the_same() -> None:
             assert int(whole.sum()) == int(whole[:, kept].sum())
         assert cut.total_tokens == layout.total_tokens and cut.num_samples == layout.num_samples
     assert num_cut > 80
+
+
+def test_pairs_are_those_of_the_mask() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        prefix_rows, layout = prefixes_and_row(rng)
+        window = rng.choice([None, *range(12)])
+        own = int(dense_mask(layout, window).sum()) - (layout.total_tokens - layout.unique_tokens)
+        beside = sum(
+            int(resident_mask(layout, number, row.total_tokens, window).sum())
+            for number, row in enumerate(prefix_rows)
+        )
+        assert pairs_within(layout.forest, window) == own + beside
 
 
 def test_what_is_reached() -> None:

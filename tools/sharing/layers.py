@@ -18,8 +18,10 @@ _MEGATRON_UNCOUNTED = {
     *("attention_output_gate", "experimental_attention_variant", "hybrid_override_pattern"),
     *("hybrid_layer_pattern", "heterogeneous_layers_config_path", "is_hybrid_model"),
     *("heterogeneous_layers_config_encoded_json", "linear_attention_freq", "moe_latent_size"),
-    *("window_size", "enable_mhc_connections"),
+    "enable_mhc_connections",
 }
+# Types whose configs say the window of all layers, where they have no ``layer_types``.
+_HF_WINDOW_IN_EVERY_LAYER = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -34,13 +36,6 @@ def hf_attention(values: Mapping[str, Any]) -> AttentionSizes:
         for key, value in values.items()
         if value and (key in _HF_UNCOUNTED or key.startswith(_HF_UNCOUNTED_PREFIXES))
     ]
-    kinds = values.get("layer_types")
-    if kinds and set(kinds) != {"full_attention"}:
-        uncounted.append("layer_types")
-    window = values.get("sliding_window")
-    reach = values.get("max_position_embeddings") or float("inf")
-    if window and values.get("use_sliding_window", True) and window < reach:
-        uncounted.append("sliding_window")
     _refuse(uncounted, values)
     heads = values["num_attention_heads"]
     if values.get("kv_lora_rank"):
@@ -83,6 +78,51 @@ def megatron_attention(values: Mapping[str, Any]) -> AttentionSizes:
     return AttentionSizes(
         num_heads=heads, num_kv_heads=groups or heads, head_dim=size, value_dim=size
     )
+
+
+def hf_windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Keys that a token of every layer sees before itself; None sees all.
+
+    Raises:
+        NotImplementedError: naming a key of layers that are not counted.
+    """
+    number: int = values["num_hidden_layers"]
+    kinds, reach = values.get("layer_types"), values.get("max_position_embeddings")
+    size = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    # transformers counts the token itself.
+    window: int | None = size - 1 if size else None
+    if kinds:
+        known = {"full_attention"} | ({"sliding_attention"} if size else set())
+        _refuse(["layer_types"] if set(kinds) - known or len(kinds) != number else [], values)
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if window is None or (reach and window >= reach - 1):
+        return (None,) * number
+    is_known = values.get("model_type") in _HF_WINDOW_IN_EVERY_LAYER
+    _refuse([] if is_known else ["sliding_window"], values)
+    return (window,) * number
+
+
+def megatron_windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Keys that a token of every layer sees before itself; None sees all.
+
+    Raises:
+        NotImplementedError: naming an argument that packed rows do not take.
+    """
+    number: int = values["num_layers"]
+    window = values.get("window_size")
+    if not window:
+        return (None,) * number
+    which = values.get("window_attn_skip_freq")
+    if which is None:
+        which = [1] * number
+    elif type(which) is int and which > 0:
+        which = [layer % which for layer in range(1, number + 1)]
+    wrong = ["window_attn_skip_freq"] * (not isinstance(which, list) or len(which) != number)
+    is_pair = isinstance(window, list | tuple) and len(window) == 2
+    if not is_pair or any(type(n) is not int or n < 0 for n in window) or window[1]:
+        wrong.append("window_size")
+    _refuse(wrong, values)
+    return tuple(window[0] if has_window else None for has_window in which)
 
 
 def hf_mlps(values: Mapping[str, Any]) -> tuple[list[int], dict[str, int]]:

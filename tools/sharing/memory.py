@@ -39,7 +39,7 @@ def stage_memory(
             values = (
                 in_flight,
                 in_flight * longest * layers * memory.activations,
-                wave.prefix_tokens * layers * memory.resident(RESIDENT_MODE),
+                int(wave.prefix_tokens * layers * memory.resident(RESIDENT_MODE)),
                 in_flight * written_out * layers * memory.activations,
                 (in_flight * longest * memory.kv + wave.prefix_tokens * memory.kept) * layers,
             )

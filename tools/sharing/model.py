@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_pg.data import AttentionSizes, CostModel, MemoryModel
 from megatron_pg.parallel import ModelSizes
-from tools.sharing.layers import hf_attention, hf_mlps, megatron_attention, megatron_mlps
+from tools.sharing.layers import (
+    hf_attention,
+    hf_mlps,
+    hf_windows,
+    megatron_attention,
+    megatron_mlps,
+    megatron_windows,
+)
 from tools.sharing.support import training_model
 
 if TYPE_CHECKING:
@@ -55,6 +62,7 @@ class ModelDims:
         ffn_hidden_sizes: the sum of these widths over all layers.
         mlp_widths: what tensor parallelism divides, by name.
         attention: heads and projections.
+        windows: of every layer, keys that a token sees before itself; None sees all.
         gated: whether the MLP has a gate.
         max_positions: longest sample that the model was made for, when it is said.
         training_refusal: why training takes no such model; None when it does or nothing is known.
@@ -66,6 +74,7 @@ class ModelDims:
     ffn_hidden_sizes: int
     mlp_widths: dict[str, int]
     attention: AttentionSizes
+    windows: tuple[int | None, ...]
     vocab_size: int
     gated: bool
     max_positions: int | None = field(default=None, compare=False)
@@ -95,13 +104,14 @@ class ModelDims:
     def cost_model(self) -> CostModel:
         """Forward FLOPs."""
         matrices = 3 if self.gated else 2
-        return CostModel.from_attention(
+        model = CostModel.from_attention(
             self.attention,
             self.num_layers,
             self.hidden_size,
             matrices * self.hidden_size * self.ffn_hidden_sizes,
             self.vocab_size,
         )
+        return model.within_windows(self.windows)
 
     def memory_model(self, value_bytes: int, tp_size: int) -> MemoryModel:
         """Memory of one rank under sequence parallelism, nothing recomputed."""
@@ -191,6 +201,7 @@ def _from_hf(values: dict[str, Any]) -> ModelDims:
         ffn_hidden_sizes=sum(layers),
         mlp_widths=widths,
         attention=attention,
+        windows=hf_windows(values),
         vocab_size=values["vocab_size"],
         gated=kind in GATED,
         max_positions=values.get("max_position_embeddings"),
@@ -211,6 +222,7 @@ def _from_megatron(values: dict[str, Any]) -> ModelDims:
         ffn_hidden_sizes=sum(layers),
         mlp_widths=widths,
         attention=megatron_attention(values),
+        windows=megatron_windows(values),
         vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
         gated=gated,
         max_positions=values.get("max_position_embeddings"),

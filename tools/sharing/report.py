@@ -225,7 +225,7 @@ def _recommend_max_tokens(trees: Sequence[PrefixTree], dims: ModelDims, settings
     return -(-budget // multiple) * multiple
 
 
-def _tokens_held(bytes_per_layer: int, dims: ModelDims, settings: Settings) -> int:
+def _tokens_held(bytes_per_layer: float, dims: ModelDims, settings: Settings) -> int:
     """Tokens of a row that the memory holds, at so many bytes for each in one layer."""
     assert settings.activation_gib is not None
     layers = dims.num_layers // settings.sizes.pp

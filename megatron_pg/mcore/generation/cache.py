@@ -104,9 +104,11 @@ class GenerationCache:
             room = min(room, window + 1)
         own = (len(self.samples), key.shape[1], min(_FIRST_CAPACITY, room))
         self.layers[layer] = LayerCache(
-            *(x[rows].transpose(1, 2).contiguous() for x in (key, value)),
-            *(x.new_empty(*own, x.shape[2]) for x in (key, value)),
-            room,
+            prompt_key=key[rows].transpose(1, 2).contiguous(),
+            prompt_value=value[rows].transpose(1, 2).contiguous(),
+            own_key=key.new_empty(*own, key.shape[2]),
+            own_value=value.new_empty(*own, value.shape[2]),
+            room=room,
         )
 
     def advance(self, pad_to_multiple: int = 1) -> DecodeSeqParams:

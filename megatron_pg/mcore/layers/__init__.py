@@ -5,7 +5,7 @@ from .core_attention import (
     PrefixGroupedCoreAttention,
     attention_backends,
     count_attention_calls,
-    layer_window,
+    layer_windows,
     prefix_grouped_core_attention,
 )
 from .mended_mla import with_mended_latent_attention
@@ -26,7 +26,7 @@ __all__ = [
     "attention_backends",
     "count_attention_calls",
     "latent_core_attention",
-    "layer_window",
+    "layer_windows",
     "prefix_grouped_core_attention",
     "prefix_grouped_latent_attention",
     "prefix_grouped_layer",

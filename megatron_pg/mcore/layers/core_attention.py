@@ -63,7 +63,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         heads = AttentionSizes.from_config(self.config)
         self.kind = AttentionKind(
             softmax_scale=softmax_scale,
-            window=layer_window(self.config, layer_number),
+            window=_layer_window(self.config, layer_number),
             has_sink=self.config.softmax_type != "vanilla",
             value_dim=heads.value_dim,
         )
@@ -156,13 +156,12 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         return self.softmax_offset.flatten().to(device) if self.kind.has_sink else None
 
 
-def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
-    """Keys that a query of the layer sees before itself; None where it sees all.
+def layer_windows(config: TransformerConfig) -> list[int | None]:
+    """Of every layer of the whole model, keys that a query sees before itself; None sees all."""
+    return [_layer_window(config, number) for number in range(1, config.num_layers + 1)]
 
-    Args:
-        config: the model's.
-        layer_number: of the whole model, from 1, on whichever stage the layer stands.
-    """
+
+def _layer_window(config: TransformerConfig, layer_number: int) -> int | None:
     window_size: Any = config.window_size
     has_window = is_layer_window_attention(window_size, config.window_attn_skip_freq, layer_number)
     return int(window_size[0]) if has_window else None

@@ -16,7 +16,7 @@ from ...attention import AttentionInputs, AttentionKind, select_backend
 from ...checkpoint import HfModel, make_megatron_args, read_hf_config
 from ...data import AttentionSizes, CostModel
 from ...grpo import PackingConfig, PrefixGroupConfig
-from ...mcore import cpu, layer_window, transformer_config_class
+from ...mcore import cpu, layer_windows, transformer_config_class
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .megatron_rules import megatron_problems
 from .transformer_settings import transformer_settings
@@ -42,7 +42,7 @@ class ModelPlan:
 
     def packing(self, settings: PrefixGroupConfig) -> PackingConfig:
         """How rows of this model are packed."""
-        cost_model = CostModel.from_config(self.config, self.vocab_size)
+        cost_model = CostModel.from_config(self.config, self.vocab_size, layer_windows(self.config))
         return PackingConfig.from_config(settings, self.config, cost_model)
 
     @property
@@ -169,8 +169,7 @@ def check_attention(plan: ModelPlan, backend_name: str, device: torch.device) ->
     """
     model, heads = plan.config, AttentionSizes.from_config(plan.config)
     has_sink = model.softmax_type != "vanilla"
-    windows = [layer_window(model, number) for number in range(1, model.num_layers + 1)]
-    for window in dict.fromkeys(windows):
+    for window in dict.fromkeys(layer_windows(model)):
         inputs = AttentionInputs(
             device=device,
             dtype=model.params_dtype,
