@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .layers import with_mended_latent_attention
@@ -27,7 +29,8 @@ def build_gpt_chunks(
     Equals the stock ``GPTModel`` of the same settings; its layers run packed groups too. Which
     layers have experts, norms of queries and keys and the like, the configuration alone says.
     Latent attention has the gradients of one rank on any number of tensor-parallel ranks, where the
-    stock one may leave other ranks' heads out of the key part that heads share.
+    stock one may leave other ranks' heads out of the key part that heads share. The norm of
+    gradients counts the offsets of all ranks' heads (``softmax_type``), the stock one the first's.
 
     Args:
         config: of the whole model; its pipeline sizes are those of Megatron's process groups.
@@ -60,5 +63,17 @@ def build_gpt_chunks(
             vp_stage=vp_stage,
             **gpt,
         )
+        _mark_sharded_offsets(chunk)
         chunks.append(chunk.to(config.params_dtype))
     return chunks
+
+
+def _mark_sharded_offsets(chunk: torch.nn.Module) -> None:
+    """Megatron-Core does not say that heads' offsets are divided over tensor-parallel ranks.
+
+    The norm by which gradients are clipped would hold those of the first rank alone.
+    """
+    for name, parameter in chunk.named_parameters():
+        is_marked = getattr(parameter, "tensor_model_parallel", False)
+        if name.endswith(".softmax_offset") and not is_marked:
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_pg.mcore import build_gpt_chunks
 from tests.mcore import harness
@@ -65,3 +66,30 @@ def test_every_virtual_stage_has_its_own_layers(ranks: Pool) -> None:
     settings = dict(pp=2, vpp=2, num_layers=4, config=CASE.config)
     first, second = ranks.run(2, layers_of, harness.Case(**settings))
     assert first == [["1: MLP"], ["3: MLP"]] and second == [["2: MoELayer"], ["4: MoELayer"]]
+
+
+def offsets_in_the_norm(case: harness.Case) -> tuple[int, int]:
+    """Offsets of heads that this rank brings to the norm of gradients; ours and the stock model's.
+
+    Copied over tensor-parallel ranks or divided over them, a number counts once.
+    """
+    with harness.on_cpu():
+        harness.initialize(case)
+        config = harness.make_config(case)
+        ours = build_gpt_chunks(config, gpt=GPT)
+        stock = harness.build(case, config, packed=False)
+        counts = []
+        for (model,) in (ours, stock):
+            named = dict(model.named_parameters())
+            offsets = [x for name, x in named.items() if name.endswith("softmax_offset")]
+            assert len(offsets) == case.num_layers
+            counts.append(sum(len(x) for x in offsets if param_is_not_tensor_parallel_duplicate(x)))
+        return counts[0], counts[1]
+
+
+def test_clipping_counts_the_offsets_of_all_ranks(ranks: Pool) -> None:
+    case = harness.Case(tp=2, config=dict(softmax_type="learnable"))
+    found = ranks.run(2, offsets_in_the_norm, case)
+    # Two layers of four heads, on each of two ranks two.
+    assert [ours for ours, _ in found] == [4, 4]
+    assert [stock for _, stock in found] == [4, 0], "the stock model counts them: drop the mark"
