@@ -44,6 +44,19 @@ def mended_latent_attention(cls: type) -> type:
 class _MendedLatentAttention(torch.nn.Module):
     config: Any
     tp_group: Any
+    q_layernorm: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """As the given class; a norm of which every rank has the whole gradient says so.
+
+        Megatron-Core takes ``q_layernorm`` by its name for a norm of this rank's heads, and sums
+        its gradient over the ranks. Under sequence parallelism it must; elsewhere the mean is it.
+        """
+        super().__init__(config, *args, **kwargs)
+        sizes = ParallelSizes.from_config(config)
+        if sizes.tp > 1 and not sizes.sp and config.q_lora_rank is not None:
+            for parameter in self.q_layernorm.parameters():
+                parameter.average_gradients_across_tp_domain = True
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """As the given class; the gradient of the key's shared part is that of all heads.
