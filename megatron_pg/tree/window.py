@@ -25,7 +25,7 @@ def pairs_within(tree: PrefixTree, window: int | None) -> int:
 
     def below(position: IntArray) -> IntArray:
         """Keys that all tokens before a position see before themselves."""
-        reached = np.minimum(position, window + 1)
+        reached = np.minimum(position, window)
         pairs: IntArray = reached * (reached - 1) // 2 + (position - reached) * window
         return pairs
 

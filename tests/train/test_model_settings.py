@@ -18,8 +18,9 @@ from megatron_pg.data import Group, Sample  # noqa: E402
 from megatron_pg.mcore import layer_windows  # noqa: E402
 from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
+from megatron_pg.train.model import plan as model_plan  # noqa: E402
 from megatron_pg.train.model.megatron_rules import layers_per_stage  # noqa: E402
-from megatron_pg.train.model.plan import plan_model  # noqa: E402
+from megatron_pg.train.model.plan import check_attention, plan_model  # noqa: E402
 from megatron_pg.train.rollouts import open_sampling  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
@@ -251,7 +252,6 @@ def test_windows_and_sinks() -> None:
     assert layer_windows(config) == [8, None, None, 8]
     assert layer_windows(plan(SIZES)) == [None] * 4
     for changes, message in (
-        (dict(window_size=None), "would be ignored: no layer has a window"),
         (dict(window_size=8), "window_size=8 must be a list of an integer and an integer"),
         (dict(window_size=[8]), "window_size=[8] must be a list"),
         (dict(window_size=None, window_attn_skip_freq=2), "would be ignored: no layer"),
@@ -260,6 +260,15 @@ def test_windows_and_sinks() -> None:
         with pytest.raises(ValueError) as error:
             plan(SIZES | asked | changes)
         assert message in str(error.value)
+
+
+def test_the_backend_must_take_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(model_plan, "select_backend", lambda inputs, name: seen.append(inputs.kind))
+    asked = dict(window_size=[8, 0], window_attn_skip_freq=[1, 0, 0, 1], softmax_type="off-by-one")
+    model = ModelConfig(vocab_size=50, transformer=SIZES | asked)
+    check_attention(plan_model(model, ParallelConfig()), "auto", torch.device("cpu"))
+    assert [(kind.window, kind.has_sink) for kind in seen] == [(8, True), (None, True)]
 
 
 @pytest.mark.skipif(
