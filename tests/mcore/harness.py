@@ -188,8 +188,8 @@ class SizedDotProductAttention(DotProductAttention):
 
     def __init__(self, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        heads = self.num_attention_heads_per_partition
-        self.hidden_size_per_partition = heads * (v_channels or 1)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
 def with_value_sizes(block: Any) -> Any:

@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from tests.mcore import harness
 from tests.mcore.harness import MAX_LEN, VOCAB, Case
 
 
-class ThdAttention(DotProductAttention):
+class ThdAttention(harness.SizedDotProductAttention):
     """Megatron-Core's attention, called for each sequence of a packed row alone."""
 
     def forward(
@@ -43,6 +42,8 @@ class ThdAttention(DotProductAttention):
         params = packed_seq_params
         bounds = params.cu_seqlens_q_padded
         bounds = params.cu_seqlens_q if bounds is None else bounds
+        # Newer latent attention pads values of packed rows, and takes the padding off again.
+        self.hidden_size_per_partition = query.shape[1] * value.shape[2]
         outs = []
         for start, end in pairwise(bounds.tolist()):
             n = end - start
