@@ -10,4 +10,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 def transformer_config_class(settings: Mapping[str, Any]) -> type[TransformerConfig]:
     """``MLATransformerConfig`` where the settings ask for latent attention."""
-    return MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    is_latent = settings.get("multi_latent_attention")
+    cls: type[TransformerConfig] = MLATransformerConfig if is_latent else TransformerConfig
+    return cls

@@ -65,7 +65,7 @@ class _MendedLatentAttention(torch.nn.Module):
         that part by an operation whose backward pass does not sum over ranks, unless it is gathered
         from slices of the sequence.
         """
-        query, key, *latents = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, *latents = super().get_query_key_value_tensors(*args, **kwargs)  # type: ignore[misc]
         if self._sums_shared_key and torch.is_grad_enabled():
             key = _SumSharedKey.apply(key, self.config.qk_pos_emb_head_dim, self.tp_group)
         return (query, key, *latents)

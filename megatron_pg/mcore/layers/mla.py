@@ -51,12 +51,12 @@ class LatentRow(WrappedRow):
     @property
     def max_seqlen_q(self) -> int:
         """Bound of the row's positions."""
-        return self.params.max_seqlen_q
+        return int(self.params.max_seqlen_q)
 
     @property
     def max_seqlen_kv(self) -> int:
         """As of queries."""
-        return self.params.max_seqlen_kv
+        return int(self.params.max_seqlen_kv)
 
 
 class PrefixGroupedLatentAttention(PrefixGroupedSelfAttention):
@@ -74,7 +74,8 @@ class PrefixGroupedLatentAttention(PrefixGroupedSelfAttention):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         # Once it is there: Megatron's own constructor reads attributes of its method.
-        self.rotary_pos_emb.__class__ = _positioned_rotary(type(self.rotary_pos_emb))
+        given: type = type(self.rotary_pos_emb)
+        self.rotary_pos_emb.__class__ = _positioned_rotary(given)
 
     def wrapped_row(self, params: PositionedSeqParams) -> LatentRow:
         """See the base."""
