@@ -55,10 +55,19 @@ class AttentionPass:
 
     @cached_property
     def attention_pairs(self) -> int:
-        """Visible (q, kv) pairs of a pass without a window."""
+        """Visible (q, kv) pairs of the pass."""
         q_len, kv_len = np.diff(self.q_spans)[:, 0], np.diff(self.kv_spans)[:, 0]
-        hidden = q_len * (q_len - 1) // 2 if self.causal else 0
-        return int((q_len * kv_len - hidden).sum())
+        if not self.causal:
+            return int((q_len * kv_len).sum())
+        most = np.inf if self.window is None else self.window + 1
+
+        def below(num_keys: IntArray) -> IntArray:
+            """Pairs of queries that would see 1, 2, ... num_keys keys without a window."""
+            near = np.minimum(num_keys, most).astype(np.int64)
+            far: IntArray = num_keys - near
+            return near * (near + 1) // 2 + (far * near)
+
+        return int((below(kv_len) - below(kv_len - q_len)).sum())
 
 
 @dataclass(frozen=True, eq=False)

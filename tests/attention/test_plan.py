@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.attention import AttentionPlan, make_attention_plan
 from megatron_pg.attention.backends.cpu_spans import span_batches
 from megatron_pg.attention.backends.cuda_flash import VarlenArguments
 from megatron_pg.attention.backends.torch_cuda import TorchFlashBackend
+from megatron_pg.attention.windows import make_windowed_pass
 from megatron_pg.tree import dense_mask
 from tests.strategies import forests
 from tests.utils import ROOT
@@ -107,6 +110,50 @@ def test_gaps_between_trees_become_empty_sequences() -> None:
     args = VarlenArguments.of(plan.passes[1], torch.device("cpu"))
     assert args.cu_seqlens_q.tolist() == [0, 3, 5, 5, 8]
     assert args.cu_seqlens_kv.tolist() == [0, 2, 2, 5, 7]
+
+
+@settings(max_examples=100)
+@given(forests(), st.sampled_from([0, 1, 2, 5]))
+def test_a_window_is_one_pass_over_runs_and_their_contexts(
+    forest: tuple[PackedLayout, list[list[int]]], window: int
+) -> None:
+    layout, _ = forest
+    plan = make_attention_plan(layout, window)
+    assert plan.window == (window if window < layout.max_position else None)
+    windowed = make_windowed_pass(layout, window)
+    (gather,) = windowed.gathers
+    assert gather.prefix_row is None and (gather.places == np.arange(len(gather.rows))).all()
+    assert windowed.q_spans.ravel()[[0, -1]].tolist() == [0, layout.unique_tokens]
+    assert (windowed.q_spans[1:, 0] == windowed.q_spans[:-1, 1]).all(), "runs tile the row"
+    assert (windowed.kv_spans[1:, 0] == windowed.kv_spans[:-1, 1]).all()
+    count = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.int64)
+    for (start, end), (kv_start, kv_end) in zip(
+        windowed.q_spans.tolist(), windowed.kv_spans.tolist()
+    ):
+        keys = gather.rows[kv_start:kv_end]
+        assert keys[-(end - start) :].tolist() == list(range(start, end)), "a run's keys end in it"
+        for query in range(start, end):
+            last = kv_end - kv_start - (end - 1 - query)
+            count[query, keys[max(last - 1 - window, 0) : last]] += 1
+    visible = dense_mask(layout, window).to(torch.int64)
+    visible[layout.unique_tokens :] = 0
+    assert torch.equal(count, visible)
+    assert windowed.attention_pairs == int(visible.sum())
+
+
+@pytest.mark.parametrize(
+    ("lens", "window", "num_keys", "pairs"),
+    [((1024, [512] * 8), 128, 6_016, 652_224), ((4096, [1024] * 16), 1024, 35_840, 20_467_200)],
+)
+def test_what_a_window_copies_and_computes(lens, window, num_keys, pairs) -> None:
+    """A context for every response but the first, which continues the prompt's run."""
+    layout = pack_trees([PrefixTree.from_group(*lens)])
+    windowed = make_windowed_pass(layout, window)
+    num_runs = len(lens[1])
+    assert len(windowed.q_spans) == num_runs
+    assert windowed.kv_end == num_keys == layout.unique_tokens + (num_runs - 1) * window
+    reached = layout.position_ids.clamp(max=window) + 1
+    assert windowed.attention_pairs == pairs == int(reached.sum())
 
 
 def test_what_forks_nowhere_takes_one_pass() -> None:
