@@ -37,6 +37,7 @@ def test_megatron_names() -> None:
     contract = {
         "PrefixGroupedSeqParams",
         "PrefixSharingGPTModel",
+        "RouteRecorder",
         "SequenceParallelLayerNorm",
         "SequenceParallelRMSNorm",
         "attention_backends",

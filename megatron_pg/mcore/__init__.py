@@ -5,7 +5,13 @@ from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
 from .config_class import transformer_config_class
 from .generation.generate import GeneratedResponse, generate
-from .layers import AttentionCalls, attention_backends, count_attention_calls, layer_windows
+from .layers import (
+    AttentionCalls,
+    attention_backends,
+    count_attention_calls,
+    has_router_losses,
+    layer_windows,
+)
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,
@@ -15,6 +21,7 @@ from .norm import (
 from .params import PrefixGroupedSeqParams
 from .predictions import Predictions
 from .prefix_kv import PrefixKV, ScheduledRow
+from .routes import RouteRecorder
 from .schedule import prefix_resident_forward_backward
 from .sharing import PrefixSharingGPTModel, SharedTokens, count_shared_tokens
 from .spec import with_prefix_grouped_attention
@@ -31,6 +38,7 @@ __all__ = [
     "PrefixGroupedSeqParams",
     "PrefixKV",
     "PrefixSharingGPTModel",
+    "RouteRecorder",
     "ScheduledRow",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
@@ -45,6 +53,7 @@ __all__ = [
     "generate",
     "gpt_builder",
     "gpt_config_from_args",
+    "has_router_losses",
     "layer_windows",
     "prefix_resident_forward_backward",
     "transformer_config_class",

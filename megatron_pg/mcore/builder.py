@@ -153,9 +153,9 @@ def _exchange_shapes(config: TransformerConfig) -> TransformerConfig:
 
 def _stock_spec(args: Any, config: TransformerConfig, vp_stage: int | None) -> Any:
     if getattr(args, "spec", None) is not None:
-        spec = import_module(args.spec)
-        is_made = callable(spec) and not isinstance(spec, ModuleSpec)
-        return spec(args, config, vp_stage) if is_made else spec
+        given = import_module(args.spec)
+        is_made = callable(given) and not isinstance(given, ModuleSpec)
+        return given(args, config, vp_stage) if is_made else given
     implementation = getattr(args, "transformer_impl", "transformer_engine")
     if implementation not in ("transformer_engine", "local"):
         raise NotImplementedError(

@@ -21,6 +21,7 @@ PROVEN_MODEL = {
     *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
     *("moe_router_topk_scaling_factor", "moe_apply_probs_on_input"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    "moe_router_enable_expert_bias",
     # Of latent attention; elsewhere the model is told of its rotary embedding, not the layers.
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim"),
     *("qk_pos_emb_head_dim", "v_head_dim", "rotary_base", "rotary_percent"),
@@ -37,6 +38,7 @@ PROVEN_RUN = {
     *("variable_seq_lengths", "overlap_p2p_comm", "batch_p2p_comm", "calculate_per_token_loss"),
     *("params_dtype", "pipeline_dtype", "recompute_num_layers", "apply_query_key_layer_scaling"),
     *("init_method_std", "microbatch_group_size_per_vp_stage", "moe_shared_expert_overlap"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
 }
 # Every token on its own, but not with the norms and kernels that tests have.
 HARMLESS_MODEL = {"layernorm_zero_centered_gamma"}
@@ -114,7 +116,7 @@ INERT = {
     *("num_layers_at_end_in_bf16", "fp4_recipe", "fp4_param", "fp4_quantizer_factory"),
     *("activation_func_fp8_input_store", "kitchen_attention_backend"),
     # experts' balance, capacity and stock dispatchers,
-    *("moe_router_bias_update_rate", "moe_router_quantile_balancing_ema", "moe_token_drop_policy"),
+    *("moe_router_quantile_balancing_ema", "moe_token_drop_policy"),
     *("moe_hybridep_num_sms", "moe_hybridep_num_blocks_permute", "moe_ncclep_static_shape"),
     *("moe_hybridep_num_blocks_unpermute", "moe_hybridep_num_sms_preprocessing"),
     *("moe_hybridep_pad_uneven_dispatch_inputs", "moe_permute_fusion_into_hybridep"),
@@ -146,7 +148,6 @@ PROVEN_VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
     "rope_type": (("rope", "yarn"), True),
     "softmax_type": (("vanilla", "off-by-one", "learnable"), True),
     "moe_router_score_function": (("softmax", "sigmoid"), True),
-    "moe_router_load_balancing_type": (_BALANCE, False),
     "moe_router_dtype": ((None, "fp32", "fp64"), False),
     "moe_token_dispatcher_type": (("alltoall", "allgather", "flex"), False),
     "recompute_granularity": ((None, "full", "selective"), False),
@@ -199,7 +200,6 @@ _OFF = (False, None)
 _NONE = (None,)
 _ZERO = (None, 0, 0.0)
 _ONE_MASK = "a shared prefix would get one mask where written-out samples get one each"
-_STATISTICS = "router statistics count a shared token once instead of once per sample"
 _LAYOUTS = "every microbatch has its own layout"
 _NOT_PROVEN = "it has not been proven exact with packed rows"
 _PRECISION = "scaling factors of a packed row differ from those of written-out rows"
@@ -277,9 +277,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     ),
     "gtp_weight_remat_size": ((1,), _WEIGHTS, False),
     "expert_gtp_weight_remat_size": ((1,), _WEIGHTS, False),
-    "moe_aux_loss_coeff": ((0, 0.0), _STATISTICS, False),
-    "moe_z_loss_coeff": (_ZERO, _STATISTICS, False),
-    "moe_router_enable_expert_bias": (_OFF, _STATISTICS, True),
+    "moe_router_load_balancing_type": (
+        _BALANCE,
+        "sinkhorn and quantile balancing choose the experts of a token by all tokens of its row",
+        False,
+    ),
     "moe_expert_capacity_factor": (
         _NONE,
         "capacity counts a shared token once instead of once per sample",
@@ -310,7 +312,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
         "random routes differ between packed and written-out rows",
         False,
     ),
-    "moe_enable_routing_replay": (_OFF, "recorded routes are those of written-out rows", False),
+    "moe_enable_routing_replay": (
+        _OFF,
+        "it replays routes in the order of calls; pass routed_experts to PrefixGroupedSeqParams",
+        False,
+    ),
     "moe_router_topk_limited_devices": (_NONE, "its routes depend on the ranks", True),
     "moe_latent_size": (_NONE, _NOT_PROVEN, True),
     "moe_single_grouped_weight": (_OFF, _WEIGHTS, False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,6 +15,8 @@ from ..parallel import ParallelSizes
 from ..tree import PackedLayout, within_window
 from .predictions import Predictions
 from .prefix_kv import PrefixKV
+from .router_row import to_digits
+from .routes import RouteRecorder, check_routes
 
 
 class _NotOfARow:
@@ -47,7 +49,14 @@ class PositionedSeqParams(PackedSeqParams):
 
     Attributes:
         position_ids: ``[tokens of the row]`` int64 logical positions on the device.
+        routed_experts: experts that its tokens go through; None leaves them to the routers.
+        record_routes: where routers write down the experts that they took.
     """
+
+    routed_experts: ClassVar[Tensor | None] = None
+    record_routes: ClassVar[RouteRecorder | None] = None
+    # Whether losses of every sequence take the row for one, as stock routers do a thd row.
+    is_one_sequence: ClassVar[bool] = False
 
     qkv_format: str = field(default="thd", init=False)
     position_ids: Tensor
@@ -63,6 +72,11 @@ class PositionedSeqParams(PackedSeqParams):
     @property
     def row_mask(self) -> Tensor | None:
         """What layers get in the place of a padding mask: None for rows that nothing shares."""
+        return None
+
+    @property
+    def multiplicity_digits(self) -> Tensor | None:
+        """What routers count tokens by: None for rows whose tokens they count once each."""
         return None
 
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -140,12 +154,24 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         predictions: what ``PrefixGroupedGPTModel`` returns on the last stage instead of logits.
         prefix_kv: keeps the row's keys and values, when it is a prefix row.
         resident: kept by the prefix rows that ``layout.resident_spans`` name.
+        sample_counts: samples of the batch that each of the row's stands for, as routers count
+            them: those that continue a resident prefix, 0 for a row that belongs to none. None:
+            one each.
+        routed_experts: ``[total_tokens, num_layers, topk]`` integers on the device: the experts of
+            every token in every decoder layer, counted over the whole model, in the order of
+            top-k. Those of dense layers are not read, those of padding may be any. Replayed in
+            every pass, recomputed ones included; the probabilities of the experts stay the
+            router's own.
+        record_routes: where routers write down the experts that they took.
     """
 
     layout: PackedLayout
     predictions: Predictions | None = None
     prefix_kv: PrefixKV | None = None
     resident: tuple[PrefixKV, ...] = ()
+    sample_counts: tuple[int, ...] | None = None
+    routed_experts: Tensor | None = None  # type: ignore[misc]
+    record_routes: RouteRecorder | None = None  # type: ignore[misc]
 
     @classmethod
     def from_layout(
@@ -157,6 +183,9 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         config: TransformerConfig | None = None,
         prefix_kv: PrefixKV | None = None,
         resident: Sequence[PrefixKV] = (),
+        sample_counts: Sequence[int] | None = None,
+        routed_experts: Tensor | None = None,
+        record_routes: RouteRecorder | None = None,
         **own_fields: Any,
     ) -> Self:
         """Prepare one microbatch for the device its tokens live on.
@@ -165,19 +194,35 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             layout: the packed row.
             device: where the model runs.
             predictions: tokens to predict (see ``PrefixGroupedGPTModel``).
-            config: when given, the row's length is checked against its parallel layout.
+            config: when given, the row's length is checked against its parallel layout, and
+                ``routed_experts`` against the model.
             prefix_kv: see the class; the resident schedule hands it out.
             resident: see the class; the resident schedule hands it out.
+            sample_counts: see the class.
+            routed_experts: see the class; on any device.
+            record_routes: see the class.
             own_fields: what a subclass has beyond these.
 
         Raises:
-            ValueError: if sequence parallelism cannot split the row evenly.
+            ValueError: if sequence parallelism cannot split the row evenly; on routes or counts
+                that the row or the model cannot have.
+            NotImplementedError: on routes for a router that takes no others than its own.
         """
         if config is not None:
             check_row_length(layout.total_tokens, config)
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
+        if routed_experts is not None:
+            check_routes(routed_experts, layout.total_tokens, config)
+            routed_experts = routed_experts.to(device, non_blocking=True)
+        if sample_counts is not None:
+            sample_counts = tuple(sample_counts)
+            if len(sample_counts) != layout.num_samples or min(sample_counts, default=0) < 0:
+                raise ValueError(
+                    f"sample_counts={sample_counts} must be a number from 0 for each of "
+                    f"{layout.num_samples} samples"
+                )
         max_seqlen = layout.max_position + 1
         return cls(
             max_seqlen_q=max_seqlen,
@@ -190,6 +235,9 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             predictions=predictions,
             prefix_kv=prefix_kv,
             resident=tuple(resident),
+            sample_counts=sample_counts,
+            routed_experts=routed_experts,
+            record_routes=record_routes,
             **own_fields,
         )
 
@@ -197,15 +245,32 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
     def row_mask(self) -> Tensor:
         """``[num_samples, total_tokens, 1]`` bool on the device: sample s holds token t.
 
-        Sums over samples are the layout's multiplicity, 0 on padding; sums over tokens are the
-        samples' lengths. It reaches routers and MLPs that have a true ``reads_row_mask`` as their
-        ``padding_mask``, from which its third dimension tells it.
+        Sums over samples are the multiplicity, 0 on padding; sums over tokens are the samples'
+        lengths. A sample stands there as often as ``sample_counts`` says. It reaches routers and
+        MLPs of your own that have a true ``reads_row_mask`` as their ``padding_mask``, from which
+        its third dimension tells it.
         """
         device = self.position_ids.device
         return self.layout.derived(
-            ("row_mask", device),
-            lambda: _membership(self.layout).to(device, non_blocking=True),
+            ("row_mask", device, self.sample_counts),
+            lambda: self._membership().to(device, non_blocking=True),
         )
+
+    @property
+    def multiplicity_digits(self) -> Tensor:
+        """``[digits, total_tokens]`` bool on the device: see ``router_row``."""
+        device = self.position_ids.device
+
+        def make() -> Tensor:
+            multiplicity = self.layout.multiplicity
+            if self.sample_counts is not None:
+                counts = torch.tensor(self.sample_counts)
+                counts = counts.repeat_interleave(self.layout.sample_lens)
+                multiplicity = self.layout.reduce(counts)
+            digits = to_digits(multiplicity, int(multiplicity.max()))
+            return digits.to(device, non_blocking=True)
+
+        return self.layout.derived(("multiplicity_digits", device, self.sample_counts), make)
 
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See the base; the row's keys and values are kept if it is a prefix row."""
@@ -228,12 +293,14 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             lambda: within_window(self.layout, window, prefix_rows),
         )
 
-
-def _membership(layout: PackedLayout) -> Tensor:
-    samples = torch.repeat_interleave(torch.arange(layout.num_samples), layout.sample_lens)
-    members = torch.zeros(layout.num_samples, layout.total_tokens, 1, dtype=torch.bool)
-    members[samples, layout.logical_to_packed] = True
-    return members
+    def _membership(self) -> Tensor:
+        layout = self.layout
+        samples = torch.repeat_interleave(layout.sample_lens)
+        members = torch.zeros(layout.num_samples, layout.total_tokens, 1, dtype=torch.bool)
+        members[samples, layout.logical_to_packed] = True
+        if self.sample_counts is None:
+            return members
+        return members.repeat_interleave(torch.tensor(self.sample_counts), dim=0)
 
 
 def check_row_length(total_tokens: int, config: TransformerConfig) -> None:

@@ -13,6 +13,7 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -27,6 +28,7 @@ from .layers import (
     prefix_grouped_core_attention,
     prefix_grouped_latent_attention,
     prefix_grouped_layer,
+    prefix_grouped_router,
     prefix_grouped_self_attention,
 )
 
@@ -45,9 +47,10 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
 
     Equals the given spec for ordinary batches, with the same state-dict keys. The self-attention
     and core-attention classes are replaced by subclasses of themselves (local, Transformer Engine
-    or your own), so norms, projections, MLP and MoE stay what they were. The layer's class
-    is replaced too where the class of its MLP, or of a part of it such as a router, has a true
-    ``reads_row_mask``: it then gets its microbatch's ``row_mask`` as ``padding_mask``.
+    or your own), and so is the router of experts, so norms, projections, MLP and experts stay what
+    they were. The layer's class is replaced too where its MLP or router reads which samples hold
+    a token: one of your own says so by a true ``reads_row_mask``, and gets its microbatch's
+    ``row_mask`` as ``padding_mask``.
 
     Args:
         spec: a layer's ``ModuleSpec``, a block's ``ModuleSpec`` or ``TransformerBlockSubmodules``.
@@ -60,7 +63,8 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
     Raises:
         ValueError: if the object is no such spec, or is wrapped already with another backend.
         NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention`` or
-            ``MLASelfAttention`` over plain softmax attention, or another part of it mixes tokens.
+            ``MLASelfAttention`` over plain softmax attention, another part of it mixes tokens, or
+            its router is one that is not known.
     """
     if backend is not None:
         check_backend_name(backend)
@@ -82,6 +86,7 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
             f"{get_module(spec).__name__} has no self_attention submodule; prefix grouping "
             "supports transformer layers, not state-space or linear-attention layers"
         )
+    spec = replace(spec, submodules=replace(spec.submodules, mlp=_wrap_router(spec.submodules.mlp)))
     parts = {part.name: getattr(spec.submodules, part.name) for part in fields(spec.submodules)}
     attention = _wrap_attention(parts.pop("self_attention"), backend)
     for part, classes in {name: list(_classes(part)) for name, part in parts.items()}.items():
@@ -127,6 +132,20 @@ def _wrap_layer(spec: ModuleSpec) -> ModuleSpec:
     if issubclass(cls, PrefixGroupedLayer):
         return spec
     return replace(spec, module=prefix_grouped_layer(cls))
+
+
+def _wrap_router(mlp: Any) -> Any:
+    """The MLP's spec, its router able to count packed rows where it has one."""
+    if isinstance(mlp, ModuleSpec):
+        parts = mlp.submodules
+    else:  # since core 0.19
+        parts = mlp.keywords.get("submodules") if isinstance(mlp, partial) else None
+    if not isinstance(parts, MoESubmodules):
+        return mlp
+    parts = replace(parts, router=prefix_grouped_router(_class_of("router", parts.router)))
+    if isinstance(mlp, ModuleSpec):
+        return replace(mlp, submodules=parts)
+    return partial(mlp.func, *mlp.args, **(mlp.keywords | {"submodules": parts}))
 
 
 def _class_of(name: str, spec: Any) -> type:

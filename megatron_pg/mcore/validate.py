@@ -76,6 +76,7 @@ def _problems(config: TransformerConfig) -> Iterator[str]:
     yield from _parallel_problems(config)
     if getattr(config, "multi_latent_attention", False):
         yield from _latent_problems(config)
+    yield from _router_problems(config)
 
 
 def _is_default(field: Any, value: Any) -> bool:
@@ -113,6 +114,27 @@ def _latent_problems(config: TransformerConfig) -> Iterator[str]:
             f"num_query_groups={config.num_query_groups} with multi_latent_attention: each of "
             f"num_attention_heads={config.num_attention_heads} heads has its own keys; set "
             "num_query_groups=None"
+        )
+
+
+def _router_problems(config: TransformerConfig) -> Iterator[str]:
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not isinstance(coefficients, list):
+        coefficients = [coefficients] * len(kinds)
+    for kind, coefficient in zip(kinds, coefficients):
+        if kind == "global_aux_loss" and coefficient:
+            yield (
+                f"moe_router_load_balancing_type='global_aux_loss' with moe_aux_loss_coeff="
+                f"{coefficient}: it is a running mean over microbatches, whose number packing "
+                "changes; use 'aux_loss' or 'seq_aux_loss'"
+            )
+    sizes = ParallelSizes.from_config(config)
+    if config.moe_token_dispatcher_type == "allgather" and sizes.ep * sizes.expert_tp > sizes.tp:
+        yield (
+            f"moe_token_dispatcher_type='allgather' with expert_model_parallel_size={sizes.ep}: it "
+            "takes the rows of all replicas that share experts to be equally long; set "
+            "moe_token_dispatcher_type='alltoall'"
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tests.mcore.harness import Case
+from tests.mcore.router_steps import RouterCase
 
 FULL_RECOMPUTE = dict(
     recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
@@ -297,4 +298,88 @@ SCHEDULE = {
     "pp4_frozen_middle": Case(pp=4, num_layers=4, trains=lambda stage, chunk, name: stage == 1),
     "pp4_frozen_lower": Case(pp=4, num_layers=4, trains=lambda stage, chunk, name: stage > 1),
     "pp2_dp2_frozen_first": Case(pp=2, dp=2, trains=lambda stage, chunk, name: stage == 1),
+}
+
+
+def router(*parts: dict[str, Any], **layout: Any) -> RouterCase:
+    """A router with these statistics."""
+    config: dict[str, Any] = dict(MOE["config"])
+    for part in parts:
+        config |= part
+    return RouterCase(config=config, spec=MOE["spec"], **layout)
+
+
+BIAS = dict(
+    moe_router_enable_expert_bias=True,
+    moe_router_score_function="sigmoid",
+    moe_router_bias_update_rate=0.01,
+)
+AUX = dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=3.0)
+Z = dict(moe_z_loss_coeff=0.5)
+SEQ = dict(
+    moe_router_load_balancing_type="seq_aux_loss",
+    moe_aux_loss_coeff=3.0,
+    # Under it core 0.16 forgets the samples of a batch.
+    calculate_per_token_loss=False,
+)
+BOTH = dict(
+    moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"],
+    moe_aux_loss_coeff=[3.0, 2.0],
+    calculate_per_token_loss=False,
+)
+AVERAGED = dict(calculate_per_token_loss=False)
+SHARED_EXPERTS = dict(moe_shared_expert_intermediate_size=16)
+DEEPSEEK = dict(
+    moe_router_num_groups=2,
+    moe_router_group_topk=1,
+    moe_router_topk_scaling_factor=2.5,
+    moe_router_pre_softmax=True,
+    **SHARED_EXPERTS,
+)
+MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"])
+
+# Statistics, routes and placement of experts.
+ROUTERS = {
+    "bias": router(BIAS),
+    "bias_constant": router(BIAS, dict(moe_router_bias_update_rate=0.0), DEEPSEEK),
+    "aux": router(AUX),
+    "aux_averaged": router(AUX, AVERAGED, DEEPSEEK),
+    "z": router(Z),
+    "seq": router(SEQ, equal=True),
+    "both_mixed_layers": router(BOTH, dict(moe_layer_freq=[0, 1]), equal=True),
+    "fp32_router": router(AUX, Z, dict(moe_router_dtype="fp32")),
+    "moe": router(AUX, Z, BIAS, MOE_RECOMPUTE),
+    "shared_experts": router(
+        AUX,
+        Z,
+        SHARED_EXPERTS,
+        dict(recompute_granularity="selective", recompute_modules=["shared_experts"]),
+    ),
+    "full": router(AUX, Z, BIAS, FULL_RECOMPUTE),
+    "block": router(AUX, Z, BIAS, BLOCK_RECOMPUTE, num_layers=3),
+    "replay": router(AUX, Z, replay=True),
+    # Two ranks.
+    "all_tp2_sp": router(AUX, Z, BIAS, tp=2, sp=True),
+    "seq_z_tp2_sp": router(SEQ, Z, equal=True, tp=2, sp=True),
+    "all_ep2": router(AUX, Z, BIAS, dp=2, ep=2),
+    "all_tp2_sp_ep2_etp1": router(AUX, Z, BIAS, tp=2, sp=True, ep=2, etp=1),
+    "all_tp2_sp_ep2_etp1_allgather": router(
+        *(AUX, Z, BIAS, dict(moe_token_dispatcher_type="allgather", variable_seq_lengths=False)),
+        tp=2,
+        sp=True,
+        ep=2,
+        etp=1,
+    ),
+    "all_pp2_vpp2": router(AUX, Z, BIAS, MOE_RECOMPUTE, pp=2, vpp=2, num_layers=4),
+    "replay_tp2_sp": router(AUX, Z, BIAS, MOE_RECOMPUTE, replay=True, tp=2, sp=True),
+    "replay_pp2_vpp2": router(
+        *(AUX, Z, dict(moe_layer_freq=[0, 1, 1, 1]), FULL_RECOMPUTE),
+        replay=True,
+        pp=2,
+        vpp=2,
+        num_layers=4,
+    ),
+    # Four ranks.
+    "all_tp2_sp_pp2_full": router(AUX, Z, BIAS, FULL_RECOMPUTE, tp=2, sp=True, pp=2),
+    "all_tp2_sp_ep4_etp1_dp2": router(AUX, Z, BIAS, tp=2, sp=True, dp=2, ep=4, etp=1),
 }

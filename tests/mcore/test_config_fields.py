@@ -26,7 +26,7 @@ pytestmark = pytest.mark.megatron
 
 CONFIGS = (TransformerConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
 INSTALLED = sorted({field.name for cls in CONFIGS for field in dataclasses.fields(cls)})
-PROVEN = [*cases.EQUIVALENCE.values(), *cases.SCHEDULE.values()]
+PROVEN = [*cases.EQUIVALENCE.values(), *cases.SCHEDULE.values(), *cases.ROUTERS.values()]
 # As a stock ``pretrain_gpt.py`` sets them; what packed rows need (no dropout, lengths) aside.
 MEGATRON_LM = dict(
     num_layers=2,

@@ -31,8 +31,7 @@ UNSUPPORTED = {
     "fp8": "hybrid",
     "fp4": "e2m1",
     "cuda_graph_impl": "local",
-    "moe_aux_loss_coeff": [0.0, 1e-2],
-    "moe_z_loss_coeff": 1e-3,
+    "moe_router_load_balancing_type": "sinkhorn",
     "moe_expert_capacity_factor": 1.0,
     "moe_input_jitter_eps": 1e-2,
 }
@@ -61,7 +60,25 @@ def test_unsupported_setting(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(num_moe_experts=4, moe_aux_loss_coeff=0.01), "moe_aux_loss_coeff=0.01"),
+        (
+            dict(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.01),
+            "'global_aux_loss' with moe_aux_loss_coeff=0.01: it is a running mean",
+        ),
+        (
+            dict(
+                moe_router_load_balancing_type=["aux_loss", "global_aux_loss"],
+                moe_aux_loss_coeff=[0.0, 0.02],
+            ),
+            "'global_aux_loss' with moe_aux_loss_coeff=0.02",
+        ),
+        (
+            dict(
+                num_moe_experts=4,
+                expert_model_parallel_size=2,
+                moe_token_dispatcher_type="allgather",
+            ),
+            "rows of all replicas that share experts",
+        ),
         (dict(context_parallel_size=2), "context_parallel_size=2: packed rows are not split"),
         (dict(tensor_model_parallel_size=3), "num_attention_heads=4 is no multiple"),
         (

@@ -70,7 +70,6 @@ ELSEWHERE = {
     "fp8_recipe": ("mxfp8", "would be ignored"),
     "mamba_state_dim": (64, "would be ignored"),
     "qk_clip_alpha": (0.25, "would be ignored"),
-    "moe_router_bias_update_rate": (0.0, "would be ignored"),
     "inference_sampling_seed": (1, "would be ignored"),
     # Not to be had from a file.
     "init_method": ("xavier", "must be null"),

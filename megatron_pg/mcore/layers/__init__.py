@@ -14,6 +14,7 @@ from .mla import (
     latent_core_attention,
     prefix_grouped_latent_attention,
 )
+from .router import PrefixGroupedRouter, has_router_losses, prefix_grouped_router
 from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_attention
 from .transformer_layer import PrefixGroupedLayer, prefix_grouped_layer
 
@@ -22,14 +23,17 @@ __all__ = [
     "PrefixGroupedCoreAttention",
     "PrefixGroupedLatentAttention",
     "PrefixGroupedLayer",
+    "PrefixGroupedRouter",
     "PrefixGroupedSelfAttention",
     "attention_backends",
     "count_attention_calls",
+    "has_router_losses",
     "latent_core_attention",
     "layer_windows",
     "prefix_grouped_core_attention",
     "prefix_grouped_latent_attention",
     "prefix_grouped_layer",
+    "prefix_grouped_router",
     "prefix_grouped_self_attention",
     "with_mended_latent_attention",
 ]

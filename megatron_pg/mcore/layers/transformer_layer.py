@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 
 from ..params import PositionedSeqParams
+from .router import row_mask_of
 
 
 class PrefixGroupedLayer(torch.nn.Module):
@@ -15,8 +17,8 @@ class PrefixGroupedLayer(torch.nn.Module):
 
     Attention gets the row itself as ``packed_seq_params``. What follows it gets ``padding_mask``
     alone, an argument that Megatron-Core hands on in full and selective recompute and on every
-    pipeline stage; so the row's mask takes its place. Nothing is left on modules, where the next
-    microbatch would overwrite it before this one is recomputed.
+    pipeline stage; so the row's mask takes its place. Nothing that a later call reads is left on
+    modules, where the next microbatch would overwrite it before this one is recomputed.
     """
 
     def forward(
@@ -26,12 +28,14 @@ class PrefixGroupedLayer(torch.nn.Module):
         padding_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the given class, with ``PrefixGroupedSeqParams.row_mask`` for packed groups."""
+        """As the given class, with what its MLP or router reads of a packed row."""
+        row = nullcontext(padding_mask)
         if isinstance(packed_seq_params, PositionedSeqParams):
-            padding_mask = packed_seq_params.row_mask
-        return super().forward(
-            *args, packed_seq_params=packed_seq_params, padding_mask=padding_mask, **kwargs
-        )
+            row = row_mask_of(self, packed_seq_params)
+        with row as mask:
+            return super().forward(
+                *args, packed_seq_params=packed_seq_params, padding_mask=mask, **kwargs
+            )
 
 
 @cache

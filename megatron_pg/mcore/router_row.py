@@ -1,0 +1,97 @@
+"""What a router is told of its row, as the one tensor that Megatron-Core hands on to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RouterRow:
+    """A row as its routers count it.
+
+    It travels as ``padding_mask``: an ordinary bool tensor, which recompute and hooks on saved
+    tensors keep, and whose first two dimensions ``MoELayer`` swaps. It is made of planes of one bit
+    a token: membership in samples or the binary digits of the multiplicity, after those of expert
+    ids. Its shape tells which are there, so that nothing has to be fetched from the device.
+
+    ===================== ==================================================
+    ``[*, tokens, 1]``    samples: sample s holds token t
+    ``[*, tokens, 2]``    digits of the multiplicity: the row is one sequence
+    ``[*, tokens, x, 1]`` as either, after the digits of ``[topk]`` expert ids
+    ===================== ==================================================
+
+    Attributes:
+        weights: ``[sequences, tokens]`` int64: how often a sequence holds a token. Their sum over
+            sequences is the multiplicity, 0 on padding.
+        routes: ``[tokens, topk]`` int64 experts to go through; None leaves them to the router.
+    """
+
+    weights: Tensor
+    routes: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, topk: int, num_experts: int) -> Self:
+        """What ``as_mask`` made, after ``MoELayer`` has put tokens first."""
+        planes, routes = mask[:, :, 0].flatten(1).t(), None
+        if mask.dim() == 4:
+            width = num_digits(num_experts - 1)
+            digits, planes = planes[: topk * width], planes[topk * width :]
+            routes = from_digits(digits.unflatten(0, (topk, width))).t()
+        weights = from_digits(planes)[None] if mask.shape[2] == 2 else planes.long()
+        return cls(weights, routes)
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """``[tokens]`` int64: samples that hold the token; 0 on padding."""
+        return self.weights.sum(0)
+
+    def part(self, rank: int, num_tokens: int) -> RouterRow:
+        """The slice of one rank under sequence parallelism."""
+        own = slice(rank * num_tokens, (rank + 1) * num_tokens)
+        return RouterRow(self.weights[:, own], None if self.routes is None else self.routes[own])
+
+
+def as_mask(
+    *,
+    samples: Tensor | None = None,
+    multiplicity_digits: Tensor | None = None,
+    routes: Tensor | None = None,
+    num_experts: int,
+) -> Tensor | None:
+    """The mask that tells a router of its row; None for one whose tokens count once each.
+
+    Args:
+        samples: ``[samples, tokens, 1]`` bool, or
+        multiplicity_digits: ``[digits, tokens]`` bool for a row that counts as one sequence.
+        routes: ``[tokens, topk]`` expert ids.
+        num_experts: of the layer.
+    """
+    if samples is None:
+        if multiplicity_digits is None:
+            return None
+        samples = multiplicity_digits[..., None].expand(-1, -1, 2)
+    if routes is None:
+        return samples
+    digits = to_digits(routes.t().long(), num_experts - 1).flatten(0, 1)
+    return torch.cat([digits[..., None].expand(-1, -1, samples.shape[2]), samples])[..., None]
+
+
+def to_digits(values: Tensor, largest: int) -> Tensor:
+    """``[..., N]`` integers from 0 to ``largest`` as ``[..., digits, N]`` bool, lowest first."""
+    places = torch.arange(num_digits(largest), device=values.device)
+    return (values[..., None, :] >> places[:, None]).bitwise_and(1).bool()
+
+
+def from_digits(digits: Tensor) -> Tensor:
+    """The inverse of ``to_digits``: int64."""
+    places = torch.arange(digits.shape[-2], device=digits.device)
+    return (digits.long() << places[:, None]).sum(-2)
+
+
+def num_digits(largest: int) -> int:
+    """Binary digits that numbers up to ``largest`` need, at least one."""
+    return max(1, largest.bit_length())
