@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
@@ -63,6 +64,32 @@ def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+_all_gather, _reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+
+def _gather_unequal(outputs: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+    """``all_gather`` of tensors of several lengths, as tokens of divided experts are."""
+    longest = max(len(output) for output in outputs)
+    if all(len(output) == longest for output in outputs):
+        return _all_gather(outputs, tensor, group=group, async_op=async_op)
+    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in outputs]
+    _all_gather(parts, padded, group=group)
+    for output, part in zip(outputs, parts):
+        output.copy_(part[: len(output)])
+
+
+def _reduce_scatter_unequal(output: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """``reduce_scatter`` of sums of several lengths."""
+    group = kwargs.get("group")
+    if args or all(part.shape == output.shape for part in inputs):
+        return _reduce_scatter(output, inputs, *args, **kwargs)
+    total = torch.cat(list(inputs))
+    dist.all_reduce(total, group=group)
+    output.copy_(total.split([len(part) for part in inputs])[dist.get_rank(group)])
+
+
 @contextmanager
 def emulate_cuda() -> Iterator[None]:
     """Run Megatron-Core's CUDA-naming code on the CPU inside the ``with`` block.
@@ -93,6 +120,8 @@ def emulate_cuda() -> Iterator[None]:
             (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
             (token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu),
             (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
+            (dist, "all_gather", _gather_unequal),
+            (dist, "reduce_scatter", _reduce_scatter_unequal),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
         for module, name, right in missing_names():

@@ -381,5 +381,9 @@ ROUTERS = {
     ),
     # Four ranks.
     "all_tp2_sp_pp2_full": router(AUX, Z, BIAS, FULL_RECOMPUTE, tp=2, sp=True, pp=2),
-    "all_tp2_sp_ep4_etp1_dp2": router(AUX, Z, BIAS, tp=2, sp=True, dp=2, ep=4, etp=1),
+    "all_tp2_sp_dp2_ep2_etp2": router(AUX, Z, BIAS, tp=2, sp=True, dp=2, ep=2, etp=2),
+    "all_dp4_ep2_etp2": router(AUX, Z, BIAS, dp=4, ep=2, etp=2),
+    "all_tp2_sp_pp2_ep2_etp1": router(
+        AUX, Z, BIAS, MOE_RECOMPUTE, tp=2, sp=True, pp=2, ep=2, etp=1
+    ),
 }
