@@ -246,15 +246,20 @@ def _first_token(plan: PackPlan, part: RowPart, sample: int) -> int:
 
 def _build_prefix_row(plan: PackPlan, number: int, groups: Groups, pad_id: int) -> PrefixRow:
     layout, prefixes = plan.prefix_layout(number), []
+    counts: list[int] = []
     for group in plan.prefix_rows[number]:
         shape = plan.shapes[group]
-        roots, samples = np.unique(shape.sample_roots, return_index=True)
-        for root, sample in zip(roots, samples):
+        roots, samples, continued = np.unique(
+            shape.sample_roots, return_index=True, return_counts=True
+        )
+        for root, sample, count in zip(roots, samples, continued):
             if length := int(shape.resident_lens[root]):
                 prefixes.append(groups[group].samples[int(sample)].tokens[:length])
+                counts.append(int(count))
     if not prefixes:
-        return PrefixRow(torch.full((layout.total_tokens,), pad_id), layout)
-    return PrefixRow(layout.pack_tokens(prefixes, pad_id), layout)
+        return PrefixRow(torch.full((layout.total_tokens,), pad_id), layout, sample_counts=(0,))
+    tokens = layout.pack_tokens(prefixes, pad_id)
+    return PrefixRow(tokens, layout, sample_counts=tuple(counts))
 
 
 def _build_filler(layout: PackedLayout, pad_id: int) -> PackedRow:

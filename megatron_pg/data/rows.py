@@ -90,6 +90,11 @@ class PackedRow:
         """Whether the row only keeps data-parallel ranks in step and contributes nothing."""
         return bool((self.sample_numbers < 0).all())
 
+    @property
+    def sample_counts(self) -> tuple[int, ...] | None:
+        """Samples of the batch that each of the row's stands for; None: one each."""
+        return (0,) if self.is_filler else None
+
     @cached_property
     def positions(self) -> Tensor:
         """``[M]`` int64: place of every trained token in its written-out sample."""
@@ -154,10 +159,12 @@ class PrefixRow:
     Attributes:
         tokens: ``[total_tokens]`` int64 row.
         layout: where every token stands.
+        sample_counts: samples of the batch that continue each of the prefixes; 0 in a filler.
     """
 
     tokens: Tensor
     layout: PackedLayout
+    sample_counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)

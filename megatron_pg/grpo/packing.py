@@ -19,6 +19,7 @@ from ..data import (
     step_cost,
     with_num_rows,
 )
+from ..mcore import has_sample_losses
 from ..parallel import ParallelSizes
 from .replicas import Replicas
 from .settings import PrefixGroupConfig
@@ -54,7 +55,19 @@ class PackingConfig:
             settings: budgets and residency.
             model: ``TransformerConfig``, whose parallel sizes are read.
             cost_model: of the model.
+
+        Raises:
+            ValueError: if prompts must be resident under a router loss of every whole sample.
         """
+        choice = settings.prefix_resident
+        if has_sample_losses(model):
+            if choice == "always":
+                raise ValueError(
+                    "prefix_resident='always' with seq_aux_loss, which is of every whole sample: "
+                    "resident prompts stand in rows of their own; use 'auto' or 'never', or "
+                    "moe_router_load_balancing_type='aux_loss'"
+                )
+            choice = "never"
         sizes = ParallelSizes.from_config(model)
         return cls(
             max_tokens=settings.max_tokens_per_microbatch,
@@ -63,7 +76,7 @@ class PackingConfig:
             min_shared=settings.min_shared,
             cost_model=cost_model,
             residency=ResidencyConfig(
-                choice=settings.prefix_resident,
+                choice=choice,
                 mode=settings.prefix_resident_mode,
                 max_resident_tokens=settings.max_tokens_per_microbatch
                 if settings.max_resident_tokens is None

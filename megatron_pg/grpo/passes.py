@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from ..data import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
@@ -15,6 +16,7 @@ from ..mcore import (
     Predictions,
     PrefixGroupedSeqParams,
     ScheduledRow,
+    has_router_losses,
     prefix_resident_forward_backward,
 )
 from .replicas import Ranks
@@ -78,11 +80,23 @@ def train_pass(
     policy: PolicyLossConfig,
     head: HeadConfig,
     ranks: Ranks,
+    *,
+    logical_tokens: int,
 ) -> dict[str, float]:
     """Gradients of the loss over all rows, left in the gradient buffers.
 
     The weights in ``values`` hold the global denominators, so gradients are summed over rows and
-    data-parallel ranks and never averaged.
+    data-parallel ranks and never averaged. Losses of routers are a mean over the rows of all
+    replicas, each weighted by its tokens in written-out samples.
+
+    Args:
+        chunks: of the model that is trained.
+        waves: the rows of this replica.
+        values: what the loss reads.
+        policy: the loss.
+        head: how tokens are predicted.
+        ranks: this rank's place.
+        logical_tokens: of the written-out samples of all replicas.
 
     Returns:
         The loss's metric sums over this rank's rows (see ``loss.metric_means``); empty on
@@ -98,10 +112,15 @@ def train_pass(
 
         def loss_func(output: Any) -> Any:
             loss, sums = microbatch_loss(output, row.with_values(values), policy, ranks.device)
-            return loss, _no_tokens(ranks), sums
+            if not has_losses:
+                return loss, _no_tokens(ranks), sums
+            # Megatron multiplies the losses of a row's routers by the row's tokens, and divides
+            # all gradients by the sum of these counts.
+            return loss * logical_tokens, _tokens(_logical_tokens(row), ranks), sums
 
         return output, loss_func
 
+    has_losses = has_router_losses(get_model_config(chunks[0]))
     for chunk in chunks:
         chunk.zero_grad_buffer()
     results = _run_schedule(chunks, waves, forward_step, head, forward_only=False)
@@ -162,6 +181,7 @@ def _forward(
         ),
         prefix_kv=scheduled.prefix_kv,
         resident=scheduled.resident,
+        sample_counts=row.sample_counts,
     )
     tokens = _to(row.tokens, ranks.device)
     return model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
@@ -193,9 +213,24 @@ def _run_schedule(
     return [result for result in results if result]
 
 
+def _logical_tokens(row: PackedRow) -> int:
+    """Tokens of the row's written-out samples, resident ones included; a filler has none."""
+    if row.is_filler:
+        return 0
+    forest = row.layout.forest
+    resident = 0
+    if forest.resident_lens is not None:
+        resident = int((forest.resident_lens * forest.segment_multiplicity).sum())
+    return row.layout.logical_tokens + resident
+
+
 def _no_tokens(ranks: Ranks) -> Tensor:
     """Token count 0: Megatron then leaves the gradients as they are."""
-    return torch.zeros((), dtype=torch.int, device=ranks.device)
+    return _tokens(0, ranks)
+
+
+def _tokens(count: int, ranks: Ranks) -> Tensor:
+    return torch.full((), count, dtype=torch.int, device=ranks.device)
 
 
 def _to(values: Values, device: torch.device) -> Values:

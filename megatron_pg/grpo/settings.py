@@ -20,7 +20,8 @@ class PrefixGroupConfig:
         max_tokens_per_microbatch: budget of a packed row in unique tokens.
         prefix_resident: what becomes of a group that is larger than a row: "never" repeats its
             prompt in each of its rows, "always" encodes it once and keeps it resident on every
-            pipeline stage, "auto" does what the cost model finds cheaper.
+            pipeline stage, "auto" does what the cost model finds cheaper, but repeats it under a
+            router's ``seq_aux_loss``, which is of every whole sample.
         prefix_resident_mode: "retain" keeps the graph of resident prompts, "recompute" encodes them
             once more in the backward pass.
         max_resident_tokens: prompt tokens that are resident at once; more take several waves.

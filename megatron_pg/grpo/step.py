@@ -179,9 +179,15 @@ class GrpoStep:
                 f"minibatch={minibatch}, but {count} minibatches of this batch have trained "
                 "tokens; go through range(len(batch.minibatches))"
             )
-        waves = batch.minibatches[minibatch].waves
+        rows = batch.minibatches[minibatch]
         return train_pass(
-            self.chunks, waves, batch.values, self.algorithm.policy, self.head, self.ranks
+            self.chunks,
+            rows.waves,
+            batch.values,
+            self.algorithm.policy,
+            self.head,
+            self.ranks,
+            logical_tokens=rows.tokens.logical,
         )
 
     def self_check(self, groups: Mapping[int, Group] | Sequence[Group], num_groups: int) -> float:

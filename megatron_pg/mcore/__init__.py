@@ -5,13 +5,7 @@ from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
 from .config_class import transformer_config_class
 from .generation.generate import GeneratedResponse, generate
-from .layers import (
-    AttentionCalls,
-    attention_backends,
-    count_attention_calls,
-    has_router_losses,
-    layer_windows,
-)
+from .layers import AttentionCalls, attention_backends, count_attention_calls, layer_windows
 from .model import PrefixGroupedGPTModel
 from .norm import (
     SequenceParallelLayerNorm,
@@ -21,6 +15,12 @@ from .norm import (
 from .params import PrefixGroupedSeqParams
 from .predictions import Predictions
 from .prefix_kv import PrefixKV, ScheduledRow
+from .router_losses import (
+    ROUTER_LOSSES,
+    has_router_losses,
+    has_sample_losses,
+    take_router_losses,
+)
 from .routes import RouteRecorder
 from .schedule import prefix_resident_forward_backward
 from .sharing import PrefixSharingGPTModel, SharedTokens, count_shared_tokens
@@ -30,6 +30,7 @@ from .versions import OWN_WRITER, TESTED_VERSIONS
 
 __all__ = [
     "OWN_WRITER",
+    "ROUTER_LOSSES",
     "AttentionCalls",
     "FieldVerdict",
     "GeneratedResponse",
@@ -54,8 +55,10 @@ __all__ = [
     "gpt_builder",
     "gpt_config_from_args",
     "has_router_losses",
+    "has_sample_losses",
     "layer_windows",
     "prefix_resident_forward_backward",
+    "take_router_losses",
     "transformer_config_class",
     "validate_config",
     "with_prefix_grouped_attention",

@@ -75,6 +75,11 @@ class PositionedSeqParams(PackedSeqParams):
         return None
 
     @property
+    def has_whole_samples(self) -> bool:
+        """Whether every sample stands in the row with all its tokens."""
+        return True
+
+    @property
     def multiplicity_digits(self) -> Tensor | None:
         """What routers count tokens by: None for rows whose tokens they count once each."""
         return None
@@ -159,9 +164,9 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             one each.
         routed_experts: ``[total_tokens, num_layers, topk]`` integers on the device: the experts of
             every token in every decoder layer, counted over the whole model, in the order of
-            top-k. Those of dense layers are not read, those of padding may be any. Replayed in
-            every pass, recomputed ones included; the probabilities of the experts stay the
-            router's own.
+            top-k; -1 for all of a token's leaves them to the router. Those of dense layers are not
+            read. Replayed in every pass, recomputed ones included; the probabilities of the experts
+            stay the router's own.
         record_routes: where routers write down the experts that they took.
     """
 
@@ -255,6 +260,11 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             ("row_mask", device, self.sample_counts),
             lambda: self._membership().to(device, non_blocking=True),
         )
+
+    @property
+    def has_whole_samples(self) -> bool:
+        """See the base; resident prefixes stand in rows of their own."""
+        return self.prefix_kv is None and not self.resident
 
     @property
     def multiplicity_digits(self) -> Tensor:

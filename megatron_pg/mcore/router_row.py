@@ -27,7 +27,8 @@ class RouterRow:
     Attributes:
         weights: ``[sequences, tokens]`` int64: how often a sequence holds a token. Their sum over
             sequences is the multiplicity, 0 on padding.
-        routes: ``[tokens, topk]`` int64 experts to go through; None leaves them to the router.
+        routes: ``[tokens, topk]`` int64 experts to go through, -1 where the router chooses; None
+            where it does throughout.
     """
 
     weights: Tensor
@@ -38,9 +39,9 @@ class RouterRow:
         """What ``as_mask`` made, after ``MoELayer`` has put tokens first."""
         planes, routes = mask[:, :, 0].flatten(1).t(), None
         if mask.dim() == 4:
-            width = num_digits(num_experts - 1)
+            width = num_digits(num_experts)
             digits, planes = planes[: topk * width], planes[topk * width :]
-            routes = from_digits(digits.unflatten(0, (topk, width))).t()
+            routes = from_digits(digits.unflatten(0, (topk, width))).t() - 1
         weights = from_digits(planes)[None] if mask.shape[2] == 2 else planes.long()
         return cls(weights, routes)
 
@@ -67,7 +68,7 @@ def as_mask(
     Args:
         samples: ``[samples, tokens, 1]`` bool, or
         multiplicity_digits: ``[digits, tokens]`` bool for a row that counts as one sequence.
-        routes: ``[tokens, topk]`` expert ids.
+        routes: ``[tokens, topk]`` expert ids, or -1.
         num_experts: of the layer.
     """
     if samples is None:
@@ -76,7 +77,7 @@ def as_mask(
         samples = multiplicity_digits[..., None].expand(-1, -1, 2)
     if routes is None:
         return samples
-    digits = to_digits(routes.t().long(), num_experts - 1).flatten(0, 1)
+    digits = to_digits(routes.t().long() + 1, num_experts).flatten(0, 1)
     return torch.cat([digits[..., None].expand(-1, -1, samples.shape[2]), samples])[..., None]
 
 

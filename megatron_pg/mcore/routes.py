@@ -67,7 +67,8 @@ class TopK:
     It is handed in for one call of a router, so that nothing is left anywhere for another one.
 
     Args:
-        routes: ``[tokens, topk]`` expert ids to go through; None takes the router's own.
+        routes: ``[tokens, topk]`` expert ids to go through, -1 where the router's own are taken;
+            None takes those throughout.
         record: called with the ids that were taken.
     """
 
@@ -78,10 +79,10 @@ class TopK:
         self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, choose: Any
     ) -> tuple[Tensor, Tensor]:
         """Scores and ids, both ``[tokens, topk]``, as Megatron's ``RouterReplay`` gives them."""
+        values, ids = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if self.routes is not None:
-            values, ids = scores.gather(1, self.routes), self.routes
-        else:
-            values, ids = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            ids = torch.where(self.routes < 0, ids, self.routes)
+            values = scores.gather(1, ids)
         if self.record is not None:
             self.record(ids)
         return values, ids
@@ -110,10 +111,15 @@ def check_routes(routes: Tensor, total_tokens: int, config: TransformerConfig | 
         check_routes_of(routes, config)
         if routes.device.type == "cpu":
             ids = routes.long()
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.num_moe_experts:
+            if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < config.num_moe_experts:
                 raise ValueError(
                     f"routed_experts has expert ids from {int(ids.min())} to {int(ids.max())}; "
                     f"the model has num_moe_experts={config.num_moe_experts}"
+                )
+            if bool(((ids < 0).any(-1) != (ids < 0).all(-1)).any()):
+                raise ValueError(
+                    "routed_experts has tokens with some experts and -1 for others; give all "
+                    "experts of a token, or -1 for each"
                 )
 
 

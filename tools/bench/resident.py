@@ -211,7 +211,16 @@ def _run(
     shapes = [group_shape(group) for group in groups]
     values = token_values(shapes, dict(enumerate(groups)))
     ranks = Ranks.from_megatron()
-    sums = train_pass([trainer.model], waves, values, PolicyLossConfig(), head, ranks)
+    logical_tokens = sum(int(shape.tree.sample_lens.sum()) for shape in shapes)
+    sums = train_pass(
+        [trainer.model],
+        waves,
+        values,
+        PolicyLossConfig(),
+        head,
+        ranks,
+        logical_tokens=logical_tokens,
+    )
     return sums.get("loss")
 
 

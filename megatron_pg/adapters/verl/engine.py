@@ -123,6 +123,7 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
             predictions=self._predictions(row) if is_read else _NOTHING,
             prefix_kv=scheduled.prefix_kv,
             resident=scheduled.resident,
+            sample_counts=row.sample_counts,
         )
         tokens = row.tokens.to(params.position_ids.device, non_blocking=True)
         output = model(tokens[None], params.position_ids[None], None, packed_seq_params=params)

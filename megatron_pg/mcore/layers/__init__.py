@@ -14,7 +14,7 @@ from .mla import (
     latent_core_attention,
     prefix_grouped_latent_attention,
 )
-from .router import PrefixGroupedRouter, has_router_losses, prefix_grouped_router
+from .router import PrefixGroupedRouter, prefix_grouped_router
 from .self_attention import PrefixGroupedSelfAttention, prefix_grouped_self_attention
 from .transformer_layer import PrefixGroupedLayer, prefix_grouped_layer
 
@@ -27,7 +27,6 @@ __all__ = [
     "PrefixGroupedSelfAttention",
     "attention_backends",
     "count_attention_calls",
-    "has_router_losses",
     "latent_core_attention",
     "layer_windows",
     "prefix_grouped_core_attention",

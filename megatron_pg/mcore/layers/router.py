@@ -13,20 +13,12 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..params import PositionedSeqParams
+from ..router_losses import has_router_losses, has_sample_losses
 from ..router_row import RouterRow, as_mask
 from ..routes import RouteRecorder, TopK, check_replayable, check_routes_of
-
-
-def has_router_losses(config: TransformerConfig) -> bool:
-    """Whether routers add losses of their own to the one that is trained."""
-    coefficients = config.moe_aux_loss_coeff
-    if not isinstance(coefficients, list):
-        coefficients = [coefficients] if config.moe_router_load_balancing_type != "none" else []
-    return bool(config.num_moe_experts) and bool(any(coefficients) or config.moe_z_loss_coeff)
 
 
 class PrefixGroupedRouter(TopKRouter):
@@ -74,7 +66,12 @@ class PrefixGroupedRouter(TopKRouter):
         reads = routes is not None or self._recorder is not None
         if not (reads or (counts and torch.is_grad_enabled())):
             return None
-        by_sample = self.get_aux_loss_coeff("seq_aux_loss") and not params.is_one_sequence
+        by_sample = has_sample_losses(self.config) and not params.is_one_sequence
+        if by_sample and torch.is_grad_enabled() and not params.has_whole_samples:
+            raise NotImplementedError(
+                "seq_aux_loss is of every whole sample, but resident prompts stand in rows of "
+                "their own; use 'aux_loss', or prefix_resident=never"
+            )
         assert self.layer_number is not None
         return as_mask(
             samples=params.row_mask if by_sample else None,

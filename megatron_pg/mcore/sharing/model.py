@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -45,6 +45,8 @@ class SharingSeqParams(PrefixGroupedSeqParams):
     Attributes:
         given: what the caller passed, by ``_postprocess``'s names.
     """
+
+    is_one_sequence: ClassVar[bool] = True
 
     given: dict[str, Any]
 

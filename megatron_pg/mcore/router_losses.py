@@ -1,0 +1,83 @@
+"""What routers lost since it was last asked for, out of Megatron-Core's own books."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+try:
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+except ImportError:  # before core 0.18
+    get_moe_metrics_tracker = None
+
+ROUTER_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "z_loss")
+
+
+def has_router_losses(config: TransformerConfig) -> bool:
+    """Whether routers add losses of their own to the one that is trained."""
+    return bool(config.num_moe_experts) and bool(_coefficients(config) or config.moe_z_loss_coeff)
+
+
+def has_sample_losses(config: TransformerConfig) -> bool:
+    """Whether routers have a loss of every single sample."""
+    return bool(config.num_moe_experts) and "seq_aux_loss" in _coefficients(config)
+
+
+def take_router_losses(
+    config: TransformerConfig, num_rows: int, device: torch.device
+) -> dict[str, float]:
+    """Mean of every router loss over rows and layers with experts, before its coefficient.
+
+    Of all backward passes since the last call; Megatron's tracker is emptied. A collective over all
+    ranks of the job, on each of which the same comes back.
+
+    Args:
+        config: of the model.
+        num_rows: rows that had such losses, over all replicas.
+        device: that the ranks exchange numbers from.
+    """
+    names = [name for name in ROUTER_LOSSES if _is_on(config, name)]
+    values = _tracked()
+    nothing = torch.zeros(1)
+    parts = [values.get(name, nothing).double().sum().to(device) for name in names]
+    sums = torch.stack(parts)
+    for value in values.values():
+        value.zero_()
+    # A rank holds the part of its tokens, layers and rows.
+    dist.all_reduce(sums)
+    divisor = max(num_rows, 1) * _num_moe_layers(config)
+    return {name: value / divisor for name, value in zip(names, sums.tolist())}
+
+
+def _coefficients(config: TransformerConfig) -> dict[str, float]:
+    """Those that are not 0, by the kind of loss."""
+    kinds, given = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    given = given if isinstance(given, list) else [given] * len(kinds)
+    return {kind: value for kind, value in zip(kinds, given) if value and kind != "none"}
+
+
+def _is_on(config: TransformerConfig, name: str) -> bool:
+    if name == "z_loss":
+        return bool(config.moe_z_loss_coeff)
+    kind = "seq_aux_loss" if name.startswith("seq") else "aux_loss"
+    return kind in _coefficients(config)
+
+
+def _num_moe_layers(config: TransformerConfig) -> int:
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        return len(range(0, config.num_layers, pattern))
+    return sum(pattern)
+
+
+def _tracked() -> dict[str, Any]:
+    """By name, ``[layers]`` of this rank."""
+    if get_moe_metrics_tracker is not None:
+        return {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    return {name: entry["values"] for name, entry in tracker.items()}
