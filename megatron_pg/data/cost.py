@@ -174,10 +174,15 @@ class CostModel:
 def active_ffn_hidden_size(config: Any) -> int:
     """Width of the MLP that one token goes through: of all its experts, the shared ones too.
 
+    The mean over layers, where only some have experts.
+
     Args:
         config: ``TransformerConfig``.
     """
     if not config.num_moe_experts:
         return int(config.ffn_hidden_size)
     experts = config.moe_router_topk * (config.moe_ffn_hidden_size or config.ffn_hidden_size)
-    return int(experts + (config.moe_shared_expert_intermediate_size or 0))
+    experts += config.moe_shared_expert_intermediate_size or 0
+    pattern, layers = config.moe_layer_freq, config.num_layers
+    count = len(range(0, layers, pattern)) if isinstance(pattern, int) else sum(pattern)
+    return int((count * experts + (layers - count) * config.ffn_hidden_size) // layers)

@@ -25,6 +25,7 @@ from ..rollout import FilePrompts
 from .config import TrainConfig, config_problems, raise_problems
 from .model import (
     ModelPlan,
+    expert_layers_per_stage,
     layers_per_stage,
     plan_model,
     training_configs,
@@ -176,20 +177,24 @@ def parameters_per_rank(plan: ModelPlan) -> int:
     if config.qk_layernorm and sizes.kv_lora_rank:
         whole += (sizes.q_lora_rank or 0) + sizes.kv_lora_rank
     matrices = 3 if config.gated_linear_unit else 2
-    ffn, router = config.ffn_hidden_size, 0
+    width = matrices * config.hidden_size
+    dense = attention // tp + whole + width * config.ffn_hidden_size // tp
+    # What a layer with experts has beyond, or short of, one without.
+    more = 0
     if config.num_moe_experts:
         experts = config.num_moe_experts // config.expert_model_parallel_size
-        ffn = experts * (config.moe_ffn_hidden_size or ffn)
-        ffn += config.moe_shared_expert_intermediate_size or 0
-        router = config.num_moe_experts * config.hidden_size
-    layer = (attention + matrices * config.hidden_size * ffn) // tp
-    layer += whole + router
+        expert = width * (config.moe_ffn_hidden_size or config.ffn_hidden_size)
+        shared = width * (config.moe_shared_expert_intermediate_size or 0)
+        more = config.num_moe_experts * config.hidden_size
+        more += experts * expert // ParallelSizes.from_config(config).expert_tp
+        more += (shared - width * config.ffn_hidden_size) // tp
     embedding = plan.gpt["vocab_size"] * config.hidden_size // tp
     tables = [0] * pp
     tables[0] += 1
     # A tied output keeps a copy of the embedding on a last stage of its own.
     tables[-1] += pp > 1 or not plan.gpt["share_embeddings_and_output_weights"]
-    return max(int(n * layer + t * embedding) for n, t in zip(layers_per_stage(config), tables))
+    stages = zip(layers_per_stage(config), expert_layers_per_stage(config), tables)
+    return max(int(n * dense + e * more + t * embedding) for n, e, t in stages)
 
 
 def _bytes_per_rank(config: TrainConfig, plan: ModelPlan, parameters: int, dp_size: int) -> int:

@@ -15,7 +15,12 @@ from ..attention import ATTENTION_BACKENDS, merge_implementation
 from ..checkpoint import export_hf
 from ..data import Group
 from ..grpo import GrpoStep, StepBatch, total_over_replicas
-from ..mcore import attention_backends, count_attention_calls
+from ..mcore import (
+    attention_backends,
+    count_attention_calls,
+    has_router_losses,
+    take_router_losses,
+)
 from .checkpoints import Checkpoints, Progress, course_settings, is_distributed, writing
 from .config import TrainConfig
 from .metrics import (
@@ -175,6 +180,7 @@ class Trainer:
         """Inner epochs over the minibatches; metrics of the updates."""
         sums: dict[str, float] = {}
         grad_norms = []
+        config = self.model.plan.config
         for _ in range(self.config.algorithm.ppo_epochs):
             for minibatch in range(len(batch.minibatches)):
                 with timer.phase("train"):
@@ -184,6 +190,10 @@ class Trainer:
                 for name, value in update.items():
                     sums[name] = sums.get(name, 0.0) + value
         metrics = {"optimizer/lr": float(self.model.optimizer.param_groups[0]["lr"])}
+        if has_router_losses(config):
+            rows = (batch.tokens.rows - batch.tokens.fillers) * self.config.algorithm.ppo_epochs
+            losses = take_router_losses(config, rows, self.ranks.device)
+            metrics |= {f"router/{name}": value for name, value in losses.items()}
         total = total_over_replicas(sums, self.ranks)
         return metrics | update_metrics(total, grad_norms) if self.ranks.rank == 0 else metrics
 

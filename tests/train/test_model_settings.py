@@ -38,7 +38,7 @@ ELSEWHERE = {
     "virtual_pipeline_model_parallel_size": (2, "parallel.virtual_pipeline_model_parallel_size"),
     "expert_model_parallel_size": (2, "set by parallel.expert_model_parallel_size"),
     "sequence_parallel": (True, "set by parallel.sequence_parallel"),
-    "expert_tensor_parallel_size": (1, "follows parallel.tensor_model_parallel_size"),
+    "expert_tensor_parallel_size": (1, "set by parallel.expert_tensor_parallel_size"),
     "context_parallel_size": (1, "needs process groups that no run makes"),
     "hierarchical_context_parallel_sizes": ([1, 2], "needs process groups"),
     "hybrid_context_parallel": (True, "needs process groups"),
@@ -163,6 +163,11 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
         (dict(moe_layer_freq=[0, 0, 0, 0]), {}, "with a 1 among them"),
         (dict(moe_layer_freq=[0, 1, 2, 0]), {}, "or a 1 (experts) or 0"),
         (dict(moe_layer_freq=0), {}, "a whole number from 1"),
+        (
+            dict(moe_layer_freq=[0, 0, 1, 1]),
+            dict(pipeline_model_parallel_size=2),
+            "leaves pipeline stages without experts ([0, 2] layers",
+        ),
         (dict(num_moe_experts=None), dict(expert_model_parallel_size=2), "expert"),
         (
             dict(num_moe_experts=None, moe_ffn_hidden_size=None, moe_router_topk=3),

@@ -52,6 +52,8 @@ class ParallelConfig:
     those of ``parallel.ParallelSizes``, at least 1 each.
 
     Attributes:
+        expert_tensor_parallel_size: ranks that divide an expert's widths; as many as divide other
+            layers' when None.
         sequence_parallel: whether tensor-parallel ranks divide the tokens, too, between the layers
             whose heads and widths they divide.
         use_distributed_optimizer: divide the optimizer's state over data-parallel ranks.
@@ -63,6 +65,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False

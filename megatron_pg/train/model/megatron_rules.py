@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def megatron_problems(
     problems = sizes.model_problems(model) + sizes.training_problems(model)
     if model.num_layers is None:
         problems += _stage_problems(config)
-    yield from problems or _recompute_problems(config)
+    yield from problems or [*_recompute_problems(config), *_bare_stage_problems(config)]
     yield from _width_problems(config)
     if config.multi_latent_attention:
         yield from _latent_problems(config, asked, use_te)
@@ -79,6 +80,22 @@ def layers_per_stage(config: TransformerConfig) -> list[int]:
         AssertionError: Megatron-Core's, on layers that do not divide.
     """
     return [sum(chunks) for chunks in _layers_per_chunk(config)]
+
+
+def expert_layers_per_stage(config: TransformerConfig) -> list[int]:
+    """Of ``layers_per_stage``, those with experts."""
+    if not config.num_moe_experts:
+        return [0] * config.pipeline_model_parallel_size
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        pattern = [int(number % pattern == 0) for number in range(config.num_layers)]
+    chunks, left = _layers_per_chunk(config), iter(pattern)
+    counts = [0] * len(chunks)
+    # Layers go through the first chunks of all stages, then through the second ones.
+    for chunk in range(len(chunks[0])):
+        for rank, of_rank in enumerate(chunks):
+            counts[rank] += sum(itertools.islice(left, of_rank[chunk]))
+    return counts
 
 
 def _layers_per_chunk(config: TransformerConfig) -> list[list[int]]:
@@ -181,15 +198,30 @@ def _kernel_problems(config: TransformerConfig, use_te: bool) -> Iterator[str]:
 
 
 def _pattern_problems(config: TransformerConfig) -> Iterator[str]:
-    pattern, count = config.moe_layer_freq, config.num_layers
-    if isinstance(pattern, int):
-        is_good = pattern >= 1
-    else:
-        is_good = len(pattern) == count and set(pattern) <= {0, 1} and 1 in pattern
-    if not is_good:
+    if not _is_pattern(config):
         yield (
-            f"moe_layer_freq={pattern!r} must be a whole number from 1, or a 1 (experts) or 0 for "
-            f"each of num_layers={count}, with a 1 among them"
+            f"moe_layer_freq={config.moe_layer_freq!r} must be a whole number from 1, or a 1 "
+            f"(experts) or 0 for each of num_layers={config.num_layers}, with a 1 among them"
+        )
+
+
+def _is_pattern(config: TransformerConfig) -> bool:
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        return pattern >= 1
+    return len(pattern) == config.num_layers and set(pattern) <= {0, 1} and 1 in pattern
+
+
+def _bare_stage_problems(config: TransformerConfig) -> Iterator[str]:
+    """Of stages that are dealt out well."""
+    if not (config.num_moe_experts and _is_pattern(config)):
+        return
+    stages = expert_layers_per_stage(config)
+    if min(stages) == 0:
+        yield (
+            f"moe_layer_freq={config.moe_layer_freq!r} leaves pipeline stages without experts "
+            f"({stages} layers with them by stage): Megatron-Core does not save the optimizer of "
+            "such stages beside others; choose fewer stages, or deal the layers out otherwise"
         )
 
 

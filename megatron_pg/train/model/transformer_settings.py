@@ -123,6 +123,7 @@ _OFFERED_PARALLEL = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "sequence_parallel",
 )
 _FOLLOWS_DTYPE = "follows model.transformer.params_dtype; omit it"
@@ -142,10 +143,6 @@ _OWNED = {name: _PARALLEL.format(name) for name in _OFFERED_PARALLEL} | {
     "context_parallel_size": _GROUPS,
     "hierarchical_context_parallel_sizes": _GROUPS,
     "hybrid_context_parallel": _GROUPS,
-    "expert_tensor_parallel_size": (
-        "follows parallel.tensor_model_parallel_size: experts are divided as other layers are; "
-        "omit it"
-    ),
     "gtp_weight_remat_size": _GROUPS,
     "expert_gtp_weight_remat_size": _GROUPS,
     "tensor_parallel_num_weight_shards": _GROUPS,
