@@ -71,6 +71,10 @@ def passes(case: RouterCase) -> dict[str, Any]:
         again = [RouteRecorder() for _ in rows]
         replayed = run(routed_experts=routes, record_routes=again)
         other = run(routed_experts=[make_routes(r, case.num_layers, 8) for r in rows])
+        # Every third token as it was, the others by the router itself.
+        for whole in routes:
+            whole[torch.arange(len(whole)) % 3 > 0] = -1
+        partly = run(routed_experts=routes)
         return dict(
             layers=numbers,
             shapes=[tuple(own.shape) for own in found],
@@ -78,6 +82,7 @@ def passes(case: RouterCase) -> dict[str, Any]:
             same=_equal(plain, recorded) and _equal(recorded, replayed),
             same_routes=all(torch.equal(a, b.routed_experts()) for a, b in zip(found, again)),
             others_differ=not _equal(replayed, other),
+            partly=_equal(replayed, partly),
             descends=all(bool((own.diff(dim=-1) > 0).any()) for own in found),
         )
 
@@ -92,6 +97,7 @@ def test_record_then_replay_is_bit_equal(ranks: Pool, name: str) -> None:
     all_layers = []
     for found in ranks.run(case.world_size, passes, case):
         assert found["same"] and found["same_routes"] and found["others_differ"]
+        assert found["partly"], "-1 is not the router's own choice"
         assert found["descends"], "ids in the order of experts: the order of top-k is lost"
         one, other = found["layers"]
         assert one == other
@@ -115,7 +121,7 @@ def test_a_mask_says_all_of_a_row(num_experts: int, is_one_sequence: bool, topk:
     params = PrefixGroupedSeqParams.from_layout(row.layout)
     routes = None
     if topk is not None:
-        routes = torch.randint(0, num_experts, (row.layout.total_tokens, topk))
+        routes = torch.randint(-1, num_experts, (row.layout.total_tokens, topk))
     mask = as_mask(
         samples=None if is_one_sequence else params.row_mask,
         multiplicity_digits=params.multiplicity_digits,
@@ -154,7 +160,8 @@ ROUTES = make_routes(make_router_rows(RouterCase(), 0), 2, 0)
         (ROUTES[:, :1], {}, "has 1 layers and 2 experts a token"),
         (ROUTES[..., :1], {}, "has 2 layers and 1 experts a token"),
         (ROUTES + 1, {}, "expert ids from 1 to 4"),
-        (ROUTES - 1, {}, "expert ids from -1 to 2"),
+        (ROUTES - 1, {}, "some experts and -1 for others"),
+        (ROUTES - 2, {}, "expert ids from -2 to 1"),
         (ROUTES, dict(num_moe_experts=None), "a model without experts"),
     ],
 )

@@ -45,6 +45,11 @@ VARIANTS = {
     "positions": Variant(positions=True),
     "qk_layernorm": Variant(case=cases.EQUIVALENCE["qk_layernorm"]),
     "moe": Variant(case=Case(**cases.MOE)),
+    # Of a thd row the stock router's seq_aux_loss is that of the row.
+    "moe_statistics": Variant(case=Case(**cases.moe(**cases.BIAS, **cases.BOTH, **cases.Z))),
+    "moe_statistics_tp2_sp_full": Variant(
+        case=Case(tp=2, sp=True, **cases.moe(**cases.BOTH, **cases.Z, **FULL))
+    ),
     "full": Variant(case=Case(config=FULL)),
     "selective": Variant(case=Case(config=cases.SELECTIVE_RECOMPUTE)),
     "window": Variant(case=cases.EQUIVALENCE["window_freq"]),
@@ -100,6 +105,8 @@ def compare(name: str) -> Comparison:
             outputs = run(variant, ours, rows)
         controls = run(variant, stock, rows)
         got, want = harness.named_gradients(ours), harness.named_gradients(stock)
+        for mine, theirs in zip(*(biases(chunks) for chunks in (ours, stock)), strict=True):
+            assert torch.equal(mine, theirs) and mine.any(), "another expert bias"
         calls = [count_attention_calls(chunk) for chunk in ours]
         return Comparison(
             output_errors=[
@@ -112,6 +119,12 @@ def compare(name: str) -> Comparison:
             seen=[n * (case.tp if case.sp else 1) for n in seen],
             logical=sum(len(row.tokens) for row in rows),
         )
+
+
+def biases(chunks: list[Any]) -> list[Tensor]:
+    """Of routers, updated by what was counted."""
+    named = [item for chunk in chunks for item in chunk.module.named_buffers()]
+    return [buffer for name, buffer in named if name.endswith("expert_bias")]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -162,6 +162,18 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
         (dict(moe_layer_freq=[0, 1]), {}, "moe_layer_freq=[0, 1] must be a whole number"),
         (dict(moe_layer_freq=[0, 0, 0, 0]), {}, "with a 1 among them"),
         (dict(moe_layer_freq=[0, 1, 2, 0]), {}, "or a 1 (experts) or 0"),
+        (dict(moe_aux_loss_coeff=0.01), {}, "moe_aux_loss_coeff=0.01 would be ignored"),
+        (dict(moe_z_loss_coeff=-0.1), {}, "moe_z_loss_coeff=-0.1 must be at least 0"),
+        (
+            dict(moe_router_load_balancing_type=["aux_loss"], moe_aux_loss_coeff=[-0.1]),
+            {},
+            "moe_aux_loss_coeff=[-0.1] must be at least 0",
+        ),
+        (
+            dict(moe_router_enable_expert_bias=True),
+            {},
+            "expert bias",
+        ),
         (dict(moe_layer_freq=0), {}, "a whole number from 1"),
         (
             dict(moe_layer_freq=[0, 0, 1, 1]),

@@ -205,6 +205,23 @@ def _pattern_problems(config: TransformerConfig) -> Iterator[str]:
         )
 
 
+def _loss_problems(config: TransformerConfig) -> Iterator[str]:
+    kinds, given = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if not isinstance(kinds, list) and kinds == "none" and given:
+        yield (
+            f"moe_aux_loss_coeff={given} would be ignored: moe_router_load_balancing_type is "
+            "'none'; set that, or the coefficient to 0"
+        )
+    numbers = {
+        "moe_aux_loss_coeff": given if isinstance(given, list) else [given],
+        "moe_z_loss_coeff": [config.moe_z_loss_coeff or 0],
+        "moe_router_bias_update_rate": [config.moe_router_bias_update_rate],
+    }
+    for name, values in numbers.items():
+        if min(values) < 0:
+            yield f"{name}={getattr(config, name)!r} must be at least 0"
+
+
 def _is_pattern(config: TransformerConfig) -> bool:
     pattern = config.moe_layer_freq
     if isinstance(pattern, int):
@@ -232,6 +249,7 @@ def _is_there(module: str) -> bool:
 def _expert_problems(config: TransformerConfig) -> Iterator[str]:
     experts, topk = config.num_moe_experts, config.moe_router_topk
     yield from _pattern_problems(config)
+    yield from _loss_problems(config)
     if topk > experts:
         yield f"moe_router_topk={topk} must not exceed num_moe_experts={experts}"
     if config.moe_apply_probs_on_input and topk != 1:
