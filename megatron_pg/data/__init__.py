@@ -25,9 +25,10 @@ from .reading import (
     write_rollouts,
 )
 from .residency import ResidencyConfig, plan_waves, step_cost
+from .routes import RouteShape, route_problem
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import Group, Sample, Status, without_aborted
+from .types import UNKNOWN_ROUTE, Group, Sample, Status, without_aborted
 from .values import response_problems, reward_problem, shorten, show
 
 __all__ = [
@@ -42,10 +43,12 @@ __all__ = [
     "PrefixRow",
     "Problems",
     "ResidencyConfig",
+    "RouteShape",
     "RowPart",
     "Sample",
     "Status",
     "TokenValues",
+    "UNKNOWN_ROUTE",
     "Wave",
     "active_ffn_hidden_size",
     "balance_costs",
@@ -69,6 +72,7 @@ __all__ = [
     "read_rollouts",
     "response_problems",
     "reward_problem",
+    "route_problem",
     "row_budget",
     "select_samples",
     "shorten",

@@ -24,9 +24,11 @@ def content_checksum(groups: Sequence[Group]) -> str:
             )
             if sample.loss_weight is not None:
                 digest.update(f"loss_weight {float(sample.loss_weight).hex()};".encode())
-            for field in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
+            fields = ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES)
+            for field in (*fields, "routed_experts"):
                 values = getattr(sample, field)
                 if values is not None:
-                    digest.update(f"{field} {values.dtype} {len(values)};".encode())
+                    size = len(values) if values.ndim == 1 else list(values.shape)
+                    digest.update(f"{field} {values.dtype} {size};".encode())
                     digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()

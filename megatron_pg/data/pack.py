@@ -12,6 +12,7 @@ from torch import Tensor
 from ..tree import PackedLayout
 from .cost import CostModel
 from .plan import PackPlan, RowPart, plan_rows
+from .routes import pack_routes
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape
 from .types import OPTIONAL_TOKEN_VALUES, Group, Sample
@@ -169,12 +170,12 @@ def token_values(
 def carried_fields(groups: Iterable[Group]) -> tuple[str, ...]:
     """Names of the optional values that all samples with trained tokens carry.
 
-    Those of ``TokenValues`` besides ``weights``, and "loss_weight".
+    Those of ``TokenValues`` besides ``weights``, "loss_weight" and "routed_experts".
 
     Raises:
         ValueError: when some of them carry one and others do not; names two of them.
     """
-    names = (*OPTIONAL_TOKEN_VALUES, "loss_weight")
+    names = (*OPTIONAL_TOKEN_VALUES, "loss_weight", "routed_experts")
     first: tuple[str, int, dict[str, bool]] | None = None
     for group in groups:
         for i, sample in enumerate(group.samples):
@@ -229,7 +230,14 @@ def _build_row(plan: PackPlan, row: int, groups: Groups, pad_id: int) -> PackedR
         prediction_ids=prediction_ids,
         sample_ids=sample_ids,
         token_numbers=firsts[sample_ids] + torch.arange(len(sample_ids)),
+        routed_experts=pack_routes(layout, _routes(samples, starts)),
     )
+
+
+def _routes(samples: Sequence[Sample], starts: Sequence[int]) -> list[Tensor | None]:
+    """Routes of the tokens from ``starts`` on."""
+    given = [sample.routed_experts for sample in samples]
+    return [None if own is None else own[start:] for own, start in zip(given, starts)]
 
 
 def _trained_values(samples: Sequence[Sample], name: str) -> Tensor:
@@ -247,6 +255,7 @@ def _first_token(plan: PackPlan, part: RowPart, sample: int) -> int:
 def _build_prefix_row(plan: PackPlan, number: int, groups: Groups, pad_id: int) -> PrefixRow:
     layout, prefixes = plan.prefix_layout(number), []
     counts: list[int] = []
+    routes: list[Tensor | None] = []
     for group in plan.prefix_rows[number]:
         shape = plan.shapes[group]
         roots, samples, continued = np.unique(
@@ -254,12 +263,17 @@ def _build_prefix_row(plan: PackPlan, number: int, groups: Groups, pad_id: int) 
         )
         for root, sample, count in zip(roots, samples, continued):
             if length := int(shape.resident_lens[root]):
-                prefixes.append(groups[group].samples[int(sample)].tokens[:length])
+                own = groups[group].samples[int(sample)]
+                prefixes.append(own.tokens[:length])
                 counts.append(int(count))
+                known = own.routed_experts
+                routes.append(None if known is None else known[:length])
     if not prefixes:
         return PrefixRow(torch.full((layout.total_tokens,), pad_id), layout, sample_counts=(0,))
     tokens = layout.pack_tokens(prefixes, pad_id)
-    return PrefixRow(tokens, layout, sample_counts=tuple(counts))
+    return PrefixRow(
+        tokens, layout, sample_counts=tuple(counts), routed_experts=pack_routes(layout, routes)
+    )
 
 
 def _build_filler(layout: PackedLayout, pad_id: int) -> PackedRow:

@@ -64,6 +64,8 @@ class PackedRow:
         sample_ids: ``[M]`` int64 row-local sample of every trained token, ascending.
         token_numbers: ``[M]`` int64 place of the pair among those of the planned batch, which is
             its entry in ``TokenValues``.
+        routed_experts: ``[total_tokens, num_layers, topk]`` int16 routes to be replayed, -1 where
+            the router decides; None where it does throughout.
     """
 
     tokens: Tensor
@@ -74,6 +76,7 @@ class PackedRow:
     prediction_ids: Tensor
     sample_ids: Tensor
     token_numbers: Tensor
+    routed_experts: Tensor | None = None
 
     @property
     def target_tokens(self) -> Tensor:
@@ -160,11 +163,13 @@ class PrefixRow:
         tokens: ``[total_tokens]`` int64 row.
         layout: where every token stands.
         sample_counts: samples of the batch that continue each of the prefixes; 0 in a filler.
+        routed_experts: as ``PackedRow`` has them.
     """
 
     tokens: Tensor
     layout: PackedLayout
     sample_counts: tuple[int, ...] | None = None
+    routed_experts: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..tree import IntArray, PrefixTree
 from .cost import CostModel
+from .routes import prompts_agree, route_labels
 from .types import Group, Sample
 
 # A fork costs every layer a pass over all that follows it, and saves what its tokens cost.
@@ -97,19 +98,24 @@ def group_tree(group: Group, min_shared: int | None = None) -> PrefixTree:
         group: at least one sample.
         min_shared: an integer shares every run of at least that many tokens, at any depth (see
             ``PrefixTree.from_sequences``). None takes 64, or the length of the shortest prompt
-            where that is less, for a group that has a rollout of several samples. For others it
-            shares exactly the prompt: samples whose prompts differ get one root per distinct
-            prompt, and equal responses stay separate.
+            where that is less, for a group that has a rollout of several samples, or equal prompts
+            with different routes. For others it shares exactly the prompt: samples whose prompts
+            differ get one root per distinct prompt, and equal responses stay separate.
+
+    Samples that carry routes share only tokens whose routes agree (see ``routes``).
 
     Raises:
-        ValueError: on an empty group or ``min_shared < 1``.
+        ValueError: on an empty group, ``min_shared < 1``, or routes of different shapes.
     """
     if not group.samples:
         raise ValueError(f"group {group.group_id!r} has no samples; leave it out")
-    if min_shared is None and len(group.rollouts.unique()) < len(group.samples):
+    labels = route_labels(group)
+    forks = len(group.rollouts.unique()) < len(group.samples)
+    if min_shared is None and (forks or (labels and not prompts_agree(group, labels))):
         min_shared = min(_LEAST_RUN, *(len(sample.prompt_ids) for sample in group.samples))
     if min_shared is not None:
-        return PrefixTree.from_sequences([sample.tokens for sample in group.samples], min_shared)
+        sequences = [sample.tokens for sample in group.samples]
+        return PrefixTree.from_sequences(sequences, min_shared, labels)
     by_prompt: dict[bytes, list[int]] = {}
     first = group.samples[0].prompt_ids
     first_key = first.numpy().tobytes()

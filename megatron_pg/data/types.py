@@ -15,6 +15,9 @@ Status = Literal["completed", "truncated", "aborted"]
 
 # Given for every response token, or not at all.
 OPTIONAL_TOKEN_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
+# Stands for every expert of a token whose route nobody reported: its router decides by itself.
+UNKNOWN_ROUTE = -1
+_ROUTE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,6 +38,10 @@ class Sample:
         old_logprobs: ``[R]`` trainer's logprobs before the update; recomputed when None.
         ref_logprobs: ``[R]`` reference model's logprobs.
         advantages: ``[R]`` when the caller computed them; else from the group's rewards.
+        routed_experts: ``[P + R, num_layers, topk]`` int16 (any integers are taken): the experts
+            that the rollout engine sent every token to, by layer, to be replayed; -1 throughout for
+            a token whose route is not known. One row less, as engines report it, leaves out that
+            of the last token. See ``data.RouteShape``.
         status: whether the response ended by itself.
         sample_id: name of the sample in its source, for messages.
         rollout_id: samples of a group with equal ids are turns, sub-agents and compacted contexts
@@ -61,6 +68,7 @@ class Sample:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
+    routed_experts: Tensor | None = None
     status: Status = "completed"
     sample_id: str | None = None
     rollout_id: str | None = None
@@ -84,10 +92,13 @@ class Sample:
                     f"{name} has shape {tuple(values.shape)}, the response has "
                     f"{len(self.response_ids)} tokens; give one value per response token"
                 )
-        for name in ("prompt_ids", "response_ids", "loss_mask", *OPTIONAL_TOKEN_VALUES):
+        names = ("prompt_ids", "response_ids", "loss_mask", "routed_experts")
+        for name in (*names, *OPTIONAL_TOKEN_VALUES):
             values = getattr(self, name)
             if values is not None and values.device.type != "cpu":
                 raise ValueError(f"{name} lives on {values.device}; samples do on the CPU: .cpu()")
+        if self.routed_experts is not None:
+            object.__setattr__(self, "routed_experts", self._whole_routes(self.routed_experts))
         if not math.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} must be finite; drop or re-score the sample")
         weight = self.loss_weight
@@ -98,6 +109,32 @@ class Sample:
         if self.status == "aborted" or not len(self.response_ids):
             object.__setattr__(self, "status", "aborted")
             object.__setattr__(self, "loss_mask", torch.zeros_like(self.loss_mask))
+
+    def _whole_routes(self, routes: Tensor) -> Tensor:
+        """Int16, with a row for every token."""
+        count = len(self.prompt_ids) + len(self.response_ids)
+        if routes.ndim != 3 or routes.dtype not in _ROUTE_DTYPES:
+            raise ValueError(
+                f"routed_experts must be integers [tokens, layers, topk], got shape "
+                f"{tuple(routes.shape)} and dtype {routes.dtype}"
+            )
+        if len(routes) not in (count, count - 1):
+            raise ValueError(
+                f"routed_experts has {len(routes)} rows, prompt and response have {count} tokens; "
+                "give one row per token, or leave out that of the last one"
+            )
+        if routes.dtype != torch.int16:
+            limit = torch.iinfo(torch.int16)
+            if routes.numel() and not limit.min <= routes.min() <= routes.max() <= limit.max:
+                raise ValueError(
+                    f"routed_experts reach from {routes.min()} to {routes.max()}, no model has "
+                    "such experts"
+                )
+            routes = routes.to(torch.int16)
+        if len(routes) < count:
+            last = routes.new_full((1, *routes.shape[1:]), UNKNOWN_ROUTE)
+            routes = torch.cat([routes, last])
+        return routes.contiguous()
 
     @cached_property
     def tokens(self) -> Tensor:

@@ -35,6 +35,11 @@ def encode_groups(groups: Sequence[Numbered]) -> bytes:
             # As the loss reads them; numpy has no bfloat16.
             _flat([values.detach().double() for values in given if values is not None]),
         )
+    routes = [sample.routed_experts for sample in samples]
+    columns["routes"] = (
+        [own is not None for own in routes],
+        _flat([own for own in routes if own is not None]),
+    )
     columns["samples"] = [
         (places[id(s.prompt_ids)], [getattr(s, name) for name in _SCALARS]) for s in samples
     ]
@@ -54,6 +59,9 @@ def decode_groups(content: bytes) -> list[Numbered]:
         is_given, flat = columns[name]
         given = iter(_split(flat))
         values[name] = [next(given) if is_own else None for is_own in is_given]
+    is_given, flat = columns["routes"]
+    given = iter(_split(flat))
+    values["routed_experts"] = [next(given) if is_own else None for is_own in is_given]
     samples = iter(
         Sample(
             prompt_ids=prompts[prompt],

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .checks import IntArray
+
+Labels = npt.NDArray[Any]
+"""``[num_tokens, ...]``: what tokens have to agree in besides themselves."""
 
 
 @dataclass(eq=False)
@@ -14,63 +20,77 @@ class _Node:
     """One run of tokens under construction, the samples that end with it and its children."""
 
     tokens: IntArray
+    labels: Labels | None = None
     samples: list[int] = field(default_factory=list)
     children: list[_Node] = field(default_factory=list)
 
 
 def build_radix_segments(
-    sequences: list[IntArray], min_shared: int
+    sequences: list[IntArray], min_shared: int, labels: Sequence[Labels] | None = None
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """Segments in pre-order of the compressed tree of ``sequences``.
 
-    What samples share before they part has at least ``min_shared`` tokens.
+    What samples share before they part has at least ``min_shared`` tokens, and equal ``labels``.
 
     Returns:
         ``(segment_lens, segment_parents, sample_segments, token_ids)`` as ``PrefixTree`` takes
         them. Children keep the order in which their first sample came.
     """
-    root = _insert_all(sequences)
+    root = _insert_all(sequences, labels or [None] * len(sequences))
     if min_shared > 1:
         _write_out_short_runs(root, min_shared)
     return _flatten(root, len(sequences))
 
 
-def _insert_all(sequences: list[IntArray]) -> _Node:
+def _insert_all(sequences: list[IntArray], labels: Sequence[Labels | None]) -> _Node:
     root = _Node(np.empty(0, dtype=np.int64))
     # Child by first token, kept beside the nodes because only insertion needs it.
-    by_token: dict[_Node, dict[int, int]] = {root: {}}
+    by_token: dict[_Node, dict[Hashable, int]] = {root: {}}
 
     def add_child(parent: _Node, child: _Node) -> None:
-        by_token[parent][int(child.tokens[0])] = len(parent.children)
+        by_token[parent][_first(child.tokens, child.labels)] = len(parent.children)
         parent.children.append(child)
         by_token.setdefault(child, {})
 
-    for sample, tokens in enumerate(sequences):
+    for sample, (tokens, own) in enumerate(zip(sequences, labels)):
         node, rest = root, tokens
         while len(rest):
-            slot = by_token[node].get(int(rest[0]))
+            slot = by_token[node].get(_first(rest, own))
             if slot is None:
-                leaf = _Node(rest)
+                leaf = _Node(rest, own)
                 add_child(node, leaf)
                 node = leaf
                 break
             child = node.children[slot]
             shared = _common_len(child.tokens, rest)
+            if own is not None and child.labels is not None:
+                shared = _common_len(child.labels[:shared], own[:shared])
             if shared < len(child.tokens):
-                head = _Node(child.tokens[:shared])
+                head = _Node(child.tokens[:shared], _cut(child.labels, slice(shared)))
                 child.tokens = child.tokens[shared:]
+                child.labels = _cut(child.labels, slice(shared, None))
                 by_token[head] = {}
                 add_child(head, child)
                 node.children[slot] = head
                 child = head
-            node, rest = child, rest[shared:]
+            node, rest, own = child, rest[shared:], _cut(own, slice(shared, None))
         node.samples.append(sample)
     return root
 
 
-def _common_len(a: IntArray, b: IntArray) -> int:
+def _first(tokens: IntArray, labels: Labels | None) -> Hashable:
+    return int(tokens[0]), None if labels is None else labels[0].tobytes()
+
+
+def _cut(labels: Labels | None, part: slice) -> Labels | None:
+    return None if labels is None else labels[part]
+
+
+def _common_len(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
+    if differs.ndim > 1:
+        differs = differs.reshape(n, -1).any(axis=1)
     first = int(np.argmax(differs))
     return first if differs[first] else n
 

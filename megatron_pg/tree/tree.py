@@ -74,7 +74,12 @@ class PrefixTree:
         return cls(np.array(lens), parents, np.arange(1, len(lens)))
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Any], min_shared: int = 1) -> PrefixTree:
+    def from_sequences(
+        cls,
+        sequences: Sequence[Any],
+        min_shared: int = 1,
+        labels: Sequence[npt.NDArray[Any]] | None = None,
+    ) -> PrefixTree:
         """Tree of every run of tokens that at least two sequences share, at any depth.
 
         Equal sequences end at the same segment, and a sequence may be a prefix of another. Takes
@@ -85,17 +90,24 @@ class PrefixTree:
                 sample, prompt included.
             min_shared: shortest run of tokens after which samples part; shorter ones are written
                 out. A run after which they do not costs nothing and is shared at any length.
+            labels: ``[num_tokens, ...]`` of every sequence: what its tokens have to agree in too
+                where they are shared, such as the experts that they are routed to.
 
         Raises:
-            ValueError: on no sequences, an empty one, tokens that are no integers, or
-                ``min_shared < 1``.
+            ValueError: on no sequences, an empty one, tokens that are no integers,
+                ``min_shared < 1``, or labels that are not one per token.
         """
         as_length("min_shared", min_shared)
         samples = as_list("sequences", sequences)
         if not samples:
             raise ValueError("sequences is empty: a tree needs at least one sample")
         runs = [_as_tokens(i, tokens) for i, tokens in enumerate(samples)]
-        return cls(*build_radix_segments(runs, min_shared))
+        if labels is not None and list(map(len, labels)) != list(map(len, runs)):
+            raise ValueError(
+                f"labels has the lengths {list(map(len, labels))}, the sequences have "
+                f"{list(map(len, runs))}; give one label per token of every sequence"
+            )
+        return cls(*build_radix_segments(runs, min_shared, labels))
 
     def without_prefix(self, lens: Sequence[int] | IntArray) -> PrefixTree:
         """What follows the first tokens of every root, which stay resident in another row.
