@@ -25,6 +25,7 @@ from .reading import (
     write_rollouts,
 )
 from .residency import ResidencyConfig, plan_waves, step_cost
+from .route_forms import decode_routes, encode_routes
 from .routes import RouteShape, route_problem
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
@@ -56,6 +57,8 @@ __all__ = [
     "carried_fields",
     "check_prompt",
     "content_checksum",
+    "decode_routes",
+    "encode_routes",
     "equalize_num_microbatches",
     "group_shape",
     "group_tree",

@@ -27,12 +27,14 @@ class GroupShape:
         loss_lens: ``[num_samples]`` trained tokens of every sample.
         untrained_lens: ``[num_samples]`` tokens before the first trained one of every sample; None
             when unknown, which keeps nothing resident.
+        split_tokens: tokens of the tree that would be shared if samples had no routes.
     """
 
     group_id: str
     tree: PrefixTree
     loss_lens: IntArray
     untrained_lens: IntArray | None = None
+    split_tokens: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -149,7 +151,12 @@ def group_shape(group: Group, min_shared: int | None = None) -> GroupShape:
         tree = replace(tree, token_ids=None)
     loss_lens = np.array([sample.num_loss_tokens for sample in group.samples], dtype=np.int64)
     untrained_lens = np.array([_untrained_len(sample) for sample in group.samples], dtype=np.int64)
-    return GroupShape(group.group_id, tree, loss_lens, untrained_lens)
+    split_tokens = 0
+    if any(sample.routed_experts is not None for sample in group.samples):
+        alike = [replace(sample, routed_experts=None) for sample in group.samples]
+        together = group_tree(replace(group, samples=tuple(alike)), min_shared)
+        split_tokens = tree.unique_tokens - together.unique_tokens
+    return GroupShape(group.group_id, tree, loss_lens, untrained_lens, split_tokens)
 
 
 def _untrained_len(sample: Sample) -> int:

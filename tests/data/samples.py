@@ -110,6 +110,7 @@ TENSORS = (
     "old_logprobs",
     "ref_logprobs",
     "advantages",
+    "routed_experts",
 )
 
 

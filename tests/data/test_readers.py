@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -226,7 +227,11 @@ def test_slime_arrays(tmp_path):
     }
     torch.save({"rollout_id": 7, "samples": [slime_sample(**arrays)]}, tmp_path / "7.pt")
     torch.save({"rollout_id": 7, "samples": [slime_sample(reward=0.5)]}, tmp_path / "plain.pt")
-    assert_same_groups(read_rollouts(tmp_path / "7.pt"), read_rollouts(tmp_path / "plain.pt"))
+    (routed,), plain = read_rollouts(tmp_path / "7.pt"), read_rollouts(tmp_path / "plain.pt")
+    (sample,) = routed.samples
+    assert sample.routed_experts.tolist() == [[[0, 0]] * 2] * 4 + [[[-1, -1]] * 2]
+    bare = Group(routed.group_id, (replace(sample, routed_experts=None),))
+    assert_same_groups([bare], plain)
     objects = slime_sample(tokens=np.array([1, None], dtype=object))
     torch.save({"rollout_id": 7, "samples": [objects]}, tmp_path / "7.pt")
     with pytest.raises(ValueError, match="does not load as plain data"):

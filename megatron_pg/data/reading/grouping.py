@@ -138,7 +138,7 @@ def _check_token_values(rows: Sequence[PlacedRow], problems: Problems) -> None:
         if not sample.num_loss_tokens:
             continue
         first = first_of_group.setdefault(placed.group, placed)
-        for name in (*OPTIONAL_TOKEN_VALUES, "loss_weight"):
+        for name in (*OPTIONAL_TOKEN_VALUES, "loss_weight", "routed_experts"):
             if (getattr(sample, name) is None) != (getattr(first.row.sample, name) is None):
                 field = "advantage" if name == "advantages" else name
                 message = f"must be on all rows of a group or on none; compare {first.where}"

@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..route_forms import encode_routes
 from ..types import OPTIONAL_TOKEN_VALUES, Group, Sample
 from .formats import CONVERTERS, READS_REWARD_KEY, FormatError
 from .grouping import PlacedRow, check_rows, group_rows
@@ -151,6 +152,8 @@ def _as_row(group_id: str, sample: Sample) -> dict[str, object]:
         values = getattr(sample, name)
         if values is not None:
             row["advantage" if name == "advantages" else name] = values.tolist()
+    if sample.routed_experts is not None:
+        row["routed_experts"] = encode_routes(sample.routed_experts)
     return {name: value for name, value in row.items() if value is not None}
 
 

@@ -20,6 +20,7 @@ loss_mask           no         0 or 1 per response token; all 1 when absent
 rollout_logprobs    no         number <= 0 per response token, likewise ``old_logprobs``,
                                ``ref_logprobs``; on all rows of a group that train a token, or none
 advantage           no         number, or one number per response token; as the logprobs
+routed_experts      no         experts of every token by layer (see ``route_forms``); as logprobs
 status              no         completed (default), truncated, aborted
 metadata            no         object, or a JSON string that holds one
 ==================  =========  =====================================================================
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..route_forms import decode_routes
 from ..types import Sample, Status
 from ..values import (
     logprob_problem,
@@ -113,7 +115,14 @@ class RowParser:
             if isinstance(values, list) and len(values) != len(response_ids):
                 message = f"has {len(values)} values, the response has {len(response_ids)} tokens"
                 errors.append((name, message))
-        return errors or self._build(row, prompt_ids, response_ids)
+        routes = None
+        if "routed_experts" in row:
+            try:
+                num_tokens = len(prompt_ids) + len(response_ids)
+                routes = decode_routes(row["routed_experts"], num_tokens=num_tokens)
+            except ValueError as error:
+                errors.append(("routed_experts", str(error)))
+        return errors or self._build(row, prompt_ids, response_ids, routes)
 
     def _token_ids(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         if "prompt_ids" in row:
@@ -124,7 +133,11 @@ class RowParser:
         return prompt_ids, self._encoder.encode_response(row["response"], is_completed)
 
     def _build(
-        self, row: Mapping[str, Any], prompt_ids: list[int], response_ids: list[int]
+        self,
+        row: Mapping[str, Any],
+        prompt_ids: list[int],
+        response_ids: list[int],
+        routes: Tensor | None,
     ) -> ParsedRow:
         prompt = np.array(prompt_ids, dtype=np.int64)
         key = prompt.tobytes()
@@ -144,6 +157,7 @@ class RowParser:
             old_logprobs=_as_float64(row.get("old_logprobs")),
             ref_logprobs=_as_float64(row.get("ref_logprobs")),
             advantages=_as_float64(advantage),
+            routed_experts=routes,
             status=row.get("status", "completed"),
             sample_id=_as_id(row.get("sample_id")),
             rollout_id=_as_id(row.get("rollout_id")),
@@ -172,7 +186,9 @@ def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
         if not has_encoder:
             errors.append((has_text[0], "is text; pass tokenizer="))
         message = "belongs to tokens that text does not determine; give prompt_ids and response_ids"
-        errors += [(name, message) for name in PER_TOKEN if isinstance(row.get(name), list)]
+        lists = [name for name in PER_TOKEN if isinstance(row.get(name), list)]
+        lists += [name for name in ("routed_experts",) if name in row]
+        errors += [(name, message) for name in lists]
     return errors
 
 
@@ -271,6 +287,8 @@ FIELDS: dict[str, Callable[[Any], str | None]] = {
     "old_logprobs": _check_logprobs,
     "ref_logprobs": _check_logprobs,
     "advantage": _check_advantage,
+    # Looked at when it is clear how many tokens there are.
+    "routed_experts": lambda value: None,
     "status": _check_status,
     "metadata": _check_metadata,
 }

@@ -60,6 +60,7 @@ def slime_converter(
             "reward": sum_rewards(sample.get("reward"), "reward", reward_key),
             "loss_mask": sample.get("loss_mask"),
             "rollout_logprobs": sample.get("rollout_log_probs"),
+            "routed_experts": sample.get("rollout_routed_experts"),
             "status": "aborted" if status == "failed" else status,
             "sample_id": _join_ids(file_id, index),
             "group_id": _join_ids(file_id, group_index),
