@@ -46,13 +46,17 @@ def _read_completions(answer: Any, *, with_tokens: bool) -> Answer:
     _raise_reported(answer)
     responses: dict[int, RawResponse] = {}
     prompts = []
-    for place, choice in enumerate(_take("the answer", answer, "choices", list)):
+    choices = _take("the answer", answer, "choices", list)
+    # SGLang puts those of the first choice beside the choices.
+    extension = _take_if("the answer", answer, "sglext", dict) or {}
+    for place, choice in enumerate(choices):
         where = f"choices[{place}]"
         _raise_reported(choice)
         index = _take(where, choice, "index", int)
         if index in responses:
             raise MalformedAnswerError(f"two choices have index {index}")
-        responses[index] = _read_choice(where, choice, with_tokens)
+        beside = extension.get("routed_experts") if index == 0 else None
+        responses[index] = _read_choice(where, choice, with_tokens, beside)
         ids = _take_if(where, choice, "prompt_token_ids", list) if with_tokens else None
         if ids is not None and responses[index].status != "aborted":
             prompts.append(ids)
@@ -73,7 +77,7 @@ def _read_completions(answer: Any, *, with_tokens: bool) -> Answer:
     )
 
 
-def _read_choice(where: str, choice: dict[str, Any], with_tokens: bool) -> RawResponse:
+def _read_choice(where: str, choice: dict[str, Any], with_tokens: bool, routes: Any) -> RawResponse:
     reason = _take(where, choice, "finish_reason", str, NoneType)
     is_aborted = status_of(reason) == "aborted"
     text = _take_text(where, choice, is_aborted)
@@ -81,8 +85,9 @@ def _read_choice(where: str, choice: dict[str, Any], with_tokens: bool) -> RawRe
         return RawResponse(None, None, text, reason)
     token_ids = _take_if(where, choice, "token_ids", list)
     table = _take_if(where, choice, "logprobs", dict)
+    routes = choice.get("routed_experts", routes)
     if table is None:
-        return RawResponse(token_ids, None, text, reason)
+        return RawResponse(token_ids, None, text, reason, routes=routes)
     named = _ids_from_strings(_take_if(f"{where}.logprobs", table, "tokens", list))
     logprobs = _take_if(f"{where}.logprobs", table, "token_logprobs", list)
     return RawResponse(
@@ -91,6 +96,7 @@ def _read_choice(where: str, choice: dict[str, Any], with_tokens: bool) -> RawRe
         text=text,
         finish_reason=reason,
         other_ids=named,
+        routes=routes,
     )
 
 
@@ -128,7 +134,8 @@ def _read_generated(where: str, choice: dict[str, Any], meta: dict[str, Any]) ->
             )
     token_ids = [pair[1] for pair in pairs]
     logprobs = [pair[0] for pair in pairs]
-    return RawResponse(token_ids, logprobs, text, reason, other_ids=output_ids)
+    routes = meta.get("routed_experts")
+    return RawResponse(token_ids, logprobs, text, reason, other_ids=output_ids, routes=routes)
 
 
 def _take(where: str, record: Any, name: str, *kinds: type) -> Any:

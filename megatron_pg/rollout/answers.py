@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..data import Status, response_problems
+from ..data import RouteShape, Status, decode_routes, response_problems
 from .base import Tokenizer
 from .dialects import Dialect
 from .values import Prompt, Response, SamplingParams
@@ -31,6 +32,7 @@ class RawResponse:
         text: decoded response.
         finish_reason: in the server's words.
         other_ids: the tokens by a second field, or None; it may lack the end token.
+        routes: the experts of prompt and response, or None where the server did not tell.
     """
 
     token_ids: list[Any] | None
@@ -38,6 +40,7 @@ class RawResponse:
     text: str
     finish_reason: str | None
     other_ids: list[Any] | None = None
+    routes: Any = None
 
     @property
     def status(self) -> Status:
@@ -82,6 +85,7 @@ def answer_problems(
     *,
     vocab_size: int | None,
     with_logprobs: bool,
+    routes: RouteShape | None = None,
 ) -> list[str]:
     """What keeps an answer's values from being trained; empty when nothing does.
 
@@ -92,6 +96,7 @@ def answer_problems(
         params: what was asked for.
         vocab_size: token ids must lie below; None checks only that they are plausible.
         with_logprobs: whether the server is known to send logprobs.
+        routes: what the experts of every token have to be like; None does not look at them.
     """
     if len(answer.responses) != params.num_generations:
         return [f"{len(answer.responses)} responses instead of {params.num_generations}"]
@@ -110,17 +115,26 @@ def answer_problems(
         )
         if raw.trains:
             found += _gaps(raw, with_logprobs)
+            found += [] if routes is None else _route_problems(raw, prompt, routes)
         problems += [f"response {number} {problem}" for problem in found]
     return problems
 
 
-def make_response(raw: RawResponse, tokenizer: Tokenizer | None, version: int) -> Response:
+def make_response(
+    raw: RawResponse,
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    version: int,
+    routes: RouteShape | None = None,
+) -> Response:
     """A response from what the server sent, once nothing is wrong with it.
 
     Args:
         raw: part of an answer.
+        prompt: that it answers.
         tokenizer: tokenizes the text where the server sent no token ids.
         version: of the weights, kept in ``metadata["weight_version"]``.
+        routes: what the experts of its tokens have to be like; None leaves them out.
 
     Raises:
         ValueError: if a completed text needs an end token and the tokenizer has none.
@@ -137,9 +151,27 @@ def make_response(raw: RawResponse, tokenizer: Tokenizer | None, version: int) -
         response_ids=torch.tensor(token_ids or [], dtype=torch.int64),
         text=raw.text,
         rollout_logprobs=torch.tensor(raw.logprobs, dtype=torch.float64) if has_logprobs else None,
+        routed_experts=_read_routes(raw, prompt, routes) if routes and raw.trains else None,
         status=raw.status,
         metadata=metadata,
     )
+
+
+def _read_routes(raw: RawResponse, prompt: Prompt, routes: RouteShape) -> Tensor:
+    """Experts of the tokens of a prompt and its response. Raises ValueError if they are none."""
+    num_tokens = len(prompt.prompt_ids) + len(raw.token_ids or ())
+    width = routes.num_layers, routes.topk
+    return routes.of_model(decode_routes(raw.routes, width, num_tokens))
+
+
+def _route_problems(raw: RawResponse, prompt: Prompt, routes: RouteShape) -> list[str]:
+    if raw.routes is None:
+        return ["comes without routed_experts, which were asked for"]
+    try:
+        _read_routes(raw, prompt, routes)
+    except ValueError as error:
+        return [f"has routed_experts: {error}"]
+    return []
 
 
 def _gaps(raw: RawResponse, with_logprobs: bool) -> Iterator[str]:

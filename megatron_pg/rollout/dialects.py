@@ -9,6 +9,9 @@ Four answers to "which tokens were sampled", from exact to lossy:
   sampled token with its logprob (SGLang's "Native APIs" and "Sampling Parameters" documentation).
 * ``text``: plain ``/v1/completions`` (llama-cpp-python, transformers serve); the text is tokenized
   again, which need not give the sampled tokens back, and logprobs are left out.
+
+The experts of every token, where they are asked for, come per choice from servers that were started
+with ``--enable-return-routed-experts`` (vLLM from 0.22, SGLang), in the first two.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ..data import RouteShape
 from .base import Tokenizer
 from .values import Prompt, SamplingParams
 
@@ -29,6 +33,8 @@ PATHS: Mapping[Dialect, str] = {
 }
 # Of an answer, per token asked for, the prompt's included: an id, a logprob, their names as text.
 _BYTES_PER_TOKEN = 1 << 10
+# Of an expert that a token went to: an int32 in base64, and some.
+_BYTES_PER_EXPERT = 6
 
 
 def dialect_problem(
@@ -51,6 +57,7 @@ def make_request(
     model: str,
     tokenizer: Tokenizer | None = None,
     first_generation: int = 0,
+    with_routes: bool = False,
 ) -> dict[str, Any]:
     """JSON body that samples ``params.num_generations`` responses of one prompt.
 
@@ -61,15 +68,18 @@ def make_request(
         model: served name; unused by ``sglang``.
         tokenizer: decodes the prompt in ``text``.
         first_generation: number of the first response, which the seed depends on.
+        with_routes: ask for the experts of every token; vLLM sends them unasked.
 
     Raises:
         ValueError: if ``params`` has what plain servers do not understand, in ``text``.
     """
     seed = _request_seed(params.seed, prompt.prompt_id, first_generation)
+    routes = {"return_routed_experts": True} if with_routes else {}
     if dialect == "sglang":
         return {
             "input_ids": prompt.prompt_ids.tolist(),
             "return_logprob": True,
+            **routes,
             "sampling_params": _drop_none(
                 n=params.num_generations,
                 max_new_tokens=params.max_response_tokens,
@@ -93,6 +103,7 @@ def make_request(
     return {
         **body,
         **_extended_fields(params),
+        **routes,
         "prompt": prompt.prompt_ids.tolist(),
         # 1, not 0: some servers take 0 for "none". The sampled token's logprob comes either way.
         "logprobs": 1,
@@ -101,10 +112,20 @@ def make_request(
     }
 
 
-def most_answer_bytes(prompt: Prompt, params: SamplingParams) -> int:
-    """Length that no answer to ``make_request`` of these needs."""
+def most_answer_bytes(
+    prompt: Prompt, params: SamplingParams, routes: RouteShape | None = None
+) -> int:
+    """Length that no answer to ``make_request`` of these needs.
+
+    Args:
+        prompt: as there.
+        params: as there.
+        routes: of every token, where they are asked for.
+    """
     num_tokens = len(prompt.prompt_ids) + params.max_response_tokens
-    return (1 << 20) + params.num_generations * num_tokens * _BYTES_PER_TOKEN
+    experts = routes.num_layers * routes.topk if routes else 0
+    bytes_per_token = _BYTES_PER_TOKEN + experts * _BYTES_PER_EXPERT
+    return (1 << 20) + params.num_generations * num_tokens * bytes_per_token
 
 
 def _extended_fields(params: SamplingParams) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data import RouteShape
 from .answer_forms import MalformedAnswerError, read_answer
 from .answers import Answer, answer_problems, make_response
 from .base import RolloutSource, Tokenizer, WeightExporter
 from .client import JsonClient, RolloutServerError
 from .dialects import PATHS, Dialect, make_request, most_answer_bytes
-from .probe import ServerCapabilities, health_path_problem, probe_server
-from .reload import RELOAD_PLANS, ReloadPlan
+from .probe import ServerCapabilities, first_model, health_path_problem, probe_server
+from .reload import RELOAD_PLANS, ReloadPlan, remove_others
 from .retry import RetryPolicy
 from .run_all import run_all
 from .values import Prompt, Response, SamplingParams
@@ -57,6 +58,7 @@ class OpenAIServerSource(RolloutSource):
         api_key: bearer token, or None; no error or message shows it.
         reload: name in ``RELOAD_PLANS`` or a plan of your own; None cannot take new weights.
         export_dir: folder that the server can read too, for exported weights.
+        routes: ask for the experts of every token, which have to be like this; None does not.
         health_path: answered with a 5xx while the server is not ready; a server that does not know
             it counts as ready.
         startup_seconds: longest wait for that, at the start and after a reload.
@@ -86,6 +88,7 @@ class OpenAIServerSource(RolloutSource):
         api_key: str | None = None,
         reload: str | ReloadPlan | None = None,
         export_dir: str | Path | None = None,
+        routes: RouteShape | None = None,
         health_path: str = "/health",
         startup_seconds: float = 600.0,
         on_first: Callable[[Callable[[], Any]], Any] = lambda action: action(),
@@ -106,12 +109,15 @@ class OpenAIServerSource(RolloutSource):
             raise ValueError("dialect='text' tokenizes responses again; pass allow_retokenize=True")
         if allow_retokenize and tokenizer is None:
             raise ValueError("allow_retokenize=True needs a tokenizer")
+        if routes is not None and allow_retokenize:
+            raise ValueError("routes belong to the exact tokens; pass allow_retokenize=False")
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.allow_retokenize = allow_retokenize
         self.max_concurrency = max_concurrency
         self.reload = RELOAD_PLANS[reload] if isinstance(reload, str) else reload
         self.export_dir = None if export_dir is None else Path(export_dir)
+        self.routes = routes
         self.health_path = health_path
         self.startup_seconds = startup_seconds
         self.weight_version = 0
@@ -143,13 +149,14 @@ class OpenAIServerSource(RolloutSource):
         if self._capabilities is None:
             self._client.wait_until_healthy(self.health_path, self.startup_seconds)
             if self._model is None:
-                self._model = self._first_model()
+                self._model = first_model(self._client)
             self._capabilities = probe_server(
                 self._request,
                 self._client.base_url,
                 tokenizer=self.tokenizer,
                 dialect=self._dialect,
                 allow_retokenize=self.allow_retokenize,
+                with_routes=self.routes is not None,
             )
         return self._capabilities
 
@@ -203,7 +210,7 @@ class OpenAIServerSource(RolloutSource):
         export(folder)
         self._on_first(lambda: self.reload_weights(folder, version))
         # Only now: until the reload the server may still have the earlier files open.
-        self._on_first(lambda: _remove_others(folder))
+        self._on_first(lambda: remove_others(folder))
 
     def reload_weights(self, folder: Path, version: int) -> None:
         """Have the server load a Hugging Face folder that is already written.
@@ -245,10 +252,12 @@ class OpenAIServerSource(RolloutSource):
             params,
             vocab_size=self.vocab_size,
             with_logprobs=can.returns_logprobs,
+            routes=self.routes,
         )
         if problems:
             raise self._malformed(can.dialect, "; ".join(problems))
-        return [make_response(raw, self.tokenizer, self.weight_version) for raw in answer.responses]
+        own = self.tokenizer, self.weight_version, self.routes
+        return [make_response(raw, prompt, *own) for raw in answer.responses]
 
     def _request(
         self,
@@ -265,8 +274,9 @@ class OpenAIServerSource(RolloutSource):
             model=self._model or "",
             tokenizer=self.tokenizer,
             first_generation=first_generation,
+            with_routes=self.routes is not None,
         )
-        limit = most_answer_bytes(prompt, params)
+        limit = most_answer_bytes(prompt, params, self.routes)
         answer = self._client.post(PATHS[dialect], body, max_bytes=limit, stop=stop)
         try:
             read = read_answer(dialect, answer)
@@ -282,19 +292,3 @@ class OpenAIServerSource(RolloutSource):
 
     def _malformed(self, dialect: Dialect, message: str) -> RolloutServerError:
         return self._client.error(PATHS[dialect], 200, f"the answer cannot be used: {message}")
-
-    def _first_model(self) -> str:
-        listed: Any = self._client.get("/v1/models")
-        try:
-            name = listed["data"][0]["id"]
-        except (KeyError, IndexError, TypeError):
-            name = None
-        if not isinstance(name, str) or not name:
-            raise self._client.error("/v1/models", 200, "lists no model; pass model=")
-        return name
-
-
-def _remove_others(folder: Path) -> None:
-    for other in folder.parent.glob("version-*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)

@@ -9,7 +9,7 @@ import torch
 
 from .answers import Answer
 from .base import Tokenizer
-from .client import RolloutServerError
+from .client import JsonClient, RolloutServerError
 from .dialects import PATHS, Dialect
 from .values import Prompt, SamplingParams
 
@@ -43,6 +43,7 @@ def probe_server(
     tokenizer: Tokenizer | None,
     dialect: Dialect | None,
     allow_retokenize: bool,
+    with_routes: bool = False,
 ) -> ServerCapabilities:
     """First dialect that serves token ids; text if that is allowed.
 
@@ -52,6 +53,7 @@ def probe_server(
         tokenizer: gives the prompt that is asked, if there is one.
         dialect: the only one to try; None tries all.
         allow_retokenize: whether text is accepted.
+        with_routes: whether responses have to come with the experts of their tokens.
 
     Raises:
         RolloutServerError: if the server cannot serve rollouts, or fails at a request.
@@ -74,11 +76,18 @@ def probe_server(
         if wanted != "text" and not any(raw.token_ids for raw in responses):
             found_out.append(f"{PATHS[wanted]} returns no token ids")
             continue
+        if with_routes and all(raw.routes is None for raw in responses):
+            found_out.append(
+                f"{PATHS[wanted]} returns no routed_experts; start the server with "
+                "--enable-return-routed-experts"
+            )
+            continue
         return ServerCapabilities(
             dialect=wanted,
             returns_logprobs=wanted != "text"
             and any(raw.logprobs is not None for raw in responses),
-            supports_n=len(responses) == params.num_generations,
+            supports_n=len(responses) == params.num_generations
+            and not (with_routes and any(raw.routes is None for raw in responses)),
         )
     remedy = "" if allow_retokenize else "; allow_retokenize=True accepts text (lossy)"
     raise RolloutServerError(
@@ -102,3 +111,15 @@ def health_path_problem(health_path: str) -> str | None:
     if health_path.startswith("/") and not any(char.isspace() for char in health_path):
         return None
     return f"health_path={health_path!r} must start with a slash and hold no blanks"
+
+
+def first_model(client: JsonClient) -> str:
+    """Name of the first model that a server lists. Raises RolloutServerError if it lists none."""
+    listed = client.get("/v1/models")
+    try:
+        name = listed["data"][0]["id"]
+    except (KeyError, IndexError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise client.error("/v1/models", 200, "lists no model; pass model=")
+    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,3 +88,10 @@ def _fill(template: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(template, Sequence):
         return [_fill(value, values) for value in template]
     return template
+
+
+def remove_others(folder: Path) -> None:
+    """Remove the folders ``version-*`` beside ``folder``."""
+    for other in folder.parent.glob("version-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)

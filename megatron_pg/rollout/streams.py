@@ -237,8 +237,9 @@ def _check_responses(
             )
             found += [f"response {number} {problem}" for problem in wrong]
         trained = [one for one in of_prompt if one.status != "aborted"]
-        if len({one.rollout_logprobs is None for one in trained}) > 1:
-            found.append("some responses carry rollout_logprobs, others do not")
+        for name in ("rollout_logprobs", "routed_experts"):
+            if len({getattr(one, name) is None for one in trained}) > 1:
+                found.append(f"some responses carry {name}, others do not")
         problems += [f"prompt {prompt.prompt_id!r}: {problem}" for problem in found]
     if len(problems) > _MAX_PROBLEMS:
         problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]

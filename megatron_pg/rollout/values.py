@@ -54,6 +54,8 @@ class Response:
         text: ``response_ids`` decoded without special tokens; may be lossy.
         rollout_logprobs: ``[R]`` float64 that the engine reported, or None.
         loss_mask: ``[R]`` bool, True where trained; None trains every token.
+        routed_experts: experts of the prompt's and the response's tokens, as ``data.Sample`` has
+            them.
         status: whether the response ended by itself.
         metadata: copied into the sample.
 
@@ -65,6 +67,7 @@ class Response:
     text: str
     rollout_logprobs: Tensor | None = None
     loss_mask: Tensor | None = None
+    routed_experts: Tensor | None = None
     status: Status = "completed"
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

@@ -94,6 +94,7 @@ def _make_sample(prompt: Prompt, response: Response, judgement: Judgement | None
         if mask is None
         else mask,
         rollout_logprobs=response.rollout_logprobs,
+        routed_experts=response.routed_experts,
         status=response.status,
         metadata={
             **response.metadata,
