@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "grpo": (
         *("settings", "replicas", "shape", "messages", "packing", "placement", "advantages"),
-        *("batch", "passes", "offload", "step", "reference"),
+        *("batch", "replay", "passes", "offload", "trainable", "step", "reference"),
     ),
     "rollout": (
         *("values", "base", "named", "run_all", "retry", "ahead", "rewards", "prompts"),

@@ -13,7 +13,7 @@ reads it: balancing losses and an expert bias that is updated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -135,6 +135,14 @@ def route_labels(group: Group) -> list[npt.NDArray[Any]] | None:
         for sample, routes in zip(group.samples, given)
     ]
     return _with_last_routes(group.samples, labels)
+
+
+def without_routes(group: Group) -> Group:
+    """The group whose routers decide by themselves."""
+    if all(sample.routed_experts is None for sample in group.samples):
+        return group
+    samples = tuple(replace(sample, routed_experts=None) for sample in group.samples)
+    return replace(group, samples=samples)
 
 
 def prompts_agree(group: Group, labels: Sequence[npt.NDArray[Any]]) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..tree import IntArray, PrefixTree
 from .cost import CostModel
-from .routes import prompts_agree, route_labels
+from .routes import prompts_agree, route_labels, without_routes
 from .types import Group, Sample
 
 # A fork costs every layer a pass over all that follows it, and saves what its tokens cost.
@@ -151,11 +151,10 @@ def group_shape(group: Group, min_shared: int | None = None) -> GroupShape:
         tree = replace(tree, token_ids=None)
     loss_lens = np.array([sample.num_loss_tokens for sample in group.samples], dtype=np.int64)
     untrained_lens = np.array([_untrained_len(sample) for sample in group.samples], dtype=np.int64)
+    alike = without_routes(group)
     split_tokens = 0
-    if any(sample.routed_experts is not None for sample in group.samples):
-        alike = [replace(sample, routed_experts=None) for sample in group.samples]
-        together = group_tree(replace(group, samples=tuple(alike)), min_shared)
-        split_tokens = tree.unique_tokens - together.unique_tokens
+    if alike is not group:
+        split_tokens = tree.unique_tokens - group_tree(alike, min_shared).unique_tokens
     return GroupShape(group.group_id, tree, loss_lens, untrained_lens, split_tokens)
 
 

@@ -14,6 +14,7 @@ from .packing import (
 from .passes import HeadConfig, compute_logprobs, microbatch_loss, train_pass
 from .placement import Placement, place_groups
 from .reference import with_ref_logprobs
+from .replay import RouteRecord, check_carried, replayed_routes
 from .replicas import MegatronReplicas, Ranks, Replicas, total_over_replicas
 from .settings import GrpoConfig, PrefixGroupConfig
 from .shape import StepShape
@@ -31,9 +32,11 @@ __all__ = [
     "PrefixGroupConfig",
     "Ranks",
     "Replicas",
+    "RouteRecord",
     "StepBatch",
     "StepShape",
     "TokenCounts",
+    "check_carried",
     "compute_advantages",
     "compute_logprobs",
     "count_tokens",
@@ -44,6 +47,7 @@ __all__ = [
     "place_groups",
     "plan_all_replicas",
     "plan_rows_of_replica",
+    "replayed_routes",
     "total_over_replicas",
     "train_pass",
     "with_ref_logprobs",

@@ -100,6 +100,7 @@ class TokenCounts:
         resident_groups: groups whose prefix is resident.
         repeated_groups: groups that are divided and repeat their prefix.
         waves: of one rank.
+        split: tokens that stand once more since samples route them to other experts.
     """
 
     unique: int = 0
@@ -111,6 +112,7 @@ class TokenCounts:
     resident_groups: int = 0
     repeated_groups: int = 0
     waves: int = 0
+    split: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         both = ((f.name, getattr(self, f.name) + getattr(other, f.name)) for f in fields(self))
@@ -284,6 +286,8 @@ def count_tokens(waves: Sequence[PackPlan]) -> TokenCounts:
                 samples = list(part.samples)
                 lens = wave.shapes[part.group].tree.sample_lens[samples]
                 total += TokenCounts(logical=int(lens.sum()))
+                if part.group not in places:
+                    total += TokenCounts(split=wave.shapes[part.group].split_tokens)
                 places[part.group] = places.get(part.group, 0) + (not part.is_resident)
         for prefix_row in wave.prefix_rows:
             unique = sum(wave.shapes[group].resident_tokens for group in prefix_row)

@@ -19,6 +19,7 @@ from ..mcore import (
     has_router_losses,
     prefix_resident_forward_backward,
 )
+from .replay import RouteRecord
 from .replicas import Ranks
 
 Values = TypeVar("Values", Tensor, Tensor | None)
@@ -42,12 +43,23 @@ class HeadConfig:
 
 
 def compute_logprobs(
-    chunks: Sequence[Any], waves: Sequence[Wave], head: HeadConfig, ranks: Ranks
+    chunks: Sequence[Any],
+    waves: Sequence[Wave],
+    head: HeadConfig,
+    ranks: Ranks,
+    record: RouteRecord | None = None,
 ) -> list[Tensor]:
     """Logprobs ``[M]`` of every row's trained tokens, without a graph.
 
     The same packing, kernels and code as training, so that old and new logprobs agree bit for bit
     before the first update.
+
+    Args:
+        chunks: of the model that predicts.
+        waves: the rows.
+        head: how they are predicted.
+        ranks: this rank's place.
+        record: keeps what the routers decide.
 
     Returns:
         One float64 CPU tensor per row on last-stage ranks, nothing on the others.
@@ -56,7 +68,7 @@ def compute_logprobs(
     def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
         scheduled = next(rows)
         row = scheduled.row
-        output = _forward(model, scheduled, head, ranks, with_entropy=False)
+        output = _forward(model, scheduled, head, ranks, with_entropy=False, record=record)
         if isinstance(row, PrefixRow):
             return output, _prefix_loss(ranks)
 
@@ -161,7 +173,13 @@ def microbatch_loss(
 
 
 def _forward(
-    model: Any, scheduled: ScheduledRow, head: HeadConfig, ranks: Ranks, with_entropy: bool
+    model: Any,
+    scheduled: ScheduledRow,
+    head: HeadConfig,
+    ranks: Ranks,
+    *,
+    with_entropy: bool,
+    record: RouteRecord | None = None,
 ) -> Any:
     row: PackedRow | PrefixRow = scheduled.row
     if isinstance(row, PackedRow):
@@ -182,6 +200,8 @@ def _forward(
         prefix_kv=scheduled.prefix_kv,
         resident=scheduled.resident,
         sample_counts=row.sample_counts,
+        routed_experts=_to(row.routed_experts, ranks.device),
+        record_routes=None if record is None else record.recorder(row),
     )
     tokens = _to(row.tokens, ranks.device)
     return model(tokens[None], params.position_ids[None], None, packed_seq_params=params)

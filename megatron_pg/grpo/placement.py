@@ -13,9 +13,12 @@ import torch
 from ..data import (
     Group,
     GroupShape,
+    RouteShape,
+    Sample,
     balance_costs,
     group_shape,
     without_aborted,
+    without_routes,
 )
 from .messages import Numbered, decode_groups, encode_groups
 from .packing import PackingConfig
@@ -60,6 +63,7 @@ def place_groups(
     *,
     num_groups: int | None = None,
     vocab_size: int | None = None,
+    routes: RouteShape | None = None,
 ) -> Placement:
     """Bring every group to the replica that packs it; a collective of all ranks.
 
@@ -73,16 +77,18 @@ def place_groups(
         replicas: of the model.
         num_groups: place only the first so many of the judged groups; None places all.
         vocab_size: token ids must lie below; None does not look at them.
+        routes: of the model, where those of the samples are replayed; None drops them.
 
     Raises:
         ValueError: on every rank: if there are no groups, a group is brought twice, is none or has
-            a token that is not of the vocabulary, if some replicas number their groups and others
-            do not, or if some samples carry a kind of values and others do not.
+            a token that is not of the vocabulary or a route that is not of the model, if some
+            replicas number their groups and others do not, or if some samples carry a kind of
+            values and others do not.
     """
     held: list[Numbered] = []
 
     def bring() -> _Brought:
-        by_number = _numbered(groups, vocab_size)
+        by_number = _numbered(groups, vocab_size, routes)
         brought, mine = _describe(by_number, not isinstance(groups, Mapping), packing)
         held.extend(mine)
         return brought
@@ -157,7 +163,9 @@ class _Brought:
 
 
 def _numbered(
-    groups: Mapping[int, Group] | Sequence[Group], vocab_size: int | None
+    groups: Mapping[int, Group] | Sequence[Group],
+    vocab_size: int | None,
+    routes: RouteShape | None,
 ) -> dict[int, Group]:
     """Groups by number, after all that can be refused of one was looked at."""
     if not isinstance(groups, Mapping | Sequence):
@@ -173,7 +181,24 @@ def _numbered(
             )
         if vocab_size is not None:
             _check_tokens(group, vocab_size)
+        found[number] = _with_routes(group, routes)
     return found
+
+
+def _with_routes(group: Group, routes: RouteShape | None) -> Group:
+    """The group with its routes as the model has them, or without."""
+    if routes is None:
+        return without_routes(group)
+
+    def routed(number: int, sample: Sample) -> Sample:
+        own = sample.routed_experts
+        try:
+            own = None if own is None else routes.of_model(own)
+        except ValueError as error:
+            raise ValueError(f"sample {number} of group {group.group_id!r}: {error}") from error
+        return sample if own is sample.routed_experts else replace(sample, routed_experts=own)
+
+    return replace(group, samples=tuple(routed(i, s) for i, s in enumerate(group.samples)))
 
 
 def _check_tokens(group: Group, vocab_size: int) -> None:

@@ -63,6 +63,12 @@ class GrpoConfig:
         overlong_buffer_len: DAPO's soft punishment of responses that end in the last tokens before
             the longest allowed one; 0 is off.
         overlong_penalty_factor: what is taken off the reward of a response of the longest length.
+        router_replay: which experts tokens go to, by verl's words. "disabled": the routers decide
+            in every pass. "R3": the routes of the rollout engine, which the samples carry, are
+            replayed in old, reference and training passes. "R2": what the routers decide in the
+            pass of the old logprobs is replayed in training; a step of one update has no such
+            pass, and trains with the very routes that it would record; the reference model's
+            routers decide by themselves.
     """
 
     adv_estimator: str = "grpo"
@@ -79,6 +85,7 @@ class GrpoConfig:
     kl_penalty: str = "k1"
     overlong_buffer_len: int = 0
     overlong_penalty_factor: float = 1.0
+    router_replay: Literal["disabled", "R2", "R3"] = "disabled"
 
     @property
     def needs_reference(self) -> bool:

@@ -11,17 +11,19 @@ import torch
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from ..data import CostModel, Group
+from ..data import CostModel, Group, RouteShape
 from ..loss import kl_of_samples
-from ..mcore import PrefixGroupedGPTModel, layer_windows
+from ..mcore import layer_windows
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
 from .offload import Offloaded
 from .packing import PackingConfig
 from .passes import HeadConfig, compute_logprobs, train_pass
 from .placement import Placement, place_groups, written_out
+from .replay import RouteRecord, check_carried, replayed_routes
 from .replicas import MegatronReplicas, Ranks
 from .settings import GrpoConfig, PrefixGroupConfig
+from .trainable import check_trainable, checked_chunks
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -64,16 +66,18 @@ class GrpoStep:
         max_response_tokens: int | None = None,
         cost_model: CostModel | None = None,
     ) -> None:
-        self.chunks = _checked_chunks("chunks", chunks, vocab_size)
+        self.chunks = checked_chunks("chunks", chunks, vocab_size)
         self.reference = (
-            None if reference is None else _checked_chunks("reference", reference, vocab_size)
+            None if reference is None else checked_chunks("reference", reference, vocab_size)
         )
         self.algorithm = algorithm or GrpoConfig()
         if self.algorithm.num_minibatches < 1:
             raise ValueError(f"num_minibatches={self.algorithm.num_minibatches} must be at least 1")
         settings = settings or PrefixGroupConfig()
         config = get_model_config(self.chunks[0])
-        _check_trainable(self.chunks, config)
+        check_trainable(self.chunks, config)
+        self.route_shape = RouteShape.from_config(config)
+        self.replayed_routes = replayed_routes(self.algorithm, self.route_shape)
         cost_model = cost_model or CostModel.from_config(config, vocab_size, layer_windows(config))
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(
@@ -122,29 +126,40 @@ class GrpoStep:
 
         ``algorithm`` divides them into minibatches, the step's own when None.
         """
-        return place_groups(
+        placement = place_groups(
             groups,
             algorithm or self.algorithm,
             self.packing,
             self.replicas,
             num_groups=num_groups,
             vocab_size=self.head.vocab_size,
+            routes=self.replayed_routes,
         )
+        check_carried(self.algorithm, placement.shape.carried)
+        return placement
 
     def pack(self, placement: Placement) -> StepBatch:
         """Rows and values of placed groups (see ``pack_batch``)."""
         return pack_batch(placement, self.algorithm, self.packing, self.replicas)
 
-    def logprobs(self, batch: StepBatch, chunks: Sequence[Any] | None = None) -> Tensor:
+    def logprobs(
+        self,
+        batch: StepBatch,
+        chunks: Sequence[Any] | None = None,
+        record: RouteRecord | None = None,
+    ) -> Tensor:
         """``[N]`` float64 logprobs of the batch's trained tokens, on every rank of the replica.
 
         Args:
             batch: of ``prepare`` or ``pack``.
             chunks: of the model that predicts; the policy when None.
+            record: keeps what the routers decide.
         """
         found: Tensor | None = None
         for part in batch.parts(with_left_out=self.algorithm.use_kl_in_reward):
-            values = compute_logprobs(chunks or self.chunks, part.waves, self.head, self.ranks)
+            values = compute_logprobs(
+                chunks or self.chunks, part.waves, self.head, self.ranks, record
+            )
             if self.ranks.is_last_stage:
                 own = batch.collect(part.rows, values)
                 found = own if found is None else found + own
@@ -210,11 +225,15 @@ class GrpoStep:
                 )
             return batch
         needs_old = algorithm.needs_old_logprobs or algorithm.use_kl_in_reward
+        record = RouteRecord() if algorithm.router_replay == "R2" else None
         if needs_old and "old_logprobs" not in carried:
-            values = replace(values, old_logprobs=self.logprobs(batch))
+            values = replace(values, old_logprobs=self.logprobs(batch, record=record))
         if self.reference is not None and "ref_logprobs" not in carried:
             values = replace(values, ref_logprobs=self.ref_logprobs(batch))
-        return replace(batch, values=values)
+        batch = replace(batch, values=values)
+        if record is not None and self.route_shape is not None and needs_old:
+            batch = record.onto(batch, self.route_shape)
+        return batch
 
     def _with_advantages(self, batch: StepBatch) -> StepBatch:
         shape, algorithm = batch.shape, self.algorithm
@@ -249,54 +268,3 @@ class GrpoStep:
         for numbers, kl in self.replicas.gather(lambda: (batch.sample_numbers, own)):
             found[numbers] = kl
         return found
-
-
-def _checked_chunks(name: str, chunks: Sequence[Any], vocab_size: int) -> list[Any]:
-    """The chunks as a list, if they can predict over packed rows."""
-    if not isinstance(chunks, Sequence) or not chunks:
-        raise ValueError(
-            f"{name} must be a list of at least one model chunk, got a {type(chunks).__name__}; "
-            "pass [model]"
-        )
-    for chunk in chunks:
-        model = _unwrapped(chunk)
-        if not isinstance(model, PrefixGroupedGPTModel):
-            raise ValueError(
-                f"{name} has a {type(model).__name__}, which does not predict over packed rows; "
-                "build a megatron_pg.mcore.PrefixGroupedGPTModel from the wrapped spec"
-            )
-        if model.vocab_size < vocab_size:
-            raise ValueError(
-                f"vocab_size={vocab_size}, but {name} was built for {model.vocab_size} entries; "
-                "pass the number of entries without padding"
-            )
-    return list(chunks)
-
-
-def _unwrapped(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
-def _check_trainable(chunks: Sequence[Any], config: Any) -> None:
-    problems = []
-    if not all(hasattr(chunk, "zero_grad_buffer") for chunk in chunks):
-        raise ValueError(
-            "chunks have no gradient buffers; wrap each in "
-            "megatron.core.distributed.DistributedDataParallel"
-        )
-    if not config.calculate_per_token_loss:
-        problems.append(
-            "calculate_per_token_loss=False divides the loss by the number of microbatches, which "
-            "packing changes; build the model with calculate_per_token_loss=True"
-        )
-    if config.finalize_model_grads_func is None:
-        problems.append(
-            "finalize_model_grads_func=None leaves gradients unreduced; set it to "
-            "megatron.core.distributed.finalize_model_grads"
-        )
-    if problems:
-        raise ValueError(
-            "the model's TransformerConfig cannot train packed rows: " + "; ".join(problems)
-        )

@@ -158,6 +158,7 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
             block = get_gpt_decoder_block_spec(
                 config, False, normalization=config.normalization, vp_stage=vp_stage
             )
+            block = with_sequence_parallel_norms(block, config, vp_stage=vp_stage)
         if packed:
             block = with_prefix_grouped_attention(block, case.backend)
         elif config.multi_latent_attention:
