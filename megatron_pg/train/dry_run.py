@@ -32,7 +32,14 @@ from .model import (
     validate_trainable,
     validate_weights,
 )
-from .rollouts import Recording, Sampling, check_held_out, open_sampling, read_recording
+from .rollouts import (
+    Recording,
+    Sampling,
+    check_held_out,
+    open_sampling,
+    read_recording,
+    routes_of_run,
+)
 
 T = TypeVar("T")
 
@@ -88,6 +95,9 @@ def dry_run(config: TrainConfig, world_size: int) -> DryRun:
             recording = attempt(lambda: read_recording(config, model_plan, packing))
     sampling: Sampling | None = None
     if config.rollout.source != "recorded":
+        if plan is not None:
+            model_plan = plan
+            attempt(lambda: routes_of_run(config, model_plan))
         most = None if plan is None else plan.max_positions
         sampling = attempt(lambda: open_sampling(config, most))
         if sampling is not None:
@@ -149,7 +159,9 @@ def _packing_line(
     return (
         f"first {num_groups} of {len(recording.groups)} groups: {tokens.logical:,} logical "
         f"tokens, {tokens.unique:,} encoded (reuse {tokens.logical / max(tokens.unique, 1):.2f}x), "
-        f"{sum(len(wave.rows) for wave in plans[0])} microbatches a rank" + _resident_clause(tokens)
+        f"{sum(len(wave.rows) for wave in plans[0])} microbatches a rank"
+        + (f", {tokens.split:,} tokens more for their routes" if tokens.split else "")
+        + _resident_clause(tokens)
     )
 
 

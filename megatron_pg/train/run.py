@@ -21,7 +21,14 @@ from .model import (
     validate_trainable,
     validate_weights,
 )
-from .rollouts import Recording, check_held_out, make_stream, open_sampling, share_recording
+from .rollouts import (
+    Recording,
+    check_held_out,
+    make_stream,
+    open_sampling,
+    routes_of_run,
+    share_recording,
+)
 from .trainer import Trainer
 
 
@@ -79,6 +86,7 @@ def _build(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Train
     plan = plan_model(config.model, config.parallel)
     validate_trainable(plan)
     validate_weights(config)
+    routes = routes_of_run(config, plan)
     check_attention(plan, config.prefix_group.attention_backend, ranks.device)
     inputs = (
         share_recording(config, plan, plan.packing(config.prefix_group), ranks)
@@ -104,7 +112,7 @@ def _build(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Train
         temperature=config.rollout.temperature,
         max_response_tokens=config.rollout.max_response_tokens,
     )
-    stream = make_stream(config, inputs, model.chunks, plan.vocab_size, ranks)
+    stream = make_stream(config, inputs, model.chunks, plan.vocab_size, ranks, routes)
     return Trainer(config, stream=stream, step=step, model=model, checkpoints=checkpoints)
 
 

@@ -32,6 +32,8 @@ def loop_problems(config: TrainConfig) -> Iterator[str]:
         )
     if run.rollout_ahead:
         yield from _ahead_problems(config)
+    if algorithm.router_replay == "R3":
+        yield from _replay_problems(config)
 
 
 def _precompute_problems(config: TrainConfig) -> Iterator[str]:
@@ -65,4 +67,19 @@ def _ahead_problems(config: TrainConfig) -> Iterator[str]:
         yield (
             "run.rollout_ahead=true samples with older weights, which only importance weights make "
             "up for: set algorithm.policy.importance_mode, for example to token_truncate"
+        )
+
+
+def _replay_problems(config: TrainConfig) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.source == "model":
+        yield (
+            "algorithm.router_replay=R3 with rollout.source='model': the model that samples is the "
+            "one in training and reports no routes; set it to R2, which records them in the pass "
+            "of the old logprobs"
+        )
+    if rollout.source == "server" and rollout.server.allow_retokenize:
+        yield (
+            "algorithm.router_replay=R3 with rollout.server.allow_retokenize=true: routes belong "
+            "to the exact tokens; set it to false"
         )

@@ -3,6 +3,7 @@
 from .evaluate import Evaluation, check_held_out, evaluate
 from .own_rewards import own_rewards
 from .recording import Recording, read_recording, share_recording
+from .replay import routes_of_run
 from .sampling import Sampling, open_sampling
 from .shared_stream import SharedStream, gather_groups
 from .step_groups import next_step_groups
@@ -21,5 +22,6 @@ __all__ = [
     "open_sampling",
     "own_rewards",
     "read_recording",
+    "routes_of_run",
     "share_recording",
 ]

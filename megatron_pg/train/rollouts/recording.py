@@ -9,13 +9,15 @@ from pathlib import Path
 from ...checkpoint import has_tokenizer
 from ...data import (
     Group,
+    RouteShape,
     carried_fields,
     group_shape,
     plan_waves,
     read_rollouts,
     without_aborted,
+    without_routes,
 )
-from ...grpo import PackingConfig, Ranks
+from ...grpo import PackingConfig, Ranks, check_carried
 from ...parallel import on_first_rank
 from ..config import (
     AlgorithmConfig,
@@ -25,6 +27,7 @@ from ..config import (
 )
 from ..model import ModelPlan
 from .positions import recorded_position_problems
+from .replay import routes_of_run
 from .tokenizer import load_tokenizer
 
 
@@ -60,8 +63,12 @@ def read_recording(config: TrainConfig, plan: ModelPlan, packing: PackingConfig)
         reward_key=rollout.reward_key,
         group_across_files=rollout.group_across_files,
     )
+    routes = routes_of_run(config, plan)
+    if routes is None:
+        groups = [without_routes(group) for group in groups]
     recording = Recording(groups=groups, fields=carried_fields(groups))
     problems = _recording_problems(config, recording, packing)
+    problems += _route_problems(groups, routes)
     problems += recorded_position_problems(groups, plan.max_positions)
     raise_problems("of the recorded rollouts", problems)
     return recording
@@ -105,6 +112,10 @@ def _recording_problems(
     has_reference = algorithm.ref_hf or config.model.hf or "ref_logprobs" in fields
     if algorithm.needs_reference and not has_reference:
         problems.append(needs_reference_message())
+    try:
+        check_carried(algorithm, fields)
+    except ValueError as error:
+        problems.append(f"algorithm.{error}")
     if algorithm.precompute_ref_logprobs and "ref_logprobs" in fields:
         problems.append(
             "algorithm.precompute_ref_logprobs=true would be ignored: the rows carry ref_logprobs; "
@@ -124,6 +135,18 @@ def _recording_problems(
         )
     problems += _rollout_problems(recording.groups, algorithm)
     return problems + _length_problems(recording.groups, packing)
+
+
+def _route_problems(groups: Sequence[Group], routes: RouteShape | None) -> Iterator[str]:
+    """The first sample whose routes the model does not have; none of all is another problem."""
+    for group in groups if routes is not None else ():
+        for number, sample in enumerate(group.samples):
+            try:
+                if routes is not None and sample.routed_experts is not None:
+                    routes.of_model(sample.routed_experts)
+            except ValueError as error:
+                yield f"sample {number} of group {group.group_id!r}: {error}"
+                return
 
 
 def _rollout_problems(groups: Sequence[Group], algorithm: AlgorithmConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data import RouteShape
 from ...grpo import Ranks
 from ...parallel import on_first_rank
 from ...rollout import (
@@ -30,8 +31,18 @@ def make_stream(
     chunks: Sequence[Any],
     vocab_size: int,
     ranks: Ranks,
+    routes: RouteShape | None = None,
 ) -> SharedStream:
-    """The stream that a config describes."""
+    """The stream that a config describes.
+
+    Args:
+        config: of the run.
+        inputs: recorded groups, or what responses are sampled with.
+        chunks: of the policy.
+        vocab_size: of the policy.
+        ranks: this rank's place.
+        routes: of the policy, where those of the rollout engine are replayed.
+    """
     rollout, is_first = config.rollout, ranks.rank == 0
     if isinstance(inputs, Recording):
         recorded = None
@@ -40,7 +51,7 @@ def make_stream(
                 inputs.groups, shuffle=rollout.shuffle, seed=config.run.seed
             )
         return SharedStream(recorded, is_first=is_first)
-    source = _make_source(config, inputs.tokenizer, chunks, vocab_size, ranks)
+    source = _make_source(config, inputs.tokenizer, chunks, vocab_size, ranks, routes)
     if config.run.rollout_ahead and source.on_all_ranks:
         raise ValueError(
             f"run.rollout_ahead=true, but rollout.source={rollout.source} is called on all ranks, "
@@ -53,7 +64,12 @@ def make_stream(
 
 
 def _make_source(
-    config: TrainConfig, tokenizer: Any, chunks: Sequence[Any], vocab_size: int, ranks: Ranks
+    config: TrainConfig,
+    tokenizer: Any,
+    chunks: Sequence[Any],
+    vocab_size: int,
+    ranks: Ranks,
+    routes: RouteShape | None,
 ) -> RolloutSource:
     rollout, server = config.rollout, config.rollout.server
     if rollout.source == "model":
@@ -80,5 +96,6 @@ def _make_source(
         api_key=server.api_key,
         reload=server.reload,
         export_dir=server.export_dir or str(Path(config.run.out) / "export"),
+        routes=routes,
         on_first=on_first_rank,
     )
