@@ -26,7 +26,7 @@ from .reading import (
 )
 from .residency import ResidencyConfig, plan_waves, step_cost
 from .route_forms import decode_routes, encode_routes
-from .routes import RouteShape, route_problem, without_routes
+from .routes import RouteShape, route_problem, routes_of_samples, without_routes
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
 from .types import UNKNOWN_ROUTE, Group, Sample, Status, without_aborted
@@ -76,6 +76,7 @@ __all__ = [
     "response_problems",
     "reward_problem",
     "route_problem",
+    "routes_of_samples",
     "row_budget",
     "select_samples",
     "shorten",

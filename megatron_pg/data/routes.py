@@ -12,7 +12,7 @@ reads it: balancing losses and an expert bias that is updated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..tree import PackedLayout
+from .rows import Wave
 from .types import UNKNOWN_ROUTE, Group, Sample
 
 # Bounds what the check of a long sample needs beside it.
@@ -186,6 +187,32 @@ def pack_routes(layout: PackedLayout, routes: Sequence[Tensor | None]) -> Tensor
             )
         row[ids] = torch.where(own >= 0, own, held)
     return row
+
+
+def routes_of_samples(wave: Wave, row: int) -> list[Tensor]:
+    """``[num_tokens, layers, topk]`` of every written-out sample of a row; resident prefixes count.
+
+    Args:
+        wave: whose rows all have routes.
+        row: number of the row in the wave.
+    """
+    packed = wave.microbatches[row]
+    assert packed.routed_experts is not None
+    found = []
+    for sample in range(packed.layout.num_samples):
+        ids = packed.layout.sample_indices(sample)
+        own = packed.routed_experts[ids]
+        found.append(torch.cat([*_resident_routes(wave, packed.layout, int(ids[0])), own]))
+    return found
+
+
+def _resident_routes(wave: Wave, layout: PackedLayout, first: int) -> Iterator[Tensor]:
+    """Of the resident prefix that the token at ``first`` continues, if it does."""
+    for spans in layout.resident_spans:
+        for (start, end), kept in zip(spans.q_spans.tolist(), spans.kv_spans.tolist()):
+            routes = wave.prefix_rows[spans.row].routed_experts
+            if start <= first < end and routes is not None:
+                yield routes[slice(*kept)]
 
 
 def _with_last_routes(

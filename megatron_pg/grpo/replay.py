@@ -69,22 +69,25 @@ class RouteRecord:
         return self._recorders.setdefault(row, RouteRecorder())
 
     def onto(self, batch: StepBatch, shape: RouteShape) -> StepBatch:
-        """The batch whose minibatches replay what was recorded in their rows.
+        """The batch whose minibatches replay what was recorded in their rows, see ``replayed``."""
+        minibatches = tuple(
+            replace(part, waves=self.replayed(part.waves, shape)) for part in batch.minibatches
+        )
+        return replace(batch, minibatches=minibatches)
 
-        Each rank has the routes of its own layers, which are all that it reads. A collective of the
-        ranks that divide rows by sequence parallelism.
+    def replayed(self, waves: Sequence[Wave], shape: RouteShape) -> tuple[Wave, ...]:
+        """The waves, their rows with what was recorded as the routes to be replayed.
+
+        Each rank has the routes of its own layers, which are all that it reads; others are zeros. A
+        collective of the ranks that divide rows by sequence parallelism.
         """
-
-        def replayed(wave: Wave) -> Wave:
-            return Wave(
+        return tuple(
+            Wave(
                 tuple(self._with_routes(row, shape) for row in wave.prefix_rows),
                 tuple(self._with_routes(row, shape) for row in wave.microbatches),
             )
-
-        minibatches = tuple(
-            replace(part, waves=tuple(map(replayed, part.waves))) for part in batch.minibatches
+            for wave in waves
         )
-        return replace(batch, minibatches=minibatches)
 
     def _with_routes(self, row: Row, shape: RouteShape) -> Row:
         recorder = self._recorders[row]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import CostModel, Group, RouteShape
 from ..loss import kl_of_samples
-from ..mcore import layer_windows
+from ..mcore import check_replayable, layer_windows
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
 from .offload import Offloaded
@@ -78,6 +78,8 @@ class GrpoStep:
         check_trainable(self.chunks, config)
         self.route_shape = RouteShape.from_config(config)
         self.replayed_routes = replayed_routes(self.algorithm, self.route_shape)
+        if self.algorithm.router_replay != "disabled":
+            check_replayable(config)
         cost_model = cost_model or CostModel.from_config(config, vocab_size, layer_windows(config))
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(

@@ -21,7 +21,7 @@ from .router_losses import (
     has_sample_losses,
     take_router_losses,
 )
-from .routes import RouteRecorder
+from .routes import RouteRecorder, check_replayable
 from .schedule import prefix_resident_forward_backward
 from .sharing import PrefixSharingGPTModel, SharedTokens, count_shared_tokens
 from .spec import with_prefix_grouped_attention
@@ -46,6 +46,7 @@ __all__ = [
     "SharedTokens",
     "TESTED_VERSIONS",
     "attention_backends",
+    "check_replayable",
     "build_gpt_chunks",
     "count_attention_calls",
     "count_shared_tokens",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tensordict import TensorDict
@@ -21,13 +22,15 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.megatron import MegatronEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
-from ...grpo import MegatronReplicas, PrefixGroupConfig, Ranks
+from ...data import RouteShape
+from ...grpo import MegatronReplicas, PrefixGroupConfig, Ranks, RouteRecord
 from ...mcore import (
     Predictions,
     PrefixGroupedGPTModel,
     PrefixGroupedSeqParams,
     ScheduledRow,
     attention_backends,
+    check_replayable,
     count_attention_calls,
     prefix_resident_forward_backward,
     validate_config,
@@ -36,6 +39,7 @@ from ...mcore import (
 from .packing import MiniBatch, Samples, pack_mini_batch
 from .rebound import rebound
 from .refusals import check_batch, check_engine
+from .replay import Replay, recorded_routes
 from .rows import VerlRow
 from .settings import packing_config, read_settings
 
@@ -54,6 +58,8 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
         NotImplementedError: listing every setting of verl that it does not honour.
         ValueError: listing every setting of the model that packed rows do not support.
     """
+
+    _record: RouteRecord | None = None
 
     def __init__(
         self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
@@ -76,9 +82,15 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
         """As verl's, over packed rows; its metrics say what was shared."""
         known = loss_function is None or getattr(loss_function, "func", loss_function) is ppo_loss
         check_batch(data, reads_samples_alone=known)
-        samples = Samples.of(data, responses_only=known)
+        mode, shape = self.engine_config.router_replay.mode, RouteShape.from_config(self.tf_config)
+        replay = Replay.of(data, mode, shape, forward_only=forward_only)
+        samples = Samples.of(data, responses_only=known, routes=replay.routes)
         # Rows are in no order of the batch, whatever decides them; verl then puts samples back.
         data = data.copy()
+        # Rows have them.
+        if replay.routes is not None:
+            del data["routed_experts"]
+        tu.assign_non_tensor(data, enable_routing_replay=False)
         is_dynamic = bool(tu.get_non_tensor_data(data, "use_dynamic_bsz", True))
         tu.assign_non_tensor(data, use_dynamic_bsz=True)
         packed: list[MiniBatch] = []
@@ -94,6 +106,7 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
                 mode=self._prefix_group.prefix_resident_mode,
             )
 
+        self._record = replay.record
         before = self._attention_calls()
         run = rebound(
             super().forward_backward_batch,
@@ -101,6 +114,12 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
             get_forward_backward_func=get_forward_backward_func,
         )
         output = run(data, loss_function, forward_only)
+        self._record = None
+        if replay.record is not None and shape is not None:
+            stages = parallel_state.get_pipeline_model_parallel_group()
+            routes = recorded_routes(packed[0], replay.record, shape, stages, get_device_id())
+            if output:
+                output["model_output"]["routed_experts"] = routes
         if output:
             _fill_up(output["metrics"], len(packed[0].indices))
             output["metrics"].update(self._metrics(packed[0], self._attention_calls() - before))
@@ -124,6 +143,8 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
             prefix_kv=scheduled.prefix_kv,
             resident=scheduled.resident,
             sample_counts=row.sample_counts,
+            routed_experts=row.routed_experts,
+            record_routes=None if self._record is None else self._record.recorder(row),
         )
         tokens = row.tokens.to(params.position_ids.device, non_blocking=True)
         output = model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
@@ -138,6 +159,13 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
 
     def _build_tf_config(self) -> None:
         super()._build_tf_config()
+        for config in (self.provider, self.tf_config):
+            # Megatron's own replay, which verl turns on, goes by the order of calls.
+            for name in ("moe_enable_routing_replay", "enable_routing_replay"):
+                if getattr(config, name, False):
+                    setattr(config, name, False)
+        if self.engine_config.router_replay.mode != "disabled":
+            check_replayable(self.provider)
         validate_config(self.provider)
         self.provider.transformer_layer_spec = partial(
             _wrapped_spec,
@@ -194,6 +222,7 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
             "logical_tokens": float(tokens.logical),
             "rows": float(tokens.rows),
             "resident_groups": float(tokens.resident_groups),
+            "split_tokens": float(tokens.split),
             "packed_calls": float(num_calls),
         }
         return {f"prefix_grouped/{name}": [value] for name, value in values.items()}

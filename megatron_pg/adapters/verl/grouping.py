@@ -48,8 +48,16 @@ def _common_starts(prompts: Sequence[Tensor]) -> list[int]:
     return numbers
 
 
-def make_group(name: str, sequences: Sequence[Tensor], first_predicted: Sequence[int]) -> Group:
-    """A group whose samples' tokens from ``first_predicted`` on are predicted."""
+def make_group(
+    name: str,
+    sequences: Sequence[Tensor],
+    first_predicted: Sequence[int],
+    routes: Sequence[Tensor | None],
+) -> Group:
+    """A group whose samples' tokens from ``first_predicted`` on are predicted.
+
+    ``routes`` of the samples are replayed (see ``data.Sample``).
+    """
     return Group(
         name,
         tuple(
@@ -58,8 +66,9 @@ def make_group(name: str, sequences: Sequence[Tensor], first_predicted: Sequence
                 response_ids=tokens[first:],
                 reward=0.0,
                 loss_mask=torch.ones(len(tokens) - first, dtype=torch.bool),
+                routed_experts=own,
             )
-            for tokens, first in zip(sequences, first_predicted)
+            for tokens, first, own in zip(sequences, first_predicted, routes)
         ),
     )
 

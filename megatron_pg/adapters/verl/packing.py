@@ -33,6 +33,7 @@ class Samples:
         first_predicted: place of every sample's first predicted token.
         temperatures: ``[N]`` of the samples' logits.
         groups: samples of every group.
+        routes: of every sample's tokens, to be replayed; None where the routers decide.
     """
 
     sequences: Sequence[Tensor]
@@ -40,15 +41,23 @@ class Samples:
     first_predicted: Sequence[int]
     temperatures: Tensor
     groups: Sequence[Sequence[int]]
+    routes: Sequence[Tensor | None]
 
     @classmethod
-    def of(cls, data: TensorDict, *, responses_only: bool) -> Samples:
+    def of(
+        cls,
+        data: TensorDict,
+        *,
+        responses_only: bool,
+        routes: Sequence[Tensor] | None = None,
+    ) -> Samples:
         """Of a batch without padding.
 
         Args:
             data: as verl hands it to its engine.
             responses_only: whether only the tokens of responses are read; all are predicted
                 otherwise, and where the batch does not say which tokens respond.
+            routes: of every sample, to be replayed; None leaves them to the routers.
 
         Raises:
             ValueError: if lengths contradict each other.
@@ -75,6 +84,7 @@ class Samples:
             first_predicted=prompt_lens if responses_only else [1] * len(sequences),
             temperatures=_temperatures(data, len(sequences)),
             groups=find_groups(sequences, prompt_lens, uids),
+            routes=[None] * len(sequences) if routes is None else routes,
         )
 
 
@@ -128,6 +138,7 @@ def pack_mini_batch(
             str(number),
             [samples.sequences[i] for i in members],
             [samples.first_predicted[i] for i in members],
+            [samples.routes[i] for i in members],
         )
         for number, members in enumerate(samples.groups)
     ]

@@ -70,10 +70,6 @@ def engine_problems(model_config: Any, engine_config: Any) -> Iterator[str]:
             engine_config.dynamic_context_parallel,
             "a row is not divided over ranks; set it to False",
         ),
-        f"router_replay.mode={engine_config.router_replay.mode!r}": (
-            engine_config.router_replay.mode != "disabled",
-            "routes are those of written-out tokens; set it to 'disabled'",
-        ),
         "vanilla_mbridge=True": (
             getattr(engine_config, "vanilla_mbridge", False),
             "mbridge builds layers that are not wrapped; set it to False (Megatron Bridge)",
@@ -101,7 +97,6 @@ def _batch_problems(data: TensorDict, reads_samples_alone: bool) -> Iterator[str
         ("distillation_use_topk", "logits of a row are not kept for a teacher's top-k"),
         ("distillation_only", "logits of a row are not kept for a teacher's top-k"),
         ("calculate_sum_pi_squared", "logits of a row are not kept"),
-        ("enable_routing_replay", "routes are those of written-out tokens"),
     ):
         if tu.get_non_tensor_data(data, name, False):
             yield f"{name}=True: {reason}; set it to False"

@@ -15,11 +15,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.megatron import router_replay_utils
+from verl.utils.megatron.router_replay_patch import apply_router_replay_patch
 from verl.workers.engine.megatron import MegatronEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
 from megatron_pg.adapters.verl import PrefixGroupedMegatronEngine
 from tests.adapters.verl.batches import BATCHES, jagged, make_batch, padded
+from tests.data.routed import random_routes
 from tests.mcore import harness
 from tests.mcore.harness import MAX_LEN, Case, make_config, on_cpu, wrap_ddp
 
@@ -44,6 +48,9 @@ class VerlCase:
     sft: bool = False
     # Prompts, responses and what stands beside them are padded.
     padded: bool = False
+    # Layers with experts (1) and without, of a model that has some; replayed as verl names it.
+    experts: tuple[int, ...] = ()
+    replay: str = "disabled"
 
     @property
     def layout(self) -> Case:
@@ -53,16 +60,25 @@ class VerlCase:
             pp=self.pp,
             vpp=self.vpp,
             dp=self.dp,
-            num_layers=self.pp * (self.vpp or 1) * (1 if self.pp > 1 else 2),
+            num_layers=len(self.experts) or self.pp * (self.vpp or 1) * (1 if self.pp > 1 else 2),
             dtype=torch.float32,
             # verl's regime: losses are divided by micro-batches and averaged over replicas.
-            config=dict(calculate_per_token_loss=False),
+            config=dict(calculate_per_token_loss=False)
+            | (EXPERTS | dict(moe_layer_freq=list(self.experts)) if self.experts else {}),
             model=self.model,
         )
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
+
+
+EXPERTS = dict(
+    num_moe_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=16,
+    moe_router_load_balancing_type="none",
+)
 
 
 class Causal(GPTModel):
@@ -125,12 +141,19 @@ def make_engine(cls: type, case: VerlCase, packed: bool) -> Any:
     config = make_config(layout)
     for name, value in case.config.items() if packed else ():
         setattr(config, name, value)
+    if case.replay != "disabled" and not packed:
+        # Named where it is imported; a rank has no other.
+        router_replay_utils.device_name = "cpu"
+        apply_router_replay_patch()
+        config.moe_enable_routing_replay = config.enable_routing_replay = True
     torch.manual_seed(1234)
     harness.GPTModel = Causal
     chunks = wrap_ddp(layout, config, harness.build(layout, config, packed))
     engine = object.__new__(cls)
     engine.engine_config = engine_config(
-        use_remove_padding=packed, override_mcore_model_config={"prefix_group": case.prefix_group}
+        use_remove_padding=packed,
+        override_mcore_model_config={"prefix_group": case.prefix_group},
+        router_replay=SimpleNamespace(mode=case.replay),
     )
     engine.model_config = SimpleNamespace(
         mtp=SimpleNamespace(enable=False, enable_train=False),
@@ -140,7 +163,8 @@ def make_engine(cls: type, case: VerlCase, packed: bool) -> Any:
         lora={},
     )
     engine.tf_config, engine.module = config, chunks
-    engine.enable_routing_replay, engine.mini_layer_topk_idx_list = False, []
+    engine.enable_routing_replay = case.replay != "disabled" and not packed
+    engine.mini_layer_topk_idx_list = []
     return engine
 
 
@@ -168,7 +192,30 @@ def make_data(case: VerlCase, **changes: Any) -> Any:
         for mask, row in zip(masks, rows):
             mask[max(len(row.prompt) - 10, 1) : len(row.prompt)] = 1
         batch["loss_mask"] = jagged([mask.long() for mask in masks])
+    if case.replay == "R3":
+        batch["routed_experts"] = rollout_routes(rows, case, seed=rank)
+    if case.replay != "disabled":
+        tu.assign_non_tensor(batch, enable_routing_replay=True)
     return padded(batch) if case.padded else batch
+
+
+def rollout_routes(rows: Any, case: VerlCase, seed: int) -> Tensor:
+    """Of all layers and of all tokens but the last, which is zeros; some samples leave the others.
+
+    A sample without response is one that fills up a batch: zeros throughout.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(case.experts), EXPERTS["moe_router_topk"]
+    common = random_routes(MAX_LEN, shape, generator)
+    found = []
+    for number, row in enumerate(rows):
+        length = len(row.prompt) + len(row.response)
+        routes = common[:length].clone()
+        if number % 3 == 1:
+            routes[length // 3 :] = random_routes(length - length // 3, shape, generator)
+        routes[length - 1 :] = 0
+        found.append(routes)
+    return jagged(found)
 
 
 def gradients(engine: Any) -> dict[str, Tensor]:

@@ -46,7 +46,6 @@ REFUSED = {
         {},
         dict(dynamic_context_parallel=True, max_seqlen_per_dp_cp_rank=8),
     ),
-    "router_replay.mode='R3'": ({}, dict(router_replay=SimpleNamespace(mode="R3"))),
     "vanilla_mbridge=True": ({}, dict(vanilla_mbridge=True)),
     "use_megatron_fsdp=True": ({}, dict(use_megatron_fsdp=True)),
     "qat.enable=True": ({}, dict(qat=SimpleNamespace(enable=True))),
@@ -82,7 +81,6 @@ def test_all_settings_are_refused_at_once() -> None:
         (dict(distillation_use_topk=True), "distillation_use_topk=True"),
         (dict(distillation_only=True), "distillation_only=True"),
         (dict(calculate_sum_pi_squared=True), "calculate_sum_pi_squared=True"),
-        (dict(enable_routing_replay=True), "enable_routing_replay=True"),
         (dict(force_group_size=2), "force_group_size=2"),
     ],
 )

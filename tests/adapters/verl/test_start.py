@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("verl", reason="verl is installed in its own lane")
 
+from verl.workers.config.engine import EngineRouterReplayConfig  # noqa: E402
+
 from tests.adapters.verl.harness import VerlCase, make_data, response_values  # noqa: E402
 from tests.adapters.verl.workers import (  # noqa: E402
     make_worker,
@@ -21,7 +23,7 @@ from tests.ranks import Pool  # noqa: E402
 pytestmark = pytest.mark.verl
 
 METRICS = {"reuse_ratio", "unique_tokens", "logical_tokens", "rows", "packed_calls"}
-METRICS |= {"resident_groups"}
+METRICS |= {"resident_groups", "split_tokens"}
 
 
 UPDATES = {
@@ -115,3 +117,17 @@ def refused() -> str:
     with on_cpu(), without_cuda_numbers(), pytest.raises(ValueError) as error:
         make_worker(True, attention_dropout=0.1, window_size=(4, 1))
     return str(error.value)
+
+
+def test_megatron_s_own_replay_stays_off(ranks: Pool) -> None:
+    """verl turns it on with its router replay; it goes by the order of calls."""
+    assert ranks.run(1, replay_settings) == [[False, False]]
+
+
+def replay_settings() -> list[bool]:
+    with on_cpu(), without_cuda_numbers():
+        changes = dict(router_replay=EngineRouterReplayConfig(mode="R3"))
+        engine = make_worker(True, worker_config(True, **changes)).engine
+        assert engine.enable_routing_replay, "verl was not told"
+        configs = engine.tf_config, engine.module[0].config
+        return [bool(config.moe_enable_routing_replay) for config in configs]
