@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cp", type=int, default=1, help="refused above 1")
     parser.add_argument("--max-tokens", type=int, help="token budget of a row")
     parser.add_argument("--min-shared", type=int, help="share every run of this length, any depth")
+    parser.add_argument(
+        "--router-replay", choices=["disabled", "R3"], default="disabled", help="of recorded routes"
+    )
     parser.add_argument("--activation-gib", type=float, help="memory of a rank for activations")
     parser.add_argument("--bytes-per-value", type=int, default=2, help="4 for fp32")
     parser.add_argument("--format", default="auto", help="format of the rollouts")
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
     """What training would encode. Raises: ValueError when that is nothing."""
-    from megatron_pg.data import read_rollouts, without_aborted
+    from megatron_pg.data import carried_fields, read_rollouts, without_aborted
 
     groups = read_rollouts(
         args.rollouts,
@@ -87,6 +90,10 @@ def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
     )
     if not (trained := without_aborted(groups)):
         raise ValueError("every response is aborted or empty: there is nothing to train")
+    if args.router_replay == "R3" and "routed_experts" not in carried_fields(trained):
+        raise ValueError(
+            "--router-replay R3, but the rollouts carry no routed_experts; leave it out"
+        )
     return trained
 
 
@@ -102,6 +109,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, ModelDims, Any]:
         min_shared=args.min_shared,
         bytes_per_value=args.bytes_per_value,
         activation_gib=args.activation_gib,
+        replays_routes=args.router_replay == "R3",
     )
     problems = list(_output_problems(args))
     dims = tokenizer = None

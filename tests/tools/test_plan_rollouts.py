@@ -10,6 +10,7 @@ import pytest
 
 from megatron_pg.data import Group, Sample, write_rollouts
 from tests.data.forests import forest_groups
+from tests.data.routed import distinct_prefixes, with_routes
 from tests.data.samples import make_large_groups
 from tests.tools.test_plan_sharing import HF
 from tools.plan_sharing import main
@@ -71,6 +72,25 @@ def test_turns_written_out_grow_with_their_square(
     assert got["growth"]["max"] == pytest.approx(2200 / 205)
     told = " ".join(capsys.readouterr().out.split())
     assert "1995 tokens, 91% of those written out" in told and "at most 10.73" in told
+
+
+def test_routes_cost_what_they_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = make_large_groups()
+    groups = with_routes(bare, (2, 2), divergence=0.5, reports_last=True)
+    found = {
+        mode: report(tmp_path, groups, "--min-shared", "1", "--router-replay", mode)
+        for mode in ("disabled", "R3")
+    }
+    wanted = sum(distinct_prefixes(group.samples) for group in groups)
+    assert found["R3"]["unique_tokens"] == wanted
+    split = wanted - found["disabled"]["unique_tokens"]
+    assert found["R3"]["split_tokens"] == found["disabled"]["split_tokens"] == split > 20
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{split} (included)" in told and f"{split} (with --router-replay R3)" in told
+    assert report(tmp_path, bare)["split_tokens"] == 0
+    arguments = [str(tmp_path / "r.jsonl"), "--model", str(tmp_path), "--router-replay", "R3"]
+    assert main(arguments) == 2
+    assert "carry no routed_experts" in capsys.readouterr().err
 
 
 def test_of_rollouts_in_one_row_nothing_is_told(

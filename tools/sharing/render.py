@@ -94,6 +94,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("depth of the deepest tree", str(report["depth"])),
         ("tokens unique / written out", f"{report['unique_tokens']} / {report['logical_tokens']}"),
         ("reuse ratio", f"{report['reuse_ratio']:.3f}"),
+        *_route_facts(report),
         (
             "attention pairs",
             f"{report['attention_pairs']:.3e} / {report['logical_attention_pairs']:.3e}",
@@ -103,6 +104,13 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("recommended token budget", str(report["recommended_max_tokens"])),
         ("token budget used here", str(report["max_tokens"])),
     ]
+
+
+def _route_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if not report["split_tokens"]:
+        return []
+    when = "included" if report["settings"]["replays_routes"] else "with --router-replay R3"
+    return [("tokens more for their routes", f"{report['split_tokens']} ({when})")]
 
 
 def _rollout_facts(rollouts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from megatron_pg.data import (
     part_tree,
     plan_waves,
     row_budget,
+    without_routes,
 )
 from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
 from tools.sharing.memory import RESIDENT_MODE, stage_memory
@@ -72,12 +73,14 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
 
     ``rollouts`` is described by ``rollout_report``, ``memory`` by ``stage_memory``. Tokens and
     attention pairs are ``unique`` after sharing and ``logical`` written out; ``group_ratios`` and
-    ``predicted_step_time_ratio`` are predicted times written out over packed.
+    ``predicted_step_time_ratio`` are predicted times written out over packed. ``split_tokens`` are
+    encoded once more where recorded routes are replayed, which ``unique_tokens`` then holds.
 
     Raises:
         ValueError: if the settings cannot be, all problems in one error.
     """
     raise_problems([*setting_problems(settings, dims), *_too_long(groups, dims)])
+    split_tokens = sum(group_shape(group, settings.min_shared).split_tokens for group in groups)
     reports = [_report_group(group, settings) for group in groups]
     trees = [report.tree for report in reports]
     recommended = _recommend_max_tokens(trees, dims, settings)
@@ -107,6 +110,7 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "unique_tokens": unique,
         "logical_tokens": written,
         "reuse_ratio": written / unique,
+        "split_tokens": split_tokens,
         "attention_pairs": pair_sums[0],
         "logical_attention_pairs": pair_sums[1],
         "step_flops": {"packed": packed, "written_out": logical},
@@ -158,7 +162,8 @@ def _too_long(groups: Sequence[Group], dims: ModelDims) -> Iterator[str]:
 
 
 def _report_group(group: Group, settings: Settings) -> GroupReport:
-    shape, samples = group_shape(group, settings.min_shared), group.samples
+    shared = group if settings.replays_routes else without_routes(group)
+    shape, samples = group_shape(shared, settings.min_shared), group.samples
     places = pack_trees([shape.tree]).logical_to_packed.split([len(s.tokens) for s in samples])
     return GroupReport(
         prompt_lens=tuple(len(s.prompt_ids) for s in samples),
