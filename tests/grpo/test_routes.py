@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,16 @@ import torch
 pytest.importorskip("megatron.core")
 
 from megatron_pg.data import Group, Sample, group_shape  # noqa: E402
-from megatron_pg.grpo import PrefixGroupConfig, decode_groups, encode_groups  # noqa: E402
+from megatron_pg.grpo import (  # noqa: E402
+    GrpoConfig,
+    GrpoStep,
+    PrefixGroupConfig,
+    decode_groups,
+    encode_groups,
+)
 from tests.data.routed import random_routes, with_routes  # noqa: E402
 from tests.data.samples import make_large_groups, random_groups  # noqa: E402
+from tests.grpo.on_ranks import make_chunks, whole_step  # noqa: E402
 from tests.grpo.replay_steps import (  # noqa: E402
     NUM_EXPERTS,
     SHAPE,
@@ -22,7 +29,10 @@ from tests.grpo.replay_steps import (  # noqa: E402
     replay_case,
     replay_step,
 )
+from tests.grpo.test_on_ranks import carrying  # noqa: E402
+from tests.mcore import harness  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
+from tests.train.tiny import make_groups  # noqa: E402
 
 RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -93,6 +103,94 @@ def test_without_replay_samples_that_share_tokens_share_routes(ranks: Pool) -> N
     assert len(rank.alone) == sum(len(group.samples) for group in groups)
     for alone, together in zip(rank.alone, rank.together, strict=True):
         assert torch.equal(alone, together)
+
+
+def test_replicas_replay_routes_that_others_have_brought(ranks: Pool) -> None:
+    """Of two replicas the first brings all groups; the step's own check packs them apart."""
+    groups = with_routes(make_groups(5), SHAPE, seed=3)
+    case, algorithm = replay_case(), GrpoConfig(router_replay="R3")
+    settings = PrefixGroupConfig(min_shared=1, max_tokens_per_microbatch=60)
+    (want,) = ranks.run(1, whole_step, case, algorithm, settings, [groups])
+    for got in ranks.run(2, whole_step, replace(case, dp=2), algorithm, settings, [groups, ()]):
+        assert got["check"] < 1e-6 and got["num_tokens"] > 0
+        for name, gradient in want["gradients"].items():
+            assert (got["gradients"][name] - gradient).norm() < 1e-6 * gradient.norm(), name
+
+
+@pytest.fixture
+def chunks() -> Iterator[list[Any]]:
+    with harness.on_cpu():
+        harness.initialize(replay_case())
+        yield make_chunks(replay_case())
+
+
+def spoiled(change: Any) -> list[Group]:
+    """The second sample of the first group with other routes."""
+    first, second, *rest = ROUTED[0].samples
+    assert second.routed_experts is not None
+    second = replace(second, routed_experts=change(second.routed_experts.clone()))
+    return [Group(ROUTED[0].group_id, (first, second, *rest)), *ROUTED[1:]]
+
+
+def twice(routes: torch.Tensor) -> torch.Tensor:
+    routes[0, 3] = 1
+    return routes
+
+
+def beyond(routes: torch.Tensor) -> torch.Tensor:
+    routes[1, 2, 0] = NUM_EXPERTS
+    return routes
+
+
+ROUTED = with_routes(make_groups(2), SHAPE)
+BARE = make_groups(2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (BARE, "but the samples carry no routed_experts; have the engine report them"),
+        ([ROUTED[0], BARE[1]], "give them for all samples or for none"),
+        (spoiled(twice), "sample 1 of group 'g0': routed_experts of token 0 in layer 2"),
+        (spoiled(beyond), "of token 1 in layer 1"),
+        (spoiled(lambda r: None), "routed_experts"),
+        (spoiled(lambda r: r[:, :2]), "the model has 4 layers, 3 of them with experts"),
+    ],
+    ids=["none", "some", "twice", "beyond", "one_none", "layers"],
+)
+def test_routes_that_cannot_be_replayed_are_refused(
+    chunks: list[Any], groups: list[Group], message: str
+) -> None:
+    algorithm = GrpoConfig(router_replay="R3")
+    step = GrpoStep(chunks, vocab_size=harness.VOCAB, algorithm=algorithm)
+    with pytest.raises(ValueError) as error:
+        step.prepare(groups)
+    assert message in str(error.value)
+
+
+def test_routes_are_dropped_where_they_are_not_replayed(chunks: list[Any]) -> None:
+    step = GrpoStep(chunks, vocab_size=harness.VOCAB)
+    batch = step.prepare(spoiled(beyond))
+    assert all(row.routed_experts is None for part in batch.minibatches for row in part.rows)
+    assert batch.tokens.split == 0
+
+
+def test_settings_that_replay_nothing_are_refused(chunks: list[Any]) -> None:
+    def make(mode: Any, own: list[Any] = chunks) -> GrpoStep:
+        algorithm = GrpoConfig(router_replay=mode, num_minibatches=2)
+        return GrpoStep(own, vocab_size=harness.VOCAB, algorithm=algorithm)
+
+    with pytest.raises(ValueError, match="router_replay='R4' must be one of disabled, R2, R3"):
+        make("R4")
+    dense = make_chunks(harness.Case())
+    for mode in ("R2", "R3"):
+        with pytest.raises(ValueError, match=f"router_replay='{mode}' .* the model has none"):
+            make(mode, dense)
+    with pytest.raises(ValueError, match="but the samples carry old_logprobs; leave them out"):
+        make("R2").prepare(carrying(BARE, "old_logprobs"))
+    chunks[0].config.moe_router_fusion = True
+    with pytest.raises(NotImplementedError, match="moe_router_fusion=True"):
+        make("R2")
 
 
 def test_routes_go_from_replica_to_replica() -> None:
