@@ -7,6 +7,8 @@ import io
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -154,7 +156,6 @@ def test_routes_need_exact_tokens_and_are_on_all_rows_of_a_group(tmp_path):
 
 
 def test_parquet_holds_them_as_lists_or_bytes(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     sample = make_sample([1, 2, 3], [4, 5, 6])
     row = {"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 6], "reward": 1.0}
     for name, value in (("lists", FORMS["lists"]), ("npy", FORMS["npy_bytes"])):
