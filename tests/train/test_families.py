@@ -1,0 +1,40 @@
+"""Five steps of the recipe from a folder of every family end where a plain loop ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("transformers")
+
+from megatron_pg.train import TrainConfig  # noqa: E402
+from tests.ranks import Pool  # noqa: E402
+from tests.train import family_runs, runs  # noqa: E402
+from tests.train.runs import Weights  # noqa: E402
+
+pytestmark = pytest.mark.megatron
+
+# One model of every family, in which all that is its own occurs.
+TRAINED = ["qwen3", "qwen3_moe"]
+Truth = tuple[TrainConfig, Weights, Weights]
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    """A run, the weights it starts from, and those with which the plain loop ends."""
+    config = family_runs.prepare(tmp_path_factory.mktemp(request.param), request.param)
+    start = runs.load_weights(Path(str(config.model.hf)))
+    return config, start, family_runs.plain_run(config)
+
+
+@pytest.mark.parametrize("layout", family_runs.LAYOUTS)
+def test_five_steps_end_where_a_plain_loop_ends(
+    ranks: Pool, truth: Truth, layout: str, tmp_path: Path
+) -> None:
+    config, start, plain = truth
+    ours, steps = runs.run(ranks, config, layout, tmp_path / "out")
+    assert min(step["tokens/reuse_ratio"] for step in steps) > 1.2
+    assert sum(step["actor/clipfrac_low"] + step["actor/clipfrac_high"] for step in steps) > 0
+    assert family_runs.largest_difference(ours, plain, start) <= 2e-4
