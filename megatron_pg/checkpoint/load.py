@@ -129,6 +129,7 @@ def check_built_for(chunk: Any, hf_model: HfModel, where: object) -> None:
         want.pop(key, None)
     pairs = {key: (getattr(chunk.config, key, None), value) for key, value in want.items()}
     built = dict(
+        position_embedding_type=chunk.position_embedding_type,
         rotary_base=chunk.rotary_base,
         rope_scaling=bool(chunk.rotary_scaling),
         seq_len_interpolation_factor=chunk.rotary_pos_emb.seq_len_interpolation_factor,

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from ..mcore import build_gpt_chunks, cpu, transformer_config_class
+from ..mcore import build_gpt_chunks, cpu, make_transformer_config
 from .description import HfModel
 
 
@@ -36,7 +36,7 @@ def one_rank() -> Iterator[torch.device]:
 def build_gpt(model: HfModel, dtype: torch.dtype, device: torch.device) -> GPTModel:
     """The whole ``GPTModel`` with the prefix-grouped local spec, its vocabulary not padded."""
     settings = model.transformer_config() | cpu.transformer_config_defaults()
-    settings |= {"params_dtype": dtype, "transformer_impl": "local"}
-    config = transformer_config_class(settings)(**settings)
+    settings |= dict(params_dtype=dtype, transformer_impl="local")
+    config = make_transformer_config(settings)
     (chunk,) = build_gpt_chunks(config, gpt=model.gpt_model())
     return chunk.to(device).eval()

@@ -3,7 +3,7 @@
 from . import cpu
 from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
-from .config_class import transformer_config_class
+from .decoder_config import DecoderConfig, make_transformer_config, transformer_config_class
 from .generation.generate import GeneratedResponse, generate
 from .layers import AttentionCalls, attention_backends, count_attention_calls, layer_windows
 from .model import PrefixGroupedGPTModel
@@ -32,6 +32,7 @@ __all__ = [
     "OWN_WRITER",
     "ROUTER_LOSSES",
     "AttentionCalls",
+    "DecoderConfig",
     "FieldVerdict",
     "GeneratedResponse",
     "Predictions",
@@ -58,6 +59,7 @@ __all__ = [
     "has_router_losses",
     "has_sample_losses",
     "layer_windows",
+    "make_transformer_config",
     "prefix_resident_forward_backward",
     "take_router_losses",
     "transformer_config_class",

@@ -23,6 +23,7 @@ from megatron_pg.checkpoint import (
     reshard_checkpoint,
 )
 from megatron_pg.checkpoint.arguments import check_args
+from megatron_pg.checkpoint.description import Yarn
 
 pytestmark = pytest.mark.megatron
 
@@ -88,6 +89,18 @@ MODELS = {
     "bias": a_model(add_bias_linear=True),
     "llama3": a_model(rope_type="llama3", rope_factor=8.0, rotary_base=5e5),
     "linear": a_model(rope_type="linear", rope_factor=4.0),
+    "dynamic": a_model(rope_type="dynamic", rope_factor=2.0),
+    "yarn": a_model(
+        rope_type="yarn",
+        rope_factor=8.0,
+        yarn=Yarn(
+            original_max_position_embeddings=16,
+            beta_fast=8.0,
+            mscale=0.7,
+            mscale_all_dim=1.5,
+            truncate=False,
+        ),
+    ),
     "mistral": a_model(architecture="MistralForCausalLM", kv_channels=12),
     "qwen2": a_model(architecture="Qwen2ForCausalLM", rotary_base=1e6),
     "qwen3": a_model(architecture="Qwen3ForCausalLM"),
@@ -137,7 +150,7 @@ CHANGING: list[tuple[str, Any]] = [
     ("layernorm_zero_centered_gamma", True),
     ("normalization", "LayerNorm"),
     ("position_embedding_type", "learned_absolute"),
-    ("position_embedding_type", "yarn"),
+    ("position_embedding_type", "mrope"),
     ("rotary_percent", 0.5),
     ("rotary_interleaved", True),
     ("no_rope_freq", [0, 1, 0, 1]),

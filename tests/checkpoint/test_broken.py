@@ -112,10 +112,10 @@ HF_CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "supported are Llama",
     ),
     "gemma": ("llama", edit_config(architectures=["Gemma3ForCausalLM"]), "'Gemma3ForCausalLM'"),
-    "yarn": (
+    "longrope": (
         "llama",
-        edit_config(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4)),
-        "rope type 'yarn'",
+        edit_config(rope_parameters=dict(rope_type="longrope", factor=4.0, rope_theta=1e4)),
+        "rope type 'longrope' is not supported",
     ),
     "other llama3 rope": (
         "llama3_rope",

@@ -93,8 +93,10 @@ def bad_rope_factor(folder: Path, rng: random.Random) -> tuple[str, ...]:
 def bad_rope(folder: Path, rng: random.Random) -> tuple[str, ...]:
     changes, name = rng.choice(
         (
-            (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "'yarn'"),
+            (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "'longrope'"),
             (dict(rope_scaling=dict(rope_type="linear", type="dynamic", factor=2.0)), "'dynamic'"),
+            (dict(rope_scaling=dict(rope_type="yarn", factor=2.0, mscale=0.7)), "mscale"),
+            (dict(rope_scaling=dict(rope_type="yarn", factor=2.0, beta_fast="x")), "beta_fast"),
             (dict(rope_scaling=dict(rope_type=["linear"], factor=2.0)), "rope type"),
             (dict(rope_scaling="linear"), "rope_scaling"),
             (dict(rope_parameters=[1e4]), "rope_parameters"),

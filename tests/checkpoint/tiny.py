@@ -23,6 +23,7 @@ from megatron_pg.checkpoint import HfModel
 from megatron_pg.mcore import (
     PrefixGroupedGPTModel,
     cpu,
+    make_transformer_config,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
@@ -35,6 +36,16 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
     rope_theta=500000.0,
+)
+# A ramp within the width of a head, and a factor on cosine and sine.
+YARN = dict(
+    rope_type="yarn",
+    factor=8.0,
+    beta_fast=4.0,
+    beta_slow=0.5,
+    truncate=False,
+    original_max_position_embeddings=32,
+    rope_theta=100.0,
 )
 DIVISIBLE_BY = 16
 
@@ -56,6 +67,7 @@ FAMILIES = {
     "llama_linear": Family(
         "Llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))
     ),
+    "llama_yarn": Family("Llama", dict(rope_parameters=YARN, head_dim=16)),
     "mistral": Family("Mistral", dict(sliding_window=None, head_dim=12), "40KB"),
     "qwen2": Family("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2_tied": Family("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
@@ -165,21 +177,23 @@ def on_layout(layout: Layout) -> Iterator[None]:
 
 
 def make_config(model: HfModel, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    return TransformerConfig(
-        **model.transformer_config(),
-        **cpu.transformer_config_defaults(),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        expert_model_parallel_size=layout.ep,
-        sequence_parallel=layout.sp,
-        variable_seq_lengths=True,
-        calculate_per_token_loss=True,
-        overlap_p2p_comm=layout.vpp is not None,
-        batch_p2p_comm=layout.vpp is None,
-        **({} if model.num_experts else dict(moe_token_dispatcher_type="alltoall")),
+    return make_transformer_config(
+        model.transformer_config()
+        | cpu.transformer_config_defaults()
+        | ({} if model.num_experts else dict(moe_token_dispatcher_type="alltoall"))
+        | dict(
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            expert_model_parallel_size=layout.ep,
+            sequence_parallel=layout.sp,
+            variable_seq_lengths=True,
+            calculate_per_token_loss=True,
+            overlap_p2p_comm=layout.vpp is not None,
+            batch_p2p_comm=layout.vpp is None,
+        )
     )
 
 

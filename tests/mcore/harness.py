@@ -32,7 +32,7 @@ from megatron_pg.mcore import (
     PrefixGroupedGPTModel,
     PrefixGroupedSeqParams,
     cpu,
-    transformer_config_class,
+    make_transformer_config,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
@@ -140,7 +140,7 @@ def make_config(case: Case) -> TransformerConfig:
     settings |= cpu.transformer_config_defaults() | case.config
     if settings.get("multi_latent_attention"):
         settings["num_query_groups"] = None
-    config = transformer_config_class(settings)(**settings)
+    config = make_transformer_config(settings)
     # GPTModel reads these off the config although TransformerConfig does not declare them.
     for name, value in YARN.items() if case.position_embedding_type == "yarn" else ():
         setattr(config, name, value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...mcore import field_verdict, transformer_config_class
+from ...mcore import field_verdict, make_transformer_config
 from ..description import HfModel
 from .names import ORDINARY, says_nothing_of_the_model
 
@@ -30,8 +30,7 @@ def check_arguments(args: Namespace, model: HfModel, where: str, *, by_configura
     said, meant = _statements(vars(args)), _statements({"group_query_attention": True} | described)
     # What is off in the model is said by arguments that are off, or not at all.
     meant = {name: meant.get(name) for name in described}
-    described_settings = model.transformer_config()
-    fields = transformer_config_class(described_settings)(**described_settings)
+    fields = make_transformer_config(model.transformer_config())
     problems = []
     for name, value in said.items():
         wanted: Any = None

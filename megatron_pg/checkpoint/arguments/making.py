@@ -40,7 +40,7 @@ def make_megatron_args(
         group_query_attention=model.num_query_groups != model.num_attention_heads,
         seq_length=model.max_sequence_length,
         max_position_embeddings=model.max_sequence_length,
-        use_rotary_position_embeddings=True,
+        use_rotary_position_embeddings=model.yarn is None,
         add_position_embedding=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,

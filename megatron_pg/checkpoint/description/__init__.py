@@ -5,6 +5,7 @@ from .config import parse_hf_config, read_hf_config
 from .config_values import ConfigValues
 from .hf_model import MAX_EXPERTS, HfModel
 from .registry import FAMILIES, register
+from .yarn import Yarn
 
 __all__ = [
     "ArgumentValues",
@@ -13,6 +14,7 @@ __all__ = [
     "HfModel",
     "MAX_EXPERTS",
     "NEED",
+    "Yarn",
     "parse_hf_config",
     "read_hf_config",
     "register",

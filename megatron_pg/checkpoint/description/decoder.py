@@ -19,6 +19,7 @@ from ..table import (
     vocabulary,
     whole,
 )
+from .yarn import Yarn
 
 # What this package, Megatron-LM's arguments and TransformerConfig call alike.
 _SHARED = (
@@ -36,6 +37,7 @@ class Decoder:
         num_experts: of every layer; None where layers have one MLP.
         moe_ffn_hidden_size: width of an expert.
         moe_router_topk: experts that a token goes through.
+        yarn: what YaRN scales with; None for other rope types.
     """
 
     qk_layernorm: ClassVar[bool] = False
@@ -52,6 +54,7 @@ class Decoder:
     rotary_base: float = 10000.0
     rope_type: str = "default"
     rope_factor: float = 1.0
+    yarn: Yarn | None = None
     tied: bool = False
     add_bias_linear: bool = False
     num_experts: int | None = None
@@ -83,12 +86,13 @@ class Decoder:
         )
 
     def transformer_config(self) -> dict[str, Any]:
-        """Keyword arguments of ``TransformerConfig`` that the architecture fixes.
+        """Settings of ``make_transformer_config`` that the architecture fixes.
 
         Parallel sizes, ``params_dtype``, recompute and fusions stay the caller's.
         """
         return dict(
             **self.in_megatron(),
+            **({} if self.yarn is None else self.yarn.transformer_config(self.rope_factor)),
             layernorm_epsilon=self.layernorm_epsilon,
             normalization="RMSNorm",
             gated_linear_unit=True,
@@ -104,13 +108,26 @@ class Decoder:
         return dict(
             vocab_size=self.padded_vocab_size(tp_size, make_vocab_size_divisible_by),
             max_sequence_length=self.max_sequence_length,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if self.yarn is None else "yarn",
             rotary_base=self.rotary_base,
             share_embeddings_and_output_weights=self.tied,
             rope_scaling=self.rope_type == "llama3",
             rope_scaling_factor=self.rope_factor,
             seq_len_interpolation_factor=self.rope_factor if self.rope_type == "linear" else None,
         )
+
+    def check_positions(self, max_positions: int) -> None:
+        """Refuse samples longer than those for which the same positions are meant.
+
+        Raises:
+            ValueError: rope type "dynamic", which has others for every length beyond its context.
+        """
+        if self.rope_type == "dynamic" and max_positions > self.max_sequence_length:
+            raise ValueError(
+                f"max_position_embeddings={max_positions} with rope type 'dynamic', whose "
+                "frequencies beyond the context depend on a sample's length; at most "
+                f"{self.max_sequence_length}"
+            )
 
     def padded_vocab_size(self, tp_size: int = 1, make_vocab_size_divisible_by: int = 1) -> int:
         """Vocabulary rounded up to ``make_vocab_size_divisible_by * tp_size``, as Megatron-LM.

@@ -40,11 +40,13 @@ class HfModel(Decoder):
     Attributes:
         architecture: Hugging Face's name, by which ``register`` knows the family.
         model_type: transformers' word for it.
+        default_rotary_base: what transformers takes where there is no ``rope_theta``.
         own_defaults: keys for which transformers has a default that is no other key's value.
     """
 
     architecture: ClassVar[str]
     model_type: ClassVar[str]
+    default_rotary_base: ClassVar[float] = 10000.0
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
 
     def weight_table(self, padded_vocab_size: int | None = None) -> WeightTable:
@@ -82,7 +84,7 @@ class HfModel(Decoder):
         window, is_used = values.size("sliding_window", default=None), cls.uses_window(values)
         if window is not None and is_used and window < fields["max_sequence_length"]:
             values.refused.append(f"sliding_window={window} (must be null)")
-        return fields | read_rope(values)
+        return fields | read_rope(values, cls.default_rotary_base)
 
     @classmethod
     def _read_heads(cls, values: ConfigValues) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class HfModel(Decoder):
             hidden_act="silu",
             **{key: getattr(self, field) for field, key in _CONFIG_KEYS.items()},
             torch_dtype=str(self.dtype).removeprefix("torch."),
-            **rope_json(self.rope_type, self.rope_factor, self.rotary_base),
+            **rope_json(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
         )
 
     # What Megatron-LM's arguments say, and back.
@@ -179,5 +181,5 @@ class HfModel(Decoder):
             squared_relu=False,
             untie_embeddings_and_output_weights=not self.tied,
             num_experts=self.num_experts,
-            **rope_arguments(self.rope_type, self.rope_factor, self.rotary_base),
+            **rope_arguments(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
         )

@@ -6,14 +6,30 @@ from typing import Any
 
 from .argument_values import ArgumentValues
 from .config_values import ConfigValues
+from .yarn import Yarn, read_yarn, read_yarn_arguments
 
 # What Megatron-Core computes llama3 scaling with.
 _LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-_ALLOWED: dict[str, dict[str, Any]] = {"default": {}, "linear": {}, "llama3": _LLAMA3}
+# type -> what its section must hold besides what is asked for
+_ALLOWED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {},
+    "llama3": _LLAMA3,
+    "yarn": {},
+    # Another base for every length beyond the context: none within it, where rows are refused.
+    "dynamic": {},
+}
+_WHY_NOT = dict(
+    longrope=" (it divides every frequency by a factor of its own, which Megatron-Core does not)"
+)
 
 
-def read_rope(values: ConfigValues) -> dict[str, Any]:
+def read_rope(values: ConfigValues, default_base: float = 10000.0) -> dict[str, Any]:
     """Fields of ``HfModel`` from either spelling of a ``config.json``; both present must agree.
+
+    Args:
+        values: of the file.
+        default_base: what transformers takes where the file has no ``rope_theta``.
 
     Raises:
         ValueError: naming the file: two values for one.
@@ -23,9 +39,8 @@ def read_rope(values: ConfigValues) -> dict[str, Any]:
     where = values.where
     new, old = values.section("rope_parameters"), values.section("rope_scaling")
     places = [values, ConfigValues(new, where), ConfigValues(old, where)]
-    # The default of all these architectures in transformers is 10000.
     bases = {place.number("rope_theta", 1.0, 1e12, default=None) for place in places}
-    bases = bases - {None} or {10000.0}
+    bases = bases - {None} or {default_base}
     if len(bases) > 1:
         raise ValueError(f"{where}: rope_theta is given as {sorted(bases)}; keep one value")
     if new and old and _scaling(new) != _scaling(old):
@@ -35,24 +50,26 @@ def read_rope(values: ConfigValues) -> dict[str, Any]:
     named = (new or old).get("type", kind)
     if not isinstance(kind, str) or kind not in _ALLOWED or named != kind:
         raise NotImplementedError(
-            f"{where}: rope type {named!r} is not supported; supported are {', '.join(_ALLOWED)}"
+            f"{where}: rope type {named!r} is not supported{_WHY_NOT.get(str(named), '')}; "
+            f"supported are {', '.join(_ALLOWED)}"
         )
     scaled = ConfigValues(rope, where)
+    scaled.must("partial_rotary_factor", 1.0)
     factor = 1.0 if kind == "default" else scaled.number("factor", 1.0, 1e6)
-    rope.pop("factor", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise NotImplementedError(f"{where}: partial_rotary_factor must be 1.0")
     if kind == "default":
-        # Left over from a longer context: it does nothing without a scaling type.
-        rope.pop("original_max_position_embeddings", None)
-    if rope != _ALLOWED[kind]:
+        # Left over from a longer context: they do nothing without a scaling type.
+        scaled.known |= {"factor", "original_max_position_embeddings"}
+    yarn = read_yarn(scaled, factor, values) if kind == "yarn" else None
+    left = {key: value for key, value in rope.items() if key not in scaled.known}
+    if left != _ALLOWED[kind]:
         raise NotImplementedError(
-            f"{where}: rope type {kind!r} with {rope}; Megatron-Core computes it with "
+            f"{where}: rope type {kind!r} with {left}; Megatron-Core computes it with "
             f"{_ALLOWED[kind]} only"
         )
     for part in (*places[1:], scaled):
         values.problems += part.problems
-    return dict(rope_type=kind, rope_factor=factor, rotary_base=bases.pop())
+        values.refused += part.refused
+    return dict(rope_type=kind, rope_factor=factor, rotary_base=bases.pop(), yarn=yarn)
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +78,12 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     return named | dict(rope_type=rope.get("rope_type") or rope.get("type") or "default")
 
 
-def rope_json(rope_type: str, factor: float, base: float) -> dict[str, Any]:
+def rope_json(rope_type: str, factor: float, base: float, yarn: Yarn | None) -> dict[str, Any]:
     """Keys of a ``config.json`` in both spellings, for transformers 4 and 5."""
     rope: dict[str, Any] = dict(rope_type=rope_type)
     if rope_type != "default":
         rope["factor"] = factor
-    rope |= _ALLOWED[rope_type]
+    rope |= _ALLOWED[rope_type] if yarn is None else yarn.config_json()
     return dict(
         rope_theta=base,
         rope_scaling=None if rope_type == "default" else rope,
@@ -76,23 +93,31 @@ def rope_json(rope_type: str, factor: float, base: float) -> dict[str, Any]:
 
 def read_rope_arguments(read: ArgumentValues) -> dict[str, Any]:
     """Fields of ``HfModel`` from Megatron-LM's arguments."""
-    rope_type, factor = "default", 1.0
-    if read.get("use_rope_scaling"):
+    rope_type, factor, yarn = "default", 1.0, None
+    if read.get("position_embedding_type") == "yarn":
+        rope_type, factor = "yarn", read.number("rotary_scaling_factor", 1.0)
+        yarn = read_yarn_arguments(read)
+    elif read.get("use_rope_scaling"):
         rope_type, factor = "llama3", read.number("rope_scaling_factor", 8.0)
     elif read.get("rotary_seq_len_interpolation_factor"):
         rope_type, factor = "linear", read.number("rotary_seq_len_interpolation_factor")
+    elif read.get("hf_dynamic_rope_factor"):
+        rope_type, factor = "dynamic", read.number("hf_dynamic_rope_factor")
     base = read.number("rotary_base", 10000.0)
-    return dict(rope_type=rope_type, rope_factor=factor, rotary_base=base)
+    return dict(rope_type=rope_type, rope_factor=factor, rotary_base=base, yarn=yarn)
 
 
-def rope_arguments(rope_type: str, factor: float, base: float) -> dict[str, Any]:
+def rope_arguments(rope_type: str, factor: float, base: float, yarn: Yarn | None) -> dict[str, Any]:
     """Megatron-LM's arguments."""
     return dict(
-        position_embedding_type="rope",
+        **({} if yarn is None else yarn.megatron_arguments(factor)),
+        position_embedding_type="rope" if yarn is None else "yarn",
         rotary_base=base,
         rotary_percent=1.0,
         rotary_interleaved=False,
         use_rope_scaling=rope_type == "llama3",
         rope_scaling_factor=factor,
         rotary_seq_len_interpolation_factor=factor if rope_type == "linear" else None,
+        # Nothing of Megatron's: other programs go on beyond the context.
+        hf_dynamic_rope_factor=factor if rope_type == "dynamic" else None,
     )

@@ -16,7 +16,7 @@ from ...attention import AttentionInputs, AttentionKind, select_backend
 from ...checkpoint import HfModel, make_megatron_args, read_hf_config
 from ...data import AttentionSizes, CostModel
 from ...grpo import PackingConfig, PrefixGroupConfig
-from ...mcore import cpu, layer_windows, transformer_config_class
+from ...mcore import cpu, layer_windows, make_transformer_config
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .megatron_rules import megatron_problems
 from .transformer_settings import transformer_settings
@@ -89,6 +89,7 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
             tp_size=sizes.tp, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
         )
         if model.max_position_embeddings is not None:
+            hf.check_positions(model.max_position_embeddings)
             gpt["max_sequence_length"] = model.max_position_embeddings
         vocab_size = hf.vocab_size
     else:
@@ -118,7 +119,7 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     settings["pipeline_dtype"] = settings["params_dtype"]
     settings["bf16"] = settings["params_dtype"] is torch.bfloat16
     try:
-        config = transformer_config_class(settings)(**settings)
+        config = make_transformer_config(settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
         named = [n for n, v in vars(parallel).items() if v != getattr(ParallelConfig, n)]
         raise ValueError(

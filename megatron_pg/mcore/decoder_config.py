@@ -1,0 +1,47 @@
+"""Megatron's configuration of a decoder, with what models read off it and no class declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """``TransformerConfig`` with the fields that Megatron-Core reads of any configuration.
+
+    Attributes:
+        yarn_rotary_scaling_factor: by which YaRN lengthens the context; 1: not at all.
+        yarn_original_max_position_embeddings: context before.
+        yarn_beta_fast: turns within it above which a frequency stays.
+        yarn_beta_slow: turns below which a frequency is divided by the factor.
+        yarn_mscale: of the factor on cosine and sine.
+        yarn_mscale_all_dim: of the factor that divides it.
+        yarn_correction_range_round_to_int: whether the range between the two is rounded outwards.
+    """
+
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    yarn_correction_range_round_to_int: bool = True
+
+
+_OWN = {field.name for field in fields(DecoderConfig)} - {f.name for f in fields(TransformerConfig)}
+
+
+def transformer_config_class(settings: Mapping[str, Any]) -> type[TransformerConfig]:
+    """The class that has the fields of these settings."""
+    if settings.get("multi_latent_attention"):
+        return MLATransformerConfig
+    return DecoderConfig if _OWN & settings.keys() else TransformerConfig
+
+
+def make_transformer_config(settings: Mapping[str, Any]) -> TransformerConfig:
+    """The configuration of these settings, of the class that has their fields."""
+    return transformer_config_class(settings)(**settings)
