@@ -23,7 +23,7 @@ from megatron_pg.checkpoint import (
     reshard_checkpoint,
 )
 from megatron_pg.checkpoint.arguments import check_args
-from megatron_pg.checkpoint.description import Yarn
+from megatron_pg.checkpoint.description import Window, Yarn
 
 pytestmark = pytest.mark.megatron
 
@@ -102,6 +102,18 @@ MODELS = {
         ),
     ),
     "mistral": a_model(architecture="MistralForCausalLM", kv_channels=12),
+    "mistral with windows": a_model(
+        architecture="MistralForCausalLM", window=Window(size=5, layers=(1, 1, 1, 1))
+    ),
+    "smollm3": a_model(
+        architecture="SmolLM3ForCausalLM",
+        no_rope_freq=(0, 0, 1, 0),
+        window=Window(size=8, layers=(0, 0, 1, 0)),
+    ),
+    "smollm3 with all": a_model(architecture="SmolLM3ForCausalLM", no_rope_freq=(0, 0, 0, 0)),
+    "qwen2 with windows": a_model(
+        architecture="Qwen2ForCausalLM", window=Window(size=1, layers=(0, 1, 1, 1))
+    ),
     "qwen2": a_model(architecture="Qwen2ForCausalLM", rotary_base=1e6),
     "qwen3": a_model(architecture="Qwen3ForCausalLM"),
     "qwen3_moe": a_model(
@@ -131,9 +143,56 @@ def test_megatron_lm_s_own_arguments_are_read(changes: dict[str, Any]) -> None:
     assert model.add_qkv_bias == changes.get("add_qkv_bias", False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "architecture", "window", "no_rope"),
+    [
+        (dict(window_size=(7, 0)), "MistralForCausalLM", (8, (1, 1, 1, 1)), None),
+        (dict(window_attn_skip_freq=2), "LlamaForCausalLM", None, None),
+        (dict(window_size=[7, 0], add_qkv_bias=True), "Qwen2ForCausalLM", (8, (1, 1, 1, 1)), None),
+        (
+            dict(window_size=(0, 0), window_attn_skip_freq=3, qk_layernorm=True),
+            "Qwen3ForCausalLM",
+            (1, (1, 1, 0, 1)),
+            None,
+        ),
+        (dict(no_rope_freq=4), "SmolLM3ForCausalLM", None, (0, 0, 0, 1)),
+        (dict(no_rope_freq=[1, 0, 0, 0]), "SmolLM3ForCausalLM", None, (1, 0, 0, 0)),
+    ],
+)
+def test_patterns_over_layers(
+    changes: dict[str, Any], architecture: str, window: Any, no_rope: Any
+) -> None:
+    model = hf_model_from_args(stock(**changes), "here")
+    assert model.architecture == architecture
+    assert model.window == (window and Window(size=window[0], layers=window[1]))
+    assert getattr(model, "no_rope_freq", None) == no_rope
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window_size", (128, 4)),
+        ("window_size", (128, -1)),
+        ("window_size", (-1, 0)),
+        ("window_size", 128),
+        ("window_size", (8.0, 0)),
+        ("window_attn_skip_freq", [1, 0]),
+        ("window_attn_skip_freq", [1, 0, 2, 1]),
+        ("window_attn_skip_freq", -2),
+        ("no_rope_freq", [0, 1]),
+        ("no_rope_freq", "every other"),
+    ],
+)
+def test_patterns_that_are_none(name: str, value: Any) -> None:
+    args = stock(**dict(window_size=(7, 0), add_qkv_bias=True) | {name: value})
+    if name == "no_rope_freq":
+        args = stock(no_rope_freq=value)
+    with pytest.raises(ValueError, match=f"^here: args have {name}=.*hf_config"):
+        hf_model_from_args(args, "here")
+
+
 # Each changes what the same weights compute, or which weights there are.
 CHANGING: list[tuple[str, Any]] = [
-    ("window_size", (128, 0)),
     ("softmax_type", "learnable"),
     ("qk_clip", True),
     ("attention_output_gate", True),
@@ -153,7 +212,6 @@ CHANGING: list[tuple[str, Any]] = [
     ("position_embedding_type", "mrope"),
     ("rotary_percent", 0.5),
     ("rotary_interleaved", True),
-    ("no_rope_freq", [0, 1, 0, 1]),
     ("swiglu", False),
     ("squared_relu", True),
     ("quick_geglu", True),
@@ -190,6 +248,16 @@ CHANGING_EXPERTS: list[tuple[str, Any]] = [
     ("qk_layernorm", False),
 ]
 ALL_CHANGING = [({}, *case) for case in CHANGING] + [(EXPERTS, *c) for c in CHANGING_EXPERTS]
+# Each is another family's.
+OTHERS = [
+    ({}, "window_size", (128, 0)),
+    ({}, "no_rope_freq", [0, 1, 0, 1]),
+    ({}, "no_rope_freq", 2),
+    ({}, "position_embedding_type", "yarn"),
+    (dict(window_size=(7, 0), add_qkv_bias=True), "window_size", (8, 0)),
+    (dict(window_size=(7, 0), add_qkv_bias=True), "window_attn_skip_freq", 2),
+    (dict(window_size=(7, 0), add_qkv_bias=True), "window_attn_skip_freq", [0, 1, 1, 1]),
+]
 
 
 @pytest.mark.parametrize(("base", "name", "value"), ALL_CHANGING)
@@ -208,7 +276,7 @@ def test_an_argument_that_changes_the_model_is_refused_by_name(
 _SILENT = {"spec", "yaml_cfg", "of_a_framework", "of_tomorrow"}
 
 
-@pytest.mark.parametrize(("base", "name", "value"), ALL_CHANGING)
+@pytest.mark.parametrize(("base", "name", "value"), ALL_CHANGING + OTHERS)
 def test_a_configuration_that_is_given_must_not_contradict(
     base: dict[str, Any], name: str, value: Any
 ) -> None:
@@ -219,6 +287,8 @@ def test_a_configuration_that_is_given_must_not_contradict(
         return
     with pytest.raises(ValueError) as error:
         check_args(args, model, "here")
+    number = {"no_rope_freq": [0, 1, 0, 1], "window_attn_skip_freq": [1, 0, 1, 0]}
+    value = number.get(name, value) if value == 2 else value
     assert f"{name}={value!r} (" in str(error.value)
     assert "Give the config.json of the model that was trained" in str(error.value)
 
@@ -305,8 +375,8 @@ def test_args_that_are_none() -> None:
 
 def test_all_problems_are_in_one_error() -> None:
     with pytest.raises(NotImplementedError) as error:
-        hf_model_from_args(stock(window_size=(8, 0), qk_clip=True, of_tomorrow=1), "here")
-    assert all(name in str(error.value) for name in ("window_size", "qk_clip", "of_tomorrow"))
+        hf_model_from_args(stock(squared_relu=True, qk_clip=True, of_tomorrow=1), "here")
+    assert all(name in str(error.value) for name in ("squared_relu", "qk_clip", "of_tomorrow"))
     before = copy.deepcopy(vars(stock()))
     hf_model_from_args(stock(), "here")
     assert vars(stock()) == before

@@ -132,7 +132,7 @@ HF_CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "low_freq_factor",
     ),
     "two rope bases": ("llama", edit_config(rope_theta=5e5), "rope_theta is given as"),
-    "sliding window": ("mistral", edit_config(sliding_window=64), "sliding_window=64"),
+    "sliding window": ("llama", edit_config(sliding_window=64), "sliding_window=64"),
     "activation": ("llama", edit_config(hidden_act="gelu"), "hidden_act='gelu'"),
     "half of the biases": (
         "llama",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from megatron_pg import checkpoint
 from megatron_pg.checkpoint import (
@@ -96,31 +93,6 @@ def test_setting_of_a_new_family(seed_oss: None) -> None:
     config |= dict(architectures=["SeedOssForCausalLM"], model_type="seed_oss")
     with refused("attention_out_bias=True (must be False)"):
         parse_hf_config(config)
-
-
-@pytest.mark.parametrize("window", [None, 4, 15, 16, 40])
-def test_mistrals_window(window: int | None) -> None:
-    """Refused exactly where transformers computes something else than without one."""
-    content = make_config("MistralForCausalLM", max_position_embeddings=16)
-    tokens = torch.arange(16)[None] % content["vocab_size"]
-
-    def logits(sliding_window: int | None) -> torch.Tensor:
-        settings = content | dict(sliding_window=sliding_window, attn_implementation="eager")
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**settings)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_()
-            return model(tokens).logits
-
-    is_same = torch.equal(logits(window), logits(None))
-    assert is_same == (window is None or window >= 16)
-    config = json.loads(json.dumps(content | dict(sliding_window=window)))
-    if is_same:
-        parse_hf_config(config)
-    else:
-        with refused(f"sliding_window={window} (must be null)"):
-            parse_hf_config(config)
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok", "moe_intermediate_size"])

@@ -154,23 +154,10 @@ def test_what_an_absent_key_means(architecture: str, key: str) -> None:
     assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
     if ours.num_experts is not None:
         assert ours.norm_topk_prob == theirs.norm_topk_prob
-    assert getattr(theirs, "sliding_window", None) is None
-
-
-@pytest.mark.parametrize(
-    ("architecture", "is_refused"), [("MistralForCausalLM", True), ("Qwen2ForCausalLM", False)]
-)
-def test_switch_of_the_window(architecture: str, is_refused: bool) -> None:
-    """Qwen2's configuration has a switch, which Mistral's ignores."""
-    config = make_config(architecture, sliding_window=8, use_sliding_window=False)
-    name = architecture.removesuffix("ForCausalLM")
-    theirs = getattr(transformers, f"{name}Config")(**config)
-    assert (theirs.sliding_window == 8) == is_refused
-    if is_refused:
-        with refused("sliding_window=8"):
-            parse_hf_config(config)
+    if getattr(theirs, "sliding_window", None) is None:
+        assert ours.window is None
     else:
-        parse_hf_config(config)
+        assert ours.window is not None and ours.window.size == theirs.sliding_window
 
 
 BIASES = {
@@ -179,6 +166,7 @@ BIASES = {
     "Qwen2ForCausalLM": "attention_bias=True (must be false for Qwen2ForCausalLM)",
     "Qwen3ForCausalLM": "attention_bias=True (must be false for Qwen3ForCausalLM)",
     "Qwen3MoeForCausalLM": "attention_bias=True (must be false for Qwen3MoeForCausalLM)",
+    "SmolLM3ForCausalLM": "attention_bias=True (must be false for SmolLM3ForCausalLM)",
 }
 
 

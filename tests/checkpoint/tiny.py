@@ -47,6 +47,8 @@ YARN = dict(
     original_max_position_embeddings=32,
     rope_theta=100.0,
 )
+# For families whose own are beyond a small vocabulary.
+NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 DIVISIBLE_BY = 16
 
 
@@ -69,6 +71,15 @@ FAMILIES = {
     ),
     "llama_yarn": Family("Llama", dict(rope_parameters=YARN, head_dim=16)),
     "mistral": Family("Mistral", dict(sliding_window=None, head_dim=12), "40KB"),
+    "smollm3": Family(
+        "SmolLM3",
+        dict(
+            **NO_TOKENS,
+            no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 1],
+            tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=5e6),
+        ),
+    ),
     "qwen2": Family("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2_tied": Family("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
     "qwen3": Family("Qwen3", dict(head_dim=16), "40KB"),

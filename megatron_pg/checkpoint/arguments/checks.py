@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...mcore import field_verdict, make_transformer_config
-from ..description import HfModel
+from ..description import HfModel, expand_pattern
 from .names import ORDINARY, says_nothing_of_the_model
 
 
@@ -67,12 +67,19 @@ def check_arguments(args: Namespace, model: HfModel, where: str, *, by_configura
 
 def _statements(values: dict[str, Any]) -> dict[str, Any]:
     """What arguments say: those that are set and have an effect, as Megatron-LM reads them."""
-    said = {name: value for name, value in values.items() if value is not None}
+    num_layers = values.get("num_layers") or 0
+    said = {
+        name: expand_pattern(name, value, num_layers)
+        for name, value in values.items()
+        if value is not None
+    }
     heads = said.get("num_attention_heads")
     if not said.get("group_query_attention"):
         said.pop("num_query_groups", None)
         if heads is not None and "group_query_attention" in said:
             said["num_query_groups"] = heads
+    if not said.get("window_size"):
+        said.pop("window_attn_skip_freq", None)
     if not said.get("use_rope_scaling"):
         said.pop("rope_scaling_factor", None)
     if "layernorm_epsilon" in said:
@@ -95,6 +102,8 @@ def _same(value: Any, wanted: Any) -> bool:
     """Whether two values say the same; off is off in every spelling."""
     if _is_off(value) or _is_off(wanted):
         return _is_off(value) and _is_off(wanted)
+    if isinstance(wanted, list | tuple):
+        return isinstance(value, list | tuple) and list(value) == list(wanted)
     if isinstance(value, list | tuple):
         # A pattern over layers, all alike.
         return bool(value) and all(_same(item, wanted) for item in value)

@@ -19,6 +19,7 @@ from ..table import (
     vocabulary,
     whole,
 )
+from .window import Window
 from .yarn import Yarn
 
 # What this package, Megatron-LM's arguments and TransformerConfig call alike.
@@ -38,6 +39,7 @@ class Decoder:
         moe_ffn_hidden_size: width of an expert.
         moe_router_topk: experts that a token goes through.
         yarn: what YaRN scales with; None for other rope types.
+        window: of layers that attend to the last tokens alone; None without such.
     """
 
     qk_layernorm: ClassVar[bool] = False
@@ -55,6 +57,7 @@ class Decoder:
     rope_type: str = "default"
     rope_factor: float = 1.0
     yarn: Yarn | None = None
+    window: Window | None = None
     tied: bool = False
     add_bias_linear: bool = False
     num_experts: int | None = None
@@ -93,6 +96,7 @@ class Decoder:
         return dict(
             **self.in_megatron(),
             **({} if self.yarn is None else self.yarn.transformer_config(self.rope_factor)),
+            **({} if self.window is None else self.window.in_megatron()),
             layernorm_epsilon=self.layernorm_epsilon,
             normalization="RMSNorm",
             gated_linear_unit=True,

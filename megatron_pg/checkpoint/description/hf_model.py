@@ -10,6 +10,7 @@ from .argument_values import NEED, ArgumentValues
 from .config_values import ConfigValues
 from .decoder import Decoder
 from .rope import read_rope, read_rope_arguments, rope_arguments, rope_json
+from .window import NoWindows, window_arguments
 
 # Beyond every model of these architectures; they keep a damaged number from filling memory.
 MAX_LAYERS, MAX_EXPERTS = 1000, 1000
@@ -41,12 +42,14 @@ class HfModel(Decoder):
         architecture: Hugging Face's name, by which ``register`` knows the family.
         model_type: transformers' word for it.
         default_rotary_base: what transformers takes where there is no ``rope_theta``.
+        windows: how a ``config.json`` says which layers have one.
         own_defaults: keys for which transformers has a default that is no other key's value.
     """
 
     architecture: ClassVar[str]
     model_type: ClassVar[str]
     default_rotary_base: ClassVar[float] = 10000.0
+    windows: ClassVar[NoWindows] = NoWindows()
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
 
     def weight_table(self, padded_vocab_size: int | None = None) -> WeightTable:
@@ -80,10 +83,7 @@ class HfModel(Decoder):
         values.require(*cls.own_defaults)
         values.must("hidden_act", "silu")
         values.must("partial_rotary_factor", 1.0, None)
-        values.must("layer_types", None, ["full_attention"] * fields["num_layers"])
-        window, is_used = values.size("sliding_window", default=None), cls.uses_window(values)
-        if window is not None and is_used and window < fields["max_sequence_length"]:
-            values.refused.append(f"sliding_window={window} (must be null)")
+        fields["window"] = cls.windows.read(values, fields["num_layers"])
         return fields | read_rope(values, cls.default_rotary_base)
 
     @classmethod
@@ -115,12 +115,6 @@ class HfModel(Decoder):
                 values.refused.append(f"{key}=True (must be false for {cls.architecture})")
         return False
 
-    @classmethod
-    def uses_window(cls, values: ConfigValues) -> bool:
-        """Whether ``sliding_window`` counts: a switch says so, where there is one."""
-        values.flag("use_sliding_window")
-        return bool(values.get("use_sliding_window", True))
-
     def config_json(self) -> dict[str, Any]:
         """A ``config.json`` for this model."""
         return dict(
@@ -129,6 +123,7 @@ class HfModel(Decoder):
             hidden_act="silu",
             **{key: getattr(self, field) for field, key in _CONFIG_KEYS.items()},
             torch_dtype=str(self.dtype).removeprefix("torch."),
+            **({} if self.window is None else self.window.config_json()),
             **rope_json(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
         )
 
@@ -148,6 +143,7 @@ class HfModel(Decoder):
         """
         # Held against the model afterwards, for families without experts too.
         read.size("num_experts", None, MAX_EXPERTS)
+        num_layers = read.size("num_layers", high=MAX_LAYERS)
         heads = read.size("num_attention_heads")
         groups = read.size("num_query_groups") if read.get("group_query_attention") else heads
         if heads % groups:
@@ -156,7 +152,7 @@ class HfModel(Decoder):
                 f"num_query_groups={groups}; {NEED}"
             )
         return dict(
-            num_layers=read.size("num_layers", high=MAX_LAYERS),
+            num_layers=num_layers,
             hidden_size=read.size("hidden_size"),
             ffn_hidden_size=read.size("ffn_hidden_size"),
             num_attention_heads=heads,
@@ -167,6 +163,7 @@ class HfModel(Decoder):
             max_sequence_length=read.size("max_position_embeddings"),
             tied=not read.get("untie_embeddings_and_output_weights"),
             add_bias_linear=bool(read.get("add_bias_linear")),
+            window=cls.windows.read_arguments(read, num_layers),
             **read_rope_arguments(read),
         )
 
@@ -181,5 +178,6 @@ class HfModel(Decoder):
             squared_relu=False,
             untie_embeddings_and_output_weights=not self.tied,
             num_experts=self.num_experts,
+            **window_arguments(self.window),
             **rope_arguments(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
         )

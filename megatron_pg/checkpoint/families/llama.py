@@ -30,6 +30,7 @@ class Llama(HfModel):
 
     @classmethod
     def is_of_arguments(cls, read: ArgumentValues) -> bool:
-        """Neither experts, nor normalised queries, nor biases of queries, keys and values alone."""
+        """No experts, normalised queries, biases of queries, keys and values alone, windows."""
         has_bias = read.get("add_qkv_bias") and not read.get("add_bias_linear")
-        return not (read.get("num_experts") or read.get("qk_layernorm") or has_bias)
+        others = "num_experts", "qk_layernorm", "window_size", "no_rope_freq"
+        return not (has_bias or any(map(read.get, others)))

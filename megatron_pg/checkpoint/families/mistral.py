@@ -1,11 +1,11 @@
-"""Mistral, where its window is off: Llama's layers, without biases."""
+"""Mistral: Llama's layers, without biases, and with a window in all of them or in none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from ..description import ConfigValues, HfModel, register
+from ..description import ArgumentValues, HfModel, WindowInEveryLayer, register
 
 
 @register("MistralForCausalLM", "mistral")
@@ -14,13 +14,17 @@ class Mistral(HfModel):
     """A file without ``sliding_window`` has one of 4096, and there is no switch to it."""
 
     own_defaults = ("num_key_value_heads", "sliding_window")
-
-    @classmethod
-    def uses_window(cls, values: ConfigValues) -> bool:
-        """Other families' switch is ignored, as transformers ignores it."""
-        super().uses_window(values)
-        return True
+    windows = WindowInEveryLayer()
 
     def config_json(self) -> dict[str, Any]:
         """See ``HfModel``."""
-        return super().config_json() | dict(sliding_window=None)
+        return super().config_json() | dict(
+            sliding_window=None if self.window is None else self.window.size
+        )
+
+    @classmethod
+    def is_of_arguments(cls, read: ArgumentValues) -> bool:
+        """Llama with a window."""
+        others = "num_experts", "qk_layernorm", "add_bias_linear", "add_qkv_bias", "no_rope_freq"
+        is_plain = read.get("softmax_type") in (None, "vanilla") and not any(map(read.get, others))
+        return bool(read.get("window_size")) and is_plain

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..description import ArgumentValues, HfModel, register
+from ..description import ArgumentValues, HfModel, WindowBySwitch, register
 
 
 @register("Qwen2ForCausalLM", "qwen2")
 @dataclass(frozen=True, kw_only=True)
 class Qwen2(HfModel):
     """As ``HfModel``, with these biases."""
+
+    windows = WindowBySwitch()
 
     @property
     def add_qkv_bias(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..description import ArgumentValues, HfModel, register
+from ..description import ArgumentValues, HfModel, WindowBySwitch, register
 
 
 @register("Qwen3ForCausalLM", "qwen3")
@@ -14,6 +14,7 @@ class Qwen3(HfModel):
 
     own_defaults = ("num_key_value_heads", "head_dim")
     qk_layernorm = True
+    windows = WindowBySwitch()
 
     @classmethod
     def is_of_arguments(cls, read: ArgumentValues) -> bool:

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..description import MAX_EXPERTS, NEED, ArgumentValues, ConfigValues, HfModel, register
+from ..description import (
+    MAX_EXPERTS,
+    NEED,
+    ArgumentValues,
+    ConfigValues,
+    HfModel,
+    WindowInEveryLayer,
+    register,
+)
 from ..table import Row, gated_mlp, whole
 
 
@@ -20,6 +28,7 @@ class Qwen3Moe(HfModel):
     """
 
     qk_layernorm = True
+    windows = WindowInEveryLayer(switch=True)
 
     num_experts: int = field()
     moe_ffn_hidden_size: int = field()
