@@ -106,8 +106,11 @@ def check_dtypes(source: WeightSource, padded_vocab_size: int, dtype: torch.dtyp
     table = source.model.weight_table(padded_vocab_size)
     first: dict[str, str] = {}
     for name in table.megatron_names():
+        if table.dtype(name) is not None:
+            continue
         for piece in table.shard(name).pieces:
-            together = first.setdefault(written_places(name, has_experts=False)[0][0], piece.name)
+            key = written_places(name, source.model)[0].key
+            together = first.setdefault(key, piece.name)
             if source.dtypes[piece.name] != source.dtypes[together]:
                 raise ValueError(
                     f"{source.path}: {together} is {source.dtypes[together]}, {piece.name} "
@@ -127,21 +130,20 @@ def write_megatron_weights(
 
     Dtypes that differ within a tensor of the checkpoint are refused by ``check_dtypes``.
     """
-    model = source.model
-    table = model.weight_table(padded_vocab_size)
+    table = source.model.weight_table(padded_vocab_size)
     names = table.megatron_names()
-    lead = {1: (model.num_layers,), 2: (model.num_layers, model.num_experts or 0)}
     for done, name in enumerate(names, 1):
         shard = table.shard(name)
-        stored = dtype or source.dtypes[shard.pieces[0].name]
+        stored = table.dtype(name) or dtype or source.dtypes[shard.pieces[0].name]
         tensor = make_shard(shard, source.read, stored, name)
-        for key, index in written_places(name, has_experts=model.num_experts is not None):
-            shape = (*lead.get(len(index), ()), *shard.shape)
-            writer.add(key, tensor, shape, (*index, *(0 for _ in shard.shape)))
-            linear = re.fullmatch(r"(.+\.linear_\w+)\.weight", key)
+        for place in written_places(name, source.model):
+            shape = *place.leading, *shard.shape
+            writer.add(place.key, tensor, shape, (*place.index, *(0 for _ in shard.shape)))
+            linear = re.fullmatch(r"(.+\.linear_\w+)\.weight", place.key)
             if linear:
-                at = ".".join(map(str, index))
-                of = ".".join(map(str, lead[len(index)]))
+                # A layer's own tensors are the only part of their object.
+                at = ".".join(map(str, place.index or (0,)))
+                of = ".".join(map(str, place.leading or (1,)))
                 writer.add_object(f"{linear[1]}._extra_state/shard_{at}_{of}", [None])
         if progress:
             progress(done, len(names))
@@ -197,7 +199,7 @@ def write_hf(
     progress: Progress | None = None,
 ) -> None:
     """Write any source as a Hugging Face folder, atomically."""
-    dtypes = dict.fromkeys(source.shapes, dtype) if dtype else source.dtypes
+    dtypes = source.model.weight_table().hf_dtypes(dtype) if dtype else source.dtypes
     files = make_weight_files(source.shapes, dtypes, max_shard_bytes)
     with atomic_folder(out) as partial:
         writer = HfWriter(partial, files, dtypes)

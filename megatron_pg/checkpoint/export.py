@@ -25,6 +25,7 @@ from .load import (
     check_built_for,
     gathered_names,
     is_expert,
+    named_weights,
     shard_position,
     unwrap,
 )
@@ -53,13 +54,13 @@ def iter_hf_tensors(
         check_built_for(chunk, hf_model, hf_model.architecture)
         table = hf_model.weight_table(chunk.vocab_size)
         shapes = table.hf_shapes()
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in named_weights(chunk):
             if _is_repeated(name, hf_model):
                 continue
-            _, size = shard_position(chunk, name)
+            _, size = shard_position(chunk, name, parameter)
             for whole, shards in _gather(chunk, name, parameter.detach()):
                 specs = [table.shard(whole, rank, size) for rank in range(size)]
-                yield from merge_shards(specs, shards, shapes).items()
+                yield from merge_shards(specs, shards[:size], shapes).items()
 
 
 def export_hf(
@@ -104,8 +105,9 @@ def export_hf(
     hf_model = _together(prepare)
     stored = dtype or next(chunks[0].parameters()).dtype
     writers, dtypes = _writers(chunks, hf_model)
-    dtypes = dict.fromkeys(dtypes, dtype) if dtype else dtypes
-    shapes = hf_model.weight_table().hf_shapes()
+    table = hf_model.weight_table()
+    dtypes = table.hf_dtypes(dtype) if dtype else dtypes
+    shapes = table.hf_shapes()
     files = make_weight_files(shapes, dtypes, max_shard_bytes, writers)
     writer = HfWriter(partial_path(out), files, dtypes)
     failure: Exception | None = None
@@ -143,7 +145,7 @@ def _writers(
     dtypes: dict[str, torch.dtype] = {}
     for chunk in chunks:
         table = hf_model.weight_table(chunk.vocab_size)
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in named_weights(chunk):
             if not _is_repeated(name, hf_model):
                 for whole in gathered_names(chunk, name):
                     pieces = table.shard(whole).pieces

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .description import HfModel
 from .folders import HfFolder, WeightSource, is_extra_state
 from .table import FUSED_NORMS, copy_into_shard
+
+_DOWN_PROJECTION = re.compile(r"\.linear_(q|kv)_down_proj\.weight$")
+# How experts are run and balanced is the caller's choice.
+_RUN = {
+    *("moe_router_load_balancing_type", "moe_token_dispatcher_type", "moe_grouped_gemm"),
+    *("moe_router_bias_update_rate", "moe_router_dtype"),
+}
 
 
 def load_hf(models: Sequence[torch.nn.Module], hf_dir: str | Path) -> HfModel:
@@ -54,8 +62,8 @@ def load_weights(models: Sequence[torch.nn.Module], source: WeightSource) -> Non
     with torch.no_grad():
         for chunk in chunks:
             table = source.model.weight_table(chunk.vocab_size)
-            for name, parameter in chunk.named_parameters():
-                rank, size = shard_position(chunk, name)
+            for name, parameter in named_weights(chunk):
+                rank, size = shard_position(chunk, name, parameter)
                 shard = table.shard(global_name(chunk, name), rank, size)
                 copy_into_shard(parameter.data, shard, source.read, name)
 
@@ -67,15 +75,30 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def named_weights(chunk: Any) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that a checkpoint holds, by local name, in the model's order.
+
+    Making the state dict returns biases of experts to fp32, whatever dtype they were cast to.
+    """
+    state = chunk.state_dict(keep_vars=True)
+    return [(name, tensor) for name, tensor in state.items() if not is_extra_state(name)]
+
+
 def is_expert(name: str) -> bool:
     """Whether a parameter belongs to one expert."""
     return ".mlp.experts." in name
 
 
-def shard_position(chunk: Any, name: str) -> tuple[int, int]:
-    """Rank and size of the group over which a parameter is cut."""
+def shard_position(chunk: Any, name: str, weight: Tensor) -> tuple[int, int]:
+    """Rank and size of the group over which a parameter is cut.
+
+    What leads to a latent is cut by the local spec, and whole on every rank by Transformer
+    Engine's.
+    """
     groups = chunk.pg_collection
     group = groups.expt_tp if is_expert(name) else groups.tp
+    if _DOWN_PROJECTION.search(name) and not getattr(weight, "tensor_model_parallel", False):
+        return 0, 1
     return group.rank(), group.size()
 
 
@@ -123,14 +146,16 @@ def check_built_for(chunk: Any, hf_model: HfModel, where: object) -> None:
         ValueError: settings, parameters or buffers that it does not describe; ``where`` names it.
         NotImplementedError: experts in the layout of the legacy grouped GEMM.
     """
-    want = {k: v for k, v in hf_model.transformer_config().items() if not k.endswith("dropout")}
-    # How experts are run and balanced is the caller's choice.
-    for key in ("moe_router_load_balancing_type", "moe_token_dispatcher_type", "moe_grouped_gemm"):
-        want.pop(key, None)
-    pairs = {key: (getattr(chunk.config, key, None), value) for key, value in want.items()}
+    want = hf_model.transformer_config()
+    pairs = {
+        key: (getattr(chunk.config, key, None), value)
+        for key, value in want.items()
+        if key not in _RUN and not key.endswith("dropout")
+    }
     built = dict(
         position_embedding_type=chunk.position_embedding_type,
         rotary_base=chunk.rotary_base,
+        rotary_percent=chunk.rotary_percent,
         rope_scaling=bool(chunk.rotary_scaling),
         seq_len_interpolation_factor=chunk.rotary_pos_emb.seq_len_interpolation_factor,
         share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
@@ -148,8 +173,7 @@ def check_built_for(chunk: Any, hf_model: HfModel, where: object) -> None:
         )
     # Refused before anything is written.
     table = hf_model.weight_table(chunk.vocab_size)
-    names = [name for name in chunk.state_dict(keep_vars=True) if not is_extra_state(name)]
-    unknown = [name for name in names if global_name(chunk, name) not in table]
+    unknown = [name for name, _ in named_weights(chunk) if global_name(chunk, name) not in table]
     if unknown:
         raise ValueError(
             f"{where}: the model has {len(unknown)} parameter(s) or buffer(s) without a "

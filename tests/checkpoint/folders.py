@@ -16,10 +16,19 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "SmolLM3ForCausalLM": "smollm3",
+}
+_QWEN_EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4)
+_OWN: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": dict(sliding_window=None),
+    "MixtralForCausalLM": dict(num_local_experts=2, num_experts_per_tok=1),
+    "Qwen2MoeForCausalLM": _QWEN_EXPERTS | dict(shared_expert_intermediate_size=6),
+    "Qwen3MoeForCausalLM": _QWEN_EXPERTS,
 }
 
 
@@ -40,10 +49,7 @@ def make_config(architecture: str, **settings: Any) -> dict[str, Any]:
         tie_word_embeddings=False,
         torch_dtype="float32",
     )
-    if architecture == "MistralForCausalLM":
-        config["sliding_window"] = None
-    if architecture == "Qwen3MoeForCausalLM":
-        config |= dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4)
+    config |= _OWN.get(architecture, {})
     return config | settings
 
 

@@ -83,6 +83,7 @@ def a_model(architecture: str = "LlamaForCausalLM", **changes: Any) -> HfModel:
     return FAMILIES[architecture](**sizes | changes)
 
 
+A_FEW = dict(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16)
 MODELS = {
     "llama": a_model(),
     "tied": a_model(tied=True, num_query_groups=4),
@@ -116,13 +117,12 @@ MODELS = {
     ),
     "qwen2": a_model(architecture="Qwen2ForCausalLM", rotary_base=1e6),
     "qwen3": a_model(architecture="Qwen3ForCausalLM"),
-    "qwen3_moe": a_model(
-        architecture="Qwen3MoeForCausalLM",
-        num_experts=4,
-        moe_router_topk=2,
-        moe_ffn_hidden_size=16,
-        norm_topk_prob=False,
+    "qwen3_moe": a_model("Qwen3MoeForCausalLM", **A_FEW, norm_topk_prob=False),
+    "qwen3_moe_mixed": a_model("Qwen3MoeForCausalLM", **A_FEW, moe_layer_freq=(0, 1, 0, 1)),
+    "qwen2_moe": a_model(
+        "Qwen2MoeForCausalLM", **A_FEW, moe_shared_expert_intermediate_size=24, norm_topk_prob=False
     ),
+    "mixtral": a_model("MixtralForCausalLM", **A_FEW | dict(moe_ffn_hidden_size=48)),
 }
 
 
@@ -132,6 +132,50 @@ def test_arguments_that_are_written_are_read(name: str) -> None:
     args = make_megatron_args(model, tp_size=2, pp_size=2)
     assert hf_model_from_args(args, "here") == model
     check_args(args, model, "here")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_family_is_known_by_its_layers(name: str) -> None:
+    """Where no architecture is named; without what is their own, some are Llama's."""
+    model = MODELS[name]
+    args = make_megatron_args(model)
+    del args.hf_architecture
+    found = hf_model_from_args(args, "here")
+    if name in ("mistral", "smollm3 with all"):
+        assert found.architecture == "LlamaForCausalLM"
+    else:
+        assert found == model
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (1, None),
+        (2, (1, 0, 1, 0)),
+        ([1, 1, 1, 1], None),
+        ([0, 1, 1, 1], (0, 1, 1, 1)),
+        *((wrong, "refused") for wrong in ([1, 1, 1], [0] * 4, [1, 2, 1, 1], 0, True, "1", 2.0)),
+    ],
+)
+def test_layers_with_experts(said: Any, read: Any) -> None:
+    """Megatron-LM's pattern; layers of one MLP need its width, others do not."""
+    args = stock(**EXPERTS | dict(moe_layer_freq=said))
+    if read == "refused":
+        with pytest.raises(ValueError, match="here: args have moe_layer_freq="):
+            hf_model_from_args(args, "here")
+        return
+    model = hf_model_from_args(args, "here")
+    assert model.moe_layer_freq == read
+    assert make_megatron_args(model).moe_layer_freq == (list(read) if read else 1)
+    for other in ([0, 0, 0, 1], 4):
+        with pytest.raises(ValueError, match="contradict .*moe_layer_freq="):
+            check_args(stock(**EXPERTS | dict(moe_layer_freq=other)), model, "here")
+    args.ffn_hidden_size = 50
+    if read is None:
+        check_args(args, model, "here")
+    else:
+        with pytest.raises(ValueError, match="ffn_hidden_size=50"):
+            check_args(args, model, "here")
 
 
 @pytest.mark.parametrize("changes", [{}, EXPERTS, dict(qk_layernorm=True), dict(add_qkv_bias=True)])
@@ -240,8 +284,6 @@ CHANGING_EXPERTS: list[tuple[str, Any]] = [
     ("moe_router_load_balancing_type", "sinkhorn"),
     ("moe_router_load_balancing_type", "quantile_balancing"),
     ("moe_shared_expert_intermediate_size", 16),
-    ("moe_layer_freq", [0, 1, 1, 1]),
-    ("moe_layer_freq", 2),
     ("moe_latent_size", 8),
     ("moe_apply_probs_on_input", True),
     ("moe_expert_capacity_factor", 1.0),

@@ -22,9 +22,9 @@ from tests.utils import assert_close
 pytestmark = pytest.mark.megatron
 
 NUM_RANKS = 4
-DENSE = [name for name, family in FAMILIES.items() if family.name != "Qwen3Moe"]
-EXPERTS = [name for name, family in FAMILIES.items() if family.name == "Qwen3Moe"]
-EXCHANGED = ["llama_tied", "llama_bias", "qwen3", "qwen3_moe"]
+EXPERTS = [name for name, family in FAMILIES.items() if family.has_experts]
+DENSE = [name for name in FAMILIES if name not in EXPERTS]
+EXCHANGED = ["llama_tied", "llama_bias", "qwen3", "qwen3_moe", "qwen2_moe_mixed"]
 
 # layout -> models for: round trip, logits, exchange with Megatron-Core
 LAYOUTS: dict[Layout, tuple[list[str], list[str], list[str]]] = {

@@ -49,6 +49,7 @@ YARN = dict(
 )
 # For families whose own are beyond a small vocabulary.
 NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 DIVISIBLE_BY = 16
 
 
@@ -59,6 +60,10 @@ class Family:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     max_shard_size: str = "5GB"
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts_per_tok" in self.settings
 
 
 FAMILIES = {
@@ -84,26 +89,14 @@ FAMILIES = {
     "qwen2_tied": Family("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
     "qwen3": Family("Qwen3", dict(head_dim=16), "40KB"),
     "qwen3_tied": Family("Qwen3", dict(head_dim=8, tie_word_embeddings=True)),
-    "qwen3_moe": Family(
-        "Qwen3Moe",
-        dict(
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            norm_topk_prob=True,
-        ),
+    "qwen3_moe": Family("Qwen3Moe", EXPERTS | dict(head_dim=8, norm_topk_prob=True)),
+    "qwen3_moe_unnormalised": Family("Qwen3Moe", EXPERTS | dict(head_dim=8, norm_topk_prob=False)),
+    "qwen2_moe": Family("Qwen2Moe", EXPERTS | dict(shared_expert_intermediate_size=24)),
+    "qwen2_moe_mixed": Family(
+        "Qwen2Moe",
+        EXPERTS | dict(shared_expert_intermediate_size=24, mlp_only_layers=[0, 3]),
     ),
-    "qwen3_moe_unnormalised": Family(
-        "Qwen3Moe",
-        dict(
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            norm_topk_prob=False,
-        ),
-    ),
+    "mixtral": Family("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 # SmolLM2's relations: nine heads over three groups, tied; six layers for one to three stages.
 SMOLLM2 = Family(

@@ -17,16 +17,19 @@ from tests.train.runs import Weights  # noqa: E402
 pytestmark = pytest.mark.megatron
 
 # One model of every family, in which all that is its own occurs.
-TRAINED = ["qwen3", "qwen3_moe"]
+TRAINED = ["qwen3", "qwen3_moe", "qwen2_moe_mixed", "mixtral"]
 Truth = tuple[TrainConfig, Weights, Weights]
 
 
 @pytest.fixture(scope="module", params=TRAINED)
-def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+def truth(
+    ranks: Pool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Truth:
     """A run, the weights it starts from, and those with which the plain loop ends."""
-    config = family_runs.prepare(tmp_path_factory.mktemp(request.param), request.param)
-    start = runs.load_weights(Path(str(config.model.hf)))
-    return config, start, family_runs.plain_run(config)
+    folder = tmp_path_factory.mktemp(request.param)
+    config = family_runs.prepare(folder, request.param)
+    ranks.run(1, family_runs.plain_run, config, folder / "plain")
+    return config, runs.load_weights(folder / "model"), runs.load_weights(folder / "plain")
 
 
 @pytest.mark.parametrize("layout", family_runs.LAYOUTS)

@@ -91,11 +91,21 @@ def _statements(values: dict[str, Any]) -> dict[str, Any]:
     if said.get("moe_router_topk_scaling_factor") == 1:
         del said["moe_router_topk_scaling_factor"]
     if said.get("num_experts"):
-        # Every layer has experts, or moe_layer_freq is refused.
-        said.pop("ffn_hidden_size", None)
+        _say_experts(said)
     else:
         said = {name: value for name, value in said.items() if not name.startswith("moe_")}
     return said
+
+
+def _say_experts(said: dict[str, Any]) -> None:
+    """What has no effect beside experts goes."""
+    pattern, groups = said.get("moe_layer_freq"), said.get("moe_router_num_groups")
+    if pattern is None or (isinstance(pattern, list | tuple) and all(x == 1 for x in pattern)):
+        said.pop("moe_layer_freq", None)
+        said.pop("ffn_hidden_size", None)
+    if groups is not None and groups in (1, said.get("moe_router_group_topk")):
+        said.pop("moe_router_num_groups")
+        said.pop("moe_router_group_topk", None)
 
 
 def _same(value: Any, wanted: Any) -> bool:

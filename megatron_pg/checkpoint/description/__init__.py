@@ -3,7 +3,14 @@
 from .argument_values import NEED, ArgumentValues
 from .config import parse_hf_config, read_hf_config
 from .config_values import ConfigValues
-from .hf_model import MAX_EXPERTS, HfModel
+from .experts import (
+    ExpertNames,
+    ExpertsModel,
+    kind_of_experts,
+    pattern_of_sparse_step,
+    sparse_step_json,
+)
+from .hf_model import HfModel
 from .layer_patterns import expand_pattern, read_pattern
 from .registry import FAMILIES, register
 from .window import Window, WindowByPeriod, WindowBySwitch, WindowInEveryLayer
@@ -12,9 +19,10 @@ from .yarn import Yarn
 __all__ = [
     "ArgumentValues",
     "ConfigValues",
+    "ExpertNames",
+    "ExpertsModel",
     "FAMILIES",
     "HfModel",
-    "MAX_EXPERTS",
     "NEED",
     "Window",
     "WindowByPeriod",
@@ -22,8 +30,11 @@ __all__ = [
     "WindowInEveryLayer",
     "Yarn",
     "expand_pattern",
+    "kind_of_experts",
     "parse_hf_config",
+    "pattern_of_sparse_step",
     "read_hf_config",
     "read_pattern",
     "register",
+    "sparse_step_json",
 ]

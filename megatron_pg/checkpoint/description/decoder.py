@@ -35,14 +35,15 @@ class Decoder:
 
     Attributes:
         qk_layernorm: whether queries and keys are normalised per head.
-        num_experts: of every layer; None where layers have one MLP.
-        moe_ffn_hidden_size: width of an expert.
-        moe_router_topk: experts that a token goes through.
+        rotary_percent: part of a head's channels that positions rotate, the first ones.
+        num_experts: of a layer that has experts; None where none has.
+        is_latent: whether keys and values come out of a latent (multi-latent attention).
         yarn: what YaRN scales with; None for other rope types.
         window: of layers that attend to the last tokens alone; None without such.
     """
 
     qk_layernorm: ClassVar[bool] = False
+    is_latent: ClassVar[bool] = False
 
     num_layers: int
     hidden_size: int
@@ -58,17 +59,25 @@ class Decoder:
     rope_factor: float = 1.0
     yarn: Yarn | None = None
     window: Window | None = None
+    rotary_percent: float = 1.0
     tied: bool = False
     add_bias_linear: bool = False
     num_experts: int | None = None
-    moe_ffn_hidden_size: int | None = None
-    moe_router_topk: int | None = None
     dtype: torch.dtype = torch.float32
 
     @property
     def add_qkv_bias(self) -> bool:
         """Whether the query, key and value projections have biases."""
         return self.add_bias_linear
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether all layers have the same parameters."""
+        return True
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, and not one MLP."""
+        return False
 
     def in_megatron(self) -> dict[str, Any]:
         """What ``TransformerConfig`` and Megatron-LM's arguments say under one name."""
@@ -83,9 +92,7 @@ class Decoder:
             num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_query_groups,
             num_layers=self.num_layers,
-            widths={} if self.num_experts else {"ffn_hidden_size": self.ffn_hidden_size},
-            expert_widths={"moe_ffn_hidden_size": self.moe_ffn_hidden_size or 0},
-            num_moe_experts=self.num_experts,
+            widths={"ffn_hidden_size": self.ffn_hidden_size},
         )
 
     def transformer_config(self) -> dict[str, Any]:
@@ -114,6 +121,7 @@ class Decoder:
             max_sequence_length=self.max_sequence_length,
             position_embedding_type="rope" if self.yarn is None else "yarn",
             rotary_base=self.rotary_base,
+            rotary_percent=self.rotary_percent,
             share_embeddings_and_output_weights=self.tied,
             rope_scaling=self.rope_type == "llama3",
             rope_scaling_factor=self.rope_factor,
@@ -154,19 +162,20 @@ class Decoder:
         shape = self.vocab_size, self.hidden_size
         yield vocabulary(EMBEDDING, "model.embed_tokens.weight", shape, padded_vocab_size)
         for layer in range(self.num_layers):
-            yield from self.layer_weights(f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+            names = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+            yield from self.layer_weights(layer, *names)
         yield whole("decoder.final_layernorm.weight", "model.norm.weight", (self.hidden_size,))
         if not self.tied:
             yield vocabulary(HEAD, "lm_head.weight", shape, padded_vocab_size)
 
-    def layer_weights(self, ours: str, theirs: str) -> Iterator[Row]:
+    def layer_weights(self, layer: int, ours: str, theirs: str) -> Iterator[Row]:
         """Rows of one layer."""
         hidden = (self.hidden_size,)
         yield whole(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", hidden)
         yield from self.attention_weights(f"{ours}self_attention.", f"{theirs}self_attn.")
         norm = f"{theirs}post_attention_layernorm.weight"
         yield whole(f"{ours}pre_mlp_layernorm.weight", norm, hidden)
-        yield from self.mlp_weights(f"{ours}mlp.", f"{theirs}mlp.")
+        yield from self.mlp_weights(layer, ours, theirs)
 
     def attention_weights(self, ours: str, theirs: str) -> Iterator[Row]:
         """Rows of one layer's attention."""
@@ -185,7 +194,8 @@ class Decoder:
                 norm = f"{theirs}{part}_norm.weight"
                 yield whole(f"{ours}{part}_layernorm.weight", norm, (width,))
 
-    def mlp_weights(self, ours: str, theirs: str) -> Iterator[Row]:
-        """Rows of one layer's MLP."""
+    def mlp_weights(self, layer: int, ours: str, theirs: str) -> Iterator[Row]:
+        """Rows of one layer's MLP, or of what it has in its place."""
         sizes = self.hidden_size, self.ffn_hidden_size
-        return gated_mlp(ours, theirs, *sizes, has_bias=self.add_bias_linear)
+        names = f"{ours}mlp.", f"{theirs}mlp."
+        return gated_mlp(*names, *sizes, has_bias=self.add_bias_linear)

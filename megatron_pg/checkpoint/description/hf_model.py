@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,13 @@ from ..table import WeightTable
 from .argument_values import NEED, ArgumentValues
 from .config_values import ConfigValues
 from .decoder import Decoder
-from .rope import read_rope, read_rope_arguments, rope_arguments, rope_json
+from .rope import (
+    read_rope,
+    read_rope_arguments,
+    read_rotary_percent,
+    rope_arguments,
+    rope_json,
+)
 from .window import NoWindows, window_arguments
 
 # Beyond every model of these architectures; they keep a damaged number from filling memory.
@@ -44,6 +51,10 @@ class HfModel(Decoder):
         default_rotary_base: what transformers takes where there is no ``rope_theta``.
         windows: how a ``config.json`` says which layers have one.
         own_defaults: keys for which transformers has a default that is no other key's value.
+        own_rotary_percent: ``partial_rotary_factor`` where a file has none; None where a family
+            rotates whole heads.
+        mtp_num_layers: layers that predict further tokens; they are not built, and their tensors
+            go along as they are.
     """
 
     architecture: ClassVar[str]
@@ -51,6 +62,15 @@ class HfModel(Decoder):
     default_rotary_base: ClassVar[float] = 10000.0
     windows: ClassVar[NoWindows] = NoWindows()
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
+    own_rotary_percent: ClassVar[float | None] = None
+
+    mtp_num_layers: int = 0
+
+    def goes_along(self, name: str) -> bool:
+        """Whether a tensor is of a layer that is not built."""
+        match = re.match(r"model\.layers\.(\d{1,9})\.", name)
+        layer = int(match[1]) - self.num_layers if match else -1
+        return 0 <= layer < self.mtp_num_layers
 
     def weight_table(self, padded_vocab_size: int | None = None) -> WeightTable:
         """Which rows of which tensors make up which parameter.
@@ -82,8 +102,13 @@ class HfModel(Decoder):
         )
         values.require(*cls.own_defaults)
         values.must("hidden_act", "silu")
-        values.must("partial_rotary_factor", 1.0, None)
+        if values.get("quantization_config"):
+            values.refused.append(
+                "quantization_config: weights are read in bfloat16, float16 or float32; "
+                "dequantise the model first"
+            )
         fields["window"] = cls.windows.read(values, fields["num_layers"])
+        fields["rotary_percent"] = read_rotary_percent(values, cls.own_rotary_percent)
         return fields | read_rope(values, cls.default_rotary_base)
 
     @classmethod
@@ -178,6 +203,7 @@ class HfModel(Decoder):
             squared_relu=False,
             untie_embeddings_and_output_weights=not self.tied,
             num_experts=self.num_experts,
+            rotary_percent=self.rotary_percent,
             **window_arguments(self.window),
             **rope_arguments(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
         )

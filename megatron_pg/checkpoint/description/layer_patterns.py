@@ -6,16 +6,18 @@ from typing import Any
 
 from .argument_values import ArgumentValues
 
-# argument -> what every n-th layer has where it is the number n; the others have the contrary
-_NTH = dict(window_attn_skip_freq=0, no_rope_freq=1)
+# argument -> what every n-th layer has where it is the number n (the others have the contrary),
+# and the number of the first of them
+_NTH = dict(window_attn_skip_freq=(0, None), no_rope_freq=(1, None), moe_layer_freq=(1, 0))
 
 
 def expand_pattern(name: str, value: Any, num_layers: int) -> Any:
     """The list that a number stands for; anything else as it is."""
     if name not in _NTH or type(value) is not int or value < 1:
         return value
-    nth = _NTH[name]
-    return [nth if (layer + 1) % value == 0 else 1 - nth for layer in range(num_layers)]
+    nth, first = _NTH[name]
+    first = value - 1 if first is None else first
+    return [nth if (layer - first) % value == 0 else 1 - nth for layer in range(num_layers)]
 
 
 def read_pattern(read: ArgumentValues, name: str, num_layers: int) -> tuple[int, ...] | None:

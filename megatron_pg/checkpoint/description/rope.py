@@ -54,7 +54,8 @@ def read_rope(values: ConfigValues, default_base: float = 10000.0) -> dict[str, 
             f"supported are {', '.join(_ALLOWED)}"
         )
     scaled = ConfigValues(rope, where)
-    scaled.must("partial_rotary_factor", 1.0)
+    # Read on its own.
+    scaled.known.add("partial_rotary_factor")
     factor = 1.0 if kind == "default" else scaled.number("factor", 1.0, 1e6)
     if kind == "default":
         # Left over from a longer context: they do nothing without a scaling type.
@@ -76,6 +77,26 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     """A rope section without its base, its type under one name."""
     named = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
     return named | dict(rope_type=rope.get("rope_type") or rope.get("type") or "default")
+
+
+def read_rotary_percent(values: ConfigValues, default: float | None) -> float:
+    """Part of a head's channels that positions rotate, from the file or its rope section.
+
+    Args:
+        values: of the file; what is wrong is left in it.
+        default: where the file has none; None for families that rotate whole heads.
+    """
+    sections = [values.section(key) for key in ("rope_parameters", "rope_scaling")]
+    places = [values, *(ConfigValues(section, values.where) for section in sections)]
+    found = {place.number("partial_rotary_factor", 0.0, 1.0, default=None) for place in places}
+    values.problems += [problem for place in places[1:] for problem in place.problems]
+    percents = sorted(found - {None})
+    if len(percents) > 1:
+        values.problems.append(f"partial_rotary_factor is given as {percents}; keep one value")
+    percent: float = percents[0] if percents else default or 1.0
+    if default is None and percent != 1.0:
+        values.refused.append(f"partial_rotary_factor={percent!r} (must be 1.0)")
+    return percent
 
 
 def rope_json(rope_type: str, factor: float, base: float, yarn: Yarn | None) -> dict[str, Any]:
@@ -113,7 +134,6 @@ def rope_arguments(rope_type: str, factor: float, base: float, yarn: Yarn | None
         **({} if yarn is None else yarn.megatron_arguments(factor)),
         position_embedding_type="rope" if yarn is None else "yarn",
         rotary_base=base,
-        rotary_percent=1.0,
         rotary_interleaved=False,
         use_rope_scaling=rope_type == "llama3",
         rope_scaling_factor=factor,

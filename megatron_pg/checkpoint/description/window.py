@@ -101,7 +101,10 @@ class WindowBySwitch(WindowByLayer):
 
     def read(self, values: ConfigValues, num_layers: int) -> Window | None:
         """See ``NoWindows``."""
-        size, is_on = values.size("sliding_window", default=None), values.flag("use_sliding_window")
+        is_on = values.flag("use_sliding_window")
+        # Some files have a window of 0 where the switch is off.
+        is_none = not is_on and values.get("sliding_window") == 0
+        size = None if is_none else values.size("sliding_window", default=None)
         if not is_on:
             _check_layers(values, [0] * num_layers)
             return None

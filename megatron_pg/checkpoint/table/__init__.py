@@ -8,6 +8,7 @@ from .rows import (
     gated_mlp,
     grouped_qkv,
     joined,
+    outputs,
     vocabulary,
     whole,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "joined",
     "make_shard",
     "merge_shards",
+    "outputs",
     "vocabulary",
     "whole",
 ]

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 Shape = tuple[int, ...]
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -57,6 +59,7 @@ class Row:
         is_cut: whether ranks have parts; else every rank has all.
         padding: rows of zeros behind the (only) block, cut with it.
         num_units: what the number of ranks must divide besides; attention heads.
+        dtype: in which models keep it whatever theirs is; None: the model's.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Row:
     is_cut: bool = True
     padding: int = 0
     num_units: int = 0
+    dtype: torch.dtype | None = None
 
     def shard(self, rank: int, size: int) -> Shard:
         """One tensor-parallel rank's part.
@@ -103,9 +107,14 @@ def _cut(block: Sequence[Piece], low: int, high: int) -> Iterator[Piece]:
         at = end
 
 
-def whole(name: str, tensor: str, shape: Shape) -> Row:
+def whole(name: str, tensor: str, shape: Shape, dtype: torch.dtype | None = None) -> Row:
     """A parameter that every rank holds whole."""
-    return Row(name, {tensor: shape}, ((Piece(tensor, 0, shape[0]),),), is_cut=False)
+    return Row(name, {tensor: shape}, ((Piece(tensor, 0, shape[0]),),), is_cut=False, dtype=dtype)
+
+
+def outputs(name: str, tensor: str, shape: Shape, num_heads: int = 0) -> Row:
+    """A matrix whose output is cut, between heads where it has some."""
+    return Row(name, {tensor: shape}, ((Piece(tensor, 0, shape[0]),),), num_units=num_heads)
 
 
 def vocabulary(name: str, tensor: str, shape: Shape, padded_rows: int) -> Row:
@@ -151,9 +160,26 @@ def grouped_qkv(
     return Row(name, shapes, (block,), num_units=num_heads)
 
 
-def gated_mlp(ours: str, theirs: str, hidden: int, ffn: int, *, has_bias: bool) -> Iterator[Row]:
-    """Rows of an MLP (or of one expert) with a gate; ``ours`` and ``theirs`` are its prefixes."""
-    halves, down = (f"{theirs}gate_proj.", f"{theirs}up_proj."), f"{theirs}down_proj."
+def gated_mlp(
+    ours: str,
+    theirs: str,
+    hidden: int,
+    ffn: int,
+    *,
+    has_bias: bool = False,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Iterator[Row]:
+    """Rows of an MLP (or of one expert) with a gate.
+
+    Args:
+        ours: prefix of the parameters.
+        theirs: prefix of the tensors.
+        hidden: width of the layer.
+        ffn: width of the MLP.
+        has_bias: whether its linear layers have biases.
+        names: of the gate, of what it multiplies and of the way down.
+    """
+    *halves, down = (f"{theirs}{name}." for name in names)
     yield joined(f"{ours}linear_fc1.weight", [f"{x}weight" for x in halves], (ffn, hidden))
     if has_bias:
         yield joined(f"{ours}linear_fc1.bias", [f"{x}bias" for x in halves], (ffn,))

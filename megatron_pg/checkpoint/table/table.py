@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from .rows import EMBEDDING, HEAD, Row, Shard
 
 # Norms that Transformer Engine fuses into the linear layer behind them, in local-spec names.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
@@ -35,6 +39,15 @@ class WeightTable:
     def megatron_names(self) -> list[str]:
         """Every parameter of the whole ``GPTModel``, in local-spec names; a tied head is none."""
         return list(self._rows)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of a parameter that models keep in one of its own; None for all others."""
+        row = self._rows.get(name)
+        return None if row is None else row.dtype
+
+    def hf_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Every tensor's dtype in a folder of weights in ``dtype``."""
+        return {key: row.dtype or dtype for row in self._rows.values() for key in row.shapes}
 
     def shard(self, name: str, tp_rank: int = 0, tp_size: int = 1) -> Shard:
         """The shard of a parameter (local-spec name, layer and expert numbered globally).

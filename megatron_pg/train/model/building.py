@@ -155,10 +155,11 @@ def _initial_chunks(config: TrainConfig, plan: ModelPlan, weights: str | None) -
         use_te=plan.use_te,
         attention_backend=config.prefix_group.attention_backend,
     )
-    if weights is not None:
-        load_weights(chunks, open_weights(weights))
     if torch.cuda.is_available():
         chunks = [chunk.cuda() for chunk in chunks]
     if plan.config.bf16 or plan.config.fp16:
         chunks = [Float16Module(plan.config, chunk) for chunk in chunks]
+    # Last: what stays fp32 in such a model was cast with everything else.
+    if weights is not None:
+        load_weights(chunks, open_weights(weights))
     return chunks

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...description import HfModel
 from ...table import FUSED_NORMS, check_finite, is_same
 from ..contents import is_extra_state, is_optimizer_state, is_per_rank, loose_tensors
 from .reading import COMMON_STATE, TorchDistReader
@@ -32,17 +34,49 @@ def torch_dist_places(name: str) -> list[Place]:
     return [*_stacked(layer, leaves), *alone]
 
 
-def written_places(name: str, *, has_experts: bool) -> list[Place]:
-    """Keys under which a parameter is written, with its index.
+@dataclass(frozen=True)
+class WrittenPlace:
+    """Where a part of a tensor is written.
 
-    In front of experts the norm is no linear layer's: specs differ in its name, so that it is
-    written under both.
+    Attributes:
+        key: of the tensor.
+        index: of the part, in the leading axes (layer, expert).
+        leading: sizes of those axes.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    leading: tuple[int, ...]
+
+
+def written_places(name: str, model: HfModel) -> list[WrittenPlace]:
+    """Where Megatron-Core writes a parameter: layers stacked, unless they are of several kinds.
+
+    Specs differ in the names of some norms, which are written under each.
     """
     layer, leaves = _leaves(name)
+    experts = (model.num_experts or 0,)
     if layer is None:
-        return leaves
-    is_twofold = has_experts and name.endswith(".pre_mlp_layernorm.weight")
-    return _stacked(layer, leaves if is_twofold else leaves[:1])
+        return [WrittenPlace(key, (), ()) for key, _ in leaves]
+    if len(leaves) > 1:
+        leaves = leaves[_norm_names(name, model.has_experts(layer), model.is_latent)]
+    if not model.is_homogeneous:
+        prefix = f"decoder.layers.{layer}."
+        return [WrittenPlace(prefix + leaf, i, experts[: len(i)]) for leaf, i in leaves]
+    return [
+        WrittenPlace(f"decoder.layers.{leaf}", (layer, *i), (model.num_layers, *experts[: len(i)]))
+        for leaf, i in leaves
+    ]
+
+
+def _norm_names(name: str, has_experts: bool, is_latent: bool) -> slice:
+    """Which of a norm's two names specs have for it: fused into a linear layer, and its own."""
+    fused, own, both = slice(0, 1), slice(1, 2), slice(0, 2)
+    if name.endswith(".input_layernorm.weight"):
+        return own if is_latent else fused
+    if name.endswith(".pre_mlp_layernorm.weight"):
+        return own if is_latent and has_experts else both if is_latent or has_experts else fused
+    return both
 
 
 def _leaves(name: str) -> tuple[int | None, list[Place]]:
