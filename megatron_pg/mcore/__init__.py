@@ -3,7 +3,13 @@
 from . import cpu
 from .builder import gpt_builder, gpt_config_from_args
 from .chunks import build_gpt_chunks
-from .decoder_config import DecoderConfig, make_transformer_config, transformer_config_class
+from .decoder import (
+    DecoderConfig,
+    fit_decoder,
+    make_transformer_config,
+    transformer_config_class,
+    with_decoder_layers,
+)
 from .generation.generate import GeneratedResponse, generate
 from .layers import AttentionCalls, attention_backends, count_attention_calls, layer_windows
 from .model import PrefixGroupedGPTModel
@@ -53,6 +59,7 @@ __all__ = [
     "count_shared_tokens",
     "cpu",
     "field_verdict",
+    "fit_decoder",
     "generate",
     "gpt_builder",
     "gpt_config_from_args",
@@ -64,6 +71,7 @@ __all__ = [
     "take_router_losses",
     "transformer_config_class",
     "validate_config",
+    "with_decoder_layers",
     "with_prefix_grouped_attention",
     "with_sequence_parallel_norms",
 ]

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from .decoder import with_decoder_layers
 from .layers import with_mended_latent_attention
 from .model import PrefixGroupedGPTModel
 from .norm import with_sequence_parallel_norms
@@ -53,6 +54,7 @@ def build_gpt_chunks(
         )
         if not use_te:
             spec = with_sequence_parallel_norms(spec, config, vp_stage=vp_stage)
+        spec = with_decoder_layers(spec, config)
         spec = with_mended_latent_attention(spec)
         place: dict[str, Any] = dict(ignore_virtual=False, vp_stage=vp_stage)
         chunk = PrefixGroupedGPTModel(

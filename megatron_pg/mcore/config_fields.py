@@ -41,7 +41,11 @@ PROVEN_RUN = {
     *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
 }
 # Every token on its own, but not with the norms and kernels that tests have.
-HARMLESS_MODEL = {"layernorm_zero_centered_gamma"}
+HARMLESS_MODEL = {
+    "layernorm_zero_centered_gamma",
+    # Of ``DecoderConfig``.
+    *("embedding_multiplier", "has_post_layernorms", "window_rotary_base"),
+}
 HARMLESS_RUN = {
     # No other than 1, by the same sizes.
     "context_parallel_size",

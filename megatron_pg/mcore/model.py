@@ -11,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from ..loss import gather_predictors, vocab_parallel_logprobs
+from .decoder import fit_decoder
 from .layers import PrefixGroupedCoreAttention, PrefixGroupedSelfAttention
 from .params import PositionedSeqParams, PrefixGroupedSeqParams, check_row_length
 
@@ -24,6 +25,10 @@ class PrefixGroupedGPTModel(GPTModel):
     whole logits ``[rows, padded vocabulary]`` of a few ``output_rows`` instead. Without either it
     is the stock model. State-dict keys are the stock ones.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fit_decoder(self)
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As ``GPTModel.forward``; ``(logprobs [E], entropy [E] or None)`` with predictions.

@@ -13,40 +13,59 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` whose gradient Megatron sums over the sequence-parallel ranks.
 
-    Takes the arguments with which Megatron-Core builds norms.
-
-    Raises:
-        ValueError: on ``layernorm_zero_centered_gamma``, which PyTorch's norm does not have.
+    Takes the arguments with which Megatron-Core builds norms. Under
+    ``layernorm_zero_centered_gamma`` it multiplies by one plus the weight, in fp32 or wider.
     """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
-        _refuse_zero_centered_gamma(config)
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
+        if self.is_zero_centered:
+            torch.nn.init.zeros_(self.weight)
         mark_sequence_parallel(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` over its root mean square, weighted."""
+        if not self.is_zero_centered:
+            return super().forward(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(wide)
+        return functional.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` whose gradients Megatron sums over the sequence-parallel ranks.
 
-    Takes the arguments with which Megatron-Core builds norms.
-
-    Raises:
-        ValueError: on ``layernorm_zero_centered_gamma``, which PyTorch's norm does not have.
+    Takes the arguments with which Megatron-Core builds norms. Under
+    ``layernorm_zero_centered_gamma`` it multiplies by one plus the weight, in fp32 or wider.
     """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
-        _refuse_zero_centered_gamma(config)
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
+        if self.is_zero_centered:
+            torch.nn.init.zeros_(self.weight)
         mark_sequence_parallel(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of mean 0 and variance 1, weighted and moved."""
+        if not self.is_zero_centered:
+            return super().forward(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = 1.0 + self.weight.to(wide), self.bias.to(wide)
+        normed = functional.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(x.dtype)
 
 
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
@@ -101,11 +120,3 @@ def _with_norms(spec: ModuleSpec, norm: type, has_qk_norms: bool) -> ModuleSpec:
     attention = replace(attention, submodules=replace(attention.submodules, **qk_norms))
     layer = replace(layer, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
     return replace(spec, submodules=layer)
-
-
-def _refuse_zero_centered_gamma(config: TransformerConfig) -> None:
-    if config.layernorm_zero_centered_gamma:
-        raise ValueError(
-            "layernorm_zero_centered_gamma=True is not supported by PyTorch's norms; set it to "
-            "False or use the Transformer Engine spec"
-        )

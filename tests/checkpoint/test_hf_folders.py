@@ -145,13 +145,14 @@ def test_what_an_absent_key_means(architecture: str, key: str) -> None:
     except (ValueError, NotImplementedError) as error:
         assert key.removesuffix("s") in str(error)
         return
-    name = architecture.removesuffix("ForCausalLM")
-    theirs = getattr(transformers, f"{name}Config")(**content)
+    content.pop("model_type", None)
+    theirs = transformers.AutoConfig.for_model(MODEL_TYPES[architecture], **content)
     for field, theirs_key in FIELDS.items():
         assert getattr(ours, field) == getattr(theirs, theirs_key), field
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.kv_channels == width
-    assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    assert ours.rotary_base == rope.get("full_attention", rope)["rope_theta"]
     if ours.num_experts is not None:
         # Mixtral always normalises.
         assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
@@ -163,6 +164,7 @@ def test_what_an_absent_key_means(architecture: str, key: str) -> None:
 
 
 BIASES = {
+    "Gemma3ForCausalLM": "attention_bias=True (must be false for Gemma3ForCausalLM)",
     "LlamaForCausalLM": "both be true or both false",
     "MistralForCausalLM": "attention_bias=True (must be false for MistralForCausalLM)",
     "Qwen2ForCausalLM": "attention_bias=True (must be false for Qwen2ForCausalLM)",

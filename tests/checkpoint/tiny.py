@@ -23,7 +23,9 @@ from megatron_pg.checkpoint import HfModel
 from megatron_pg.mcore import (
     PrefixGroupedGPTModel,
     cpu,
+    fit_decoder,
     make_transformer_config,
+    with_decoder_layers,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
@@ -60,6 +62,7 @@ class Family:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     max_shard_size: str = "5GB"
+    config: str | None = None
 
     @property
     def has_experts(self) -> bool:
@@ -75,17 +78,44 @@ FAMILIES = {
         "Llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))
     ),
     "llama_yarn": Family("Llama", dict(rope_parameters=YARN, head_dim=16)),
-    "mistral": Family("Mistral", dict(sliding_window=None, head_dim=12), "40KB"),
+    # Windows are shorter than prompts and than responses.
+    "mistral": Family("Mistral", dict(sliding_window=4, head_dim=12), "40KB"),
     "smollm3": Family(
         "SmolLM3",
         dict(
             **NO_TOKENS,
             no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 1],
+            use_sliding_window=True,
+            sliding_window=6,
             tie_word_embeddings=True,
             rope_parameters=dict(rope_type="default", rope_theta=5e6),
         ),
     ),
-    "qwen2": Family("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "gemma3": Family(
+        "Gemma3",
+        dict(
+            **NO_TOKENS,
+            head_dim=12,
+            tie_word_embeddings=True,
+            query_pre_attn_scalar=20,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention"] * 4,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+        config="Gemma3TextConfig",
+    ),
+    "qwen2": Family(
+        "Qwen2",
+        dict(
+            rope_parameters=dict(rope_type="default", rope_theta=1e6),
+            use_sliding_window=True,
+            sliding_window=3,
+            max_window_layers=1,
+        ),
+    ),
     "qwen2_tied": Family("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
     "qwen3": Family("Qwen3", dict(head_dim=16), "40KB"),
     "qwen3_tied": Family("Qwen3", dict(head_dim=8, tie_word_embeddings=True)),
@@ -125,7 +155,14 @@ def make_hf(family: Family, seed: int = 0, num_layers: int = 8) -> Any:
         tie_word_embeddings=False,
         attn_implementation="eager",
     )
-    config = getattr(transformers, f"{family.name}Config")(**settings | family.settings)
+    settings |= family.settings
+    settings |= {
+        # Patterns over layers are cut to those that there are.
+        key: value[:num_layers]
+        for key, value in settings.items()
+        if key in ("layer_types", "no_rope_layers")
+    }
+    config = getattr(transformers, family.config or f"{family.name}Config")(**settings)
     model = getattr(transformers, f"{family.name}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -213,17 +250,19 @@ def build(
             get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
             config,
         )
+        block = with_decoder_layers(block, config)
         if packed:
             block = with_prefix_grouped_attention(block)
         ends = dict(ignore_virtual=False, vp_stage=vp_stage)
-        chunks.append(
-            (PrefixGroupedGPTModel if packed else GPTModel)(
-                config,
-                block,
-                pre_process=parallel_state.is_pipeline_first_stage(**ends),
-                post_process=parallel_state.is_pipeline_last_stage(**ends),
-                vp_stage=vp_stage,
-                **model.gpt_model(tp_size=layout.tp, make_vocab_size_divisible_by=DIVISIBLE_BY),
-            )
+        chunk = (PrefixGroupedGPTModel if packed else GPTModel)(
+            config,
+            block,
+            pre_process=parallel_state.is_pipeline_first_stage(**ends),
+            post_process=parallel_state.is_pipeline_last_stage(**ends),
+            vp_stage=vp_stage,
+            **model.gpt_model(tp_size=layout.tp, make_vocab_size_divisible_by=DIVISIBLE_BY),
         )
+        if not packed:
+            fit_decoder(chunk)
+        chunks.append(chunk)
     return chunks

@@ -192,8 +192,13 @@ def test_norms(norm) -> None:
         SequenceParallelLayerNorm: torch.nn.LayerNorm,
     }[norm](8, eps=1e-6, dtype=torch.float64)
     assert torch.equal(module(x), stock(x))
-    with pytest.raises(ValueError, match="layernorm_zero_centered_gamma=True"):
-        norm(config_with(layernorm_zero_centered_gamma=True), hidden_size=8)
+    centered = norm(config_with(layernorm_zero_centered_gamma=True), hidden_size=8, eps=1e-6)
+    assert torch.equal(centered(x), stock(x)) and not centered.weight.any()
+    # One and the weight are added before they are rounded.
+    half = centered.to(torch.bfloat16)
+    torch.nn.init.constant_(half.weight, 2**-10)
+    want = stock(x.bfloat16().double()) * (1 + 2**-10)
+    assert torch.equal(half(x.bfloat16()), want.to(torch.bfloat16))
     with pytest.raises(ValueError, match="normalization='L2Norm'"):
         with_sequence_parallel_norms(None, config_with(normalization="L2Norm"))
 

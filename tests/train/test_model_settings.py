@@ -294,7 +294,6 @@ def test_the_backend_must_take_every_kind_of_layer(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(layernorm_zero_centered_gamma=True), "layernorm_zero_centered_gamma=True: PyTorch"),
         (dict(gradient_accumulation_fusion=True), "gradient_accumulation_fusion=True needs Apex"),
         (dict(moe_router_fusion=True), "moe_router_fusion needs Transformer Engine"),
         (

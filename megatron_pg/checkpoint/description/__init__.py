@@ -12,6 +12,7 @@ from .experts import (
 )
 from .hf_model import HfModel
 from .layer_patterns import expand_pattern, read_pattern
+from .layer_ropes import layer_ropes_json, read_layer_ropes
 from .registry import FAMILIES, register
 from .window import Window, WindowByPeriod, WindowBySwitch, WindowInEveryLayer
 from .yarn import Yarn
@@ -31,9 +32,11 @@ __all__ = [
     "Yarn",
     "expand_pattern",
     "kind_of_experts",
+    "layer_ropes_json",
     "parse_hf_config",
     "pattern_of_sparse_step",
     "read_hf_config",
+    "read_layer_ropes",
     "read_pattern",
     "register",
     "sparse_step_json",

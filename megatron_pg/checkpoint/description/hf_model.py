@@ -49,6 +49,7 @@ class HfModel(Decoder):
         architecture: Hugging Face's name, by which ``register`` knows the family.
         model_type: transformers' word for it.
         default_rotary_base: what transformers takes where there is no ``rope_theta``.
+        hidden_act: key and name of the activation.
         windows: how a ``config.json`` says which layers have one.
         own_defaults: keys for which transformers has a default that is no other key's value.
         own_rotary_percent: ``partial_rotary_factor`` where a file has none; None where a family
@@ -60,6 +61,7 @@ class HfModel(Decoder):
     architecture: ClassVar[str]
     model_type: ClassVar[str]
     default_rotary_base: ClassVar[float] = 10000.0
+    hidden_act: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
     windows: ClassVar[NoWindows] = NoWindows()
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     own_rotary_percent: ClassVar[float | None] = None
@@ -101,7 +103,7 @@ class HfModel(Decoder):
             **cls._read_heads(values),
         )
         values.require(*cls.own_defaults)
-        values.must("hidden_act", "silu")
+        values.must(*cls.hidden_act)
         if values.get("quantization_config"):
             values.refused.append(
                 "quantization_config: weights are read in bfloat16, float16 or float32; "
@@ -109,7 +111,17 @@ class HfModel(Decoder):
             )
         fields["window"] = cls.windows.read(values, fields["num_layers"])
         fields["rotary_percent"] = read_rotary_percent(values, cls.own_rotary_percent)
-        return fields | read_rope(values, cls.default_rotary_base)
+        return fields | cls.read_positions(values)
+
+    @classmethod
+    def read_positions(cls, values: ConfigValues) -> dict[str, Any]:
+        """Fields of rotary positions from a ``config.json``.
+
+        Raises:
+            ValueError: of ``read_rope``.
+            NotImplementedError: likewise.
+        """
+        return read_rope(values, cls.default_rotary_base)
 
     @classmethod
     def _read_heads(cls, values: ConfigValues) -> dict[str, Any]:
@@ -145,10 +157,10 @@ class HfModel(Decoder):
         return dict(
             architectures=[self.architecture],
             model_type=self.model_type,
-            hidden_act="silu",
+            **dict([self.hidden_act]),
             **{key: getattr(self, field) for field, key in _CONFIG_KEYS.items()},
             torch_dtype=str(self.dtype).removeprefix("torch."),
-            **({} if self.window is None else self.window.config_json()),
+            **self.windows.config_json(self.window, self.num_layers),
             **rope_json(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
         )
 

@@ -25,11 +25,6 @@ class Window:
     size: int
     layers: tuple[int, ...]
 
-    def config_json(self) -> dict[str, Any]:
-        """Keys of a ``config.json``; families without the switch do not read it."""
-        layers = [_KINDS[layer] for layer in self.layers]
-        return dict(sliding_window=self.size, use_sliding_window=True, layer_types=layers)
-
     def in_megatron(self) -> dict[str, Any]:
         """What ``TransformerConfig`` and Megatron-LM's arguments call alike."""
         layers = None if all(self.layers) else list(self.layers)
@@ -51,6 +46,10 @@ class NoWindows:
         if values.get("use_sliding_window", True):
             values.must("sliding_window", None)
         return None
+
+    def config_json(self, window: Window | None, num_layers: int) -> dict[str, Any]:
+        """Keys of a ``config.json``."""
+        return {}
 
     def read_arguments(self, read: ArgumentValues, num_layers: int) -> Window | None:
         """From Megatron-LM's arguments, which are held against the model afterwards.
@@ -81,10 +80,15 @@ class WindowInEveryLayer(NoWindows):
         _check_layers(values, layers)
         return make_window(size, layers)
 
+    def config_json(self, window: Window | None, num_layers: int) -> dict[str, Any]:
+        """See ``NoWindows``."""
+        size = None if window is None else window.size
+        switch = dict(use_sliding_window=size is not None) if self.switch else {}
+        return dict(sliding_window=size) | switch
+
     def read_arguments(self, read: ArgumentValues, num_layers: int) -> Window | None:
         """See ``NoWindows``."""
-        size = _read_size(read)
-        return size and make_window(size, [1] * num_layers)
+        return make_window(_read_size(read), [1] * num_layers)
 
 
 class WindowByLayer(NoWindows):
@@ -93,7 +97,7 @@ class WindowByLayer(NoWindows):
     def read_arguments(self, read: ArgumentValues, num_layers: int) -> Window | None:
         """See ``NoWindows``."""
         size, layers = _read_size(read), read_pattern(read, "window_attn_skip_freq", num_layers)
-        return size and make_window(size, layers or [1] * num_layers)
+        return make_window(size, layers or [1] * num_layers)
 
 
 class WindowBySwitch(WindowByLayer):
@@ -112,6 +116,12 @@ class WindowBySwitch(WindowByLayer):
         is_named = values.get("layer_types") is not None
         return make_window(size, (_read_layers if is_named else self.layers)(values, num_layers))
 
+    def config_json(self, window: Window | None, num_layers: int) -> dict[str, Any]:
+        """See ``NoWindows``."""
+        if window is None:
+            return dict(use_sliding_window=False)
+        return dict(use_sliding_window=True, **_layers_json(window))
+
     def layers(self, values: ConfigValues, num_layers: int) -> list[int]:
         """Which have it, where none are named."""
         first = values.get("max_window_layers")
@@ -122,20 +132,31 @@ class WindowBySwitch(WindowByLayer):
 
 
 class WindowByPeriod(WindowByLayer):
-    """By ``layer_types``; without, every layer has one but each ``period``-th."""
+    """By ``layer_types``; without, every layer has one but each ``period``-th.
 
-    def __init__(self, period: int) -> None:
-        self.period = period
+    Args:
+        period: where the file names none.
+        key: by which it names one.
+    """
+
+    def __init__(self, period: int, key: str | None = None) -> None:
+        self.period, self.key = period, key
 
     def read(self, values: ConfigValues, num_layers: int) -> Window | None:
         """See ``NoWindows``."""
         size = values.size("sliding_window", default=None)
-        layers = [int((layer + 1) % self.period != 0) for layer in range(num_layers)]
+        period = self.period if self.key is None else values.size(self.key, default=self.period)
+        layers = [int((layer + 1) % period != 0) for layer in range(num_layers)]
         if values.get("layer_types") is not None:
             layers = _read_layers(values, num_layers)
         if size is None and any(layers):
-            values.problems.append("layer_types names layers with a window: sliding_window missing")
+            values.problems.append("sliding_window is missing, and layers are named that have one")
         return make_window(size, layers)
+
+    def config_json(self, window: Window | None, num_layers: int) -> dict[str, Any]:
+        """See ``NoWindows``."""
+        # transformers makes a mask for it, used or not.
+        return _layers_json(window or Window(size=1, layers=(0,) * num_layers))
 
 
 def _read_layers(values: ConfigValues, num_layers: int) -> list[int]:
@@ -148,6 +169,11 @@ def _read_layers(values: ConfigValues, num_layers: int) -> list[int]:
             values.refused.append(f"layer_types with {kind!r:.40} (must be one of {_KINDS})")
             return [0] * num_layers
     return [_KINDS.index(kind) for kind in types]
+
+
+def _layers_json(window: Window) -> dict[str, Any]:
+    types = [_KINDS[layer] for layer in window.layers]
+    return dict(sliding_window=window.size, layer_types=types)
 
 
 def _check_layers(values: ConfigValues, layers: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..description import ArgumentValues, HfModel, WindowInEveryLayer, register
 
@@ -15,12 +14,6 @@ class Mistral(HfModel):
 
     own_defaults = ("num_key_value_heads", "sliding_window")
     windows = WindowInEveryLayer()
-
-    def config_json(self) -> dict[str, Any]:
-        """See ``HfModel``."""
-        return super().config_json() | dict(
-            sliding_window=None if self.window is None else self.window.size
-        )
 
     @classmethod
     def is_of_arguments(cls, read: ArgumentValues) -> bool:

@@ -62,7 +62,11 @@ class SmolLM3(HfModel):
 
     def config_json(self) -> dict[str, Any]:
         """See ``HfModel``."""
-        return super().config_json() | dict(no_rope_layers=[1 - x for x in self.no_rope_freq])
+        return super().config_json() | dict(
+            no_rope_layers=[1 - x for x in self.no_rope_freq],
+            # transformers has one of its own, which another vocabulary has not.
+            pad_token_id=None,
+        )
 
     @classmethod
     def is_of_arguments(cls, read: ArgumentValues) -> bool:

@@ -176,8 +176,6 @@ def _kernel_problems(config: TransformerConfig, use_te: bool) -> Iterator[str]:
     """What Megatron-Core only finds missing once the model is built or run."""
     if use_te:
         return
-    if config.layernorm_zero_centered_gamma:
-        yield "layernorm_zero_centered_gamma=True: PyTorch's norms have none; set it to false"
     if config.gradient_accumulation_fusion and not _is_there("fused_weight_gradient_mlp_cuda"):
         yield (
             "gradient_accumulation_fusion=True needs Apex or Transformer Engine's layers, this "

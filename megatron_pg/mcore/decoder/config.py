@@ -11,9 +11,15 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 @dataclass
 class DecoderConfig(TransformerConfig):
-    """``TransformerConfig`` with the fields that Megatron-Core reads of any configuration.
+    """``TransformerConfig`` with fields that models read without its declaring them.
+
+    Those of YaRN are read by Megatron-Core, the others by ``with_decoder_layers`` and
+    ``fit_decoder``.
 
     Attributes:
+        embedding_multiplier: of the embedded tokens; None: as they are.
+        has_post_layernorms: whether what attention and MLP add to a layer is normalised first.
+        window_rotary_base: of positions in layers with a window, not scaled; None: as in others.
         yarn_rotary_scaling_factor: by which YaRN lengthens the context; 1: not at all.
         yarn_original_max_position_embeddings: context before.
         yarn_beta_fast: turns within it above which a frequency stays.
@@ -23,6 +29,9 @@ class DecoderConfig(TransformerConfig):
         yarn_correction_range_round_to_int: whether the range between the two is rounded outwards.
     """
 
+    embedding_multiplier: float | None = None
+    has_post_layernorms: bool = False
+    window_rotary_base: float | None = None
     yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int = 4096
     yarn_beta_fast: float = 32.0
