@@ -29,7 +29,7 @@ from .load import (
     shard_position,
     unwrap,
 )
-from .table import HEAD, merge_shards
+from .table import HEAD, Merger
 
 T = TypeVar("T")
 
@@ -53,14 +53,14 @@ def iter_hf_tensors(
         chunk = unwrap(model)
         check_built_for(chunk, hf_model, hf_model.architecture)
         table = hf_model.weight_table(chunk.vocab_size)
-        shapes = table.hf_shapes()
+        merger = Merger(table.hf_shapes())
         for name, parameter in named_weights(chunk):
             if _is_repeated(name, hf_model):
                 continue
             _, size = shard_position(chunk, name, parameter)
             for whole, shards in _gather(chunk, name, parameter.detach()):
                 specs = [table.shard(whole, rank, size) for rank in range(size)]
-                yield from merge_shards(specs, shards[:size], shapes).items()
+                yield from merger.add(specs, shards[:size]).items()
 
 
 def export_hf(

@@ -15,6 +15,7 @@ from megatron_pg.checkpoint import parse_hf_config
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MODEL_TYPES = {
     "Gemma3ForCausalLM": "gemma3_text",
+    "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
@@ -27,6 +28,12 @@ MODEL_TYPES = {
 _QWEN_EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4)
 _OWN: dict[str, dict[str, Any]] = {
     "Gemma3ForCausalLM": dict(query_pre_attn_scalar=4, sliding_window=64),
+    "GptOssForCausalLM": dict(
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=64,
+        rope_parameters=dict(rope_type="default"),
+    ),
     "MistralForCausalLM": dict(sliding_window=None),
     "MixtralForCausalLM": dict(num_local_experts=2, num_experts_per_tok=1),
     "Qwen2MoeForCausalLM": _QWEN_EXPERTS | dict(shared_expert_intermediate_size=6),

@@ -119,6 +119,18 @@ MODELS = {
         rotary_base=1e6,
         window=Window(size=8, layers=(1, 1, 1, 0)),
     ),
+    "gpt_oss": a_model(
+        architecture="GptOssForCausalLM",
+        add_bias_linear=True,
+        num_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=48,
+        swiglu_limit=5.5,
+        window=Window(size=8, layers=(1, 0, 1, 0)),
+        rope_type="yarn",
+        rope_factor=32.0,
+        yarn=Yarn(original_max_position_embeddings=16, truncate=False),
+    ),
     "qwen2 with windows": a_model(
         architecture="Qwen2ForCausalLM", window=Window(size=1, layers=(0, 1, 1, 1))
     ),

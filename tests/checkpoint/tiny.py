@@ -107,6 +107,18 @@ FAMILIES = {
         ),
         config="Gemma3TextConfig",
     ),
+    "gpt_oss": Family(
+        "GptOss",
+        dict(
+            **NO_TOKENS,
+            head_dim=12,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            swiglu_limit=0.4,
+            rope_parameters=YARN,
+        ),
+    ),
     "qwen2": Family(
         "Qwen2",
         dict(
@@ -185,10 +197,11 @@ class Layout:
     vpp: int | None = None
     sp: bool = False
     ep: int = 1
+    etp: int | None = None
 
     def __str__(self) -> str:
-        sizes = [f"{n}{getattr(self, n)}" for n in ("tp", "pp", "vpp", "ep")]
-        other = [size for size in sizes if not size.endswith(("None", "p1"))]
+        sizes = {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+        other = [f"{name}{n}" for name, n in sizes.items() if n and (n > 1 or name == "etp")]
         return "_".join([*other, *(["sp"] if self.sp else [])]) or "dp"
 
 
@@ -199,6 +212,7 @@ def initialize(layout: Layout) -> None:
         layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
     model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
@@ -229,6 +243,7 @@ def make_config(model: HfModel, layout: Layout, dtype: torch.dtype) -> Transform
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp,
             expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
             sequence_parallel=layout.sp,
             variable_seq_lengths=True,
             calculate_per_token_loss=True,

@@ -17,7 +17,7 @@ from tests.train.runs import Weights  # noqa: E402
 pytestmark = pytest.mark.megatron
 
 # One model of every family, in which all that is its own occurs.
-TRAINED = ["qwen3", "qwen3_moe", "qwen2_moe_mixed", "mixtral"]
+TRAINED = ["qwen3", "qwen3_moe", "qwen2_moe_mixed", "mixtral", "mistral", "smollm3", "gemma3"]
 Truth = tuple[TrainConfig, Weights, Weights]
 
 

@@ -188,7 +188,6 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
         ),
         (dict(moe_apply_probs_on_input=True), {}, "needs moe_router_topk=1, got 2"),
         (dict(moe_token_dispatcher_type="flex"), {}, "flex' needs expert or tensor parallelism"),
-        (dict(add_bias_linear=True), {}, "set model.transformer.add_bias_linear=false"),
     ],
 )
 def test_experts_that_megatron_would_refuse(

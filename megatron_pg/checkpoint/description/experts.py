@@ -245,6 +245,8 @@ def kind_of_experts(read: ArgumentValues) -> str | None:
         return None
     if read.get("multi_latent_attention"):
         return "latent"
+    if read.get("softmax_type") == "learnable":
+        return "sinks"
     is_sigmoid = read.get("moe_router_score_function") == "sigmoid"
     if is_sigmoid and read.get("moe_router_enable_expert_bias"):
         return "biased"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..arguments import check_args, hf_model_from_args
 from ..description import HfModel, parse_hf_config
 from ..files import NAMED_DTYPES, read_json
-from ..table import EMBEDDING, HEAD, check_finite, is_same, merge_shards
+from ..table import EMBEDDING, HEAD, Merger, Shard, check_finite, is_same
 from .contents import check_all_read
 from .iterations import find_hf_config, find_iteration
 from .legacy import LegacyShards
@@ -70,12 +70,14 @@ class MegatronFolder:
         self.table = self.model.weight_table(self._padded_vocab_size())
         self.shapes = self.table.hf_shapes()
         names = self.table.megatron_names()
-        # Which Megatron parameter holds a Hugging Face tensor.
-        self._home = {p.name: name for name in names for p in self.table.shard(name).pieces}
+        # Which Megatron parameters hold a Hugging Face tensor: one, or one of every expert.
+        self._homes: dict[str, dict[str, None]] = {}
         for name in names:
             self._check(name)
-        self.dtypes = {name: self._shards.dtype(self._home[name]) for name in self.shapes}
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+            for piece in self.table.shard(name).pieces:
+                self._homes.setdefault(piece.name, {})[name] = None
+        self.dtypes = {n: self._shards.dtype(next(iter(self._homes[n]))) for n in self.shapes}
+        self._last: tuple[object, dict[str, Tensor]] = ("", {})
         self._check_complete(names)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
@@ -84,13 +86,23 @@ class MegatronFolder:
         Raises:
             ValueError: naming the file: damaged, or with values that are not finite.
         """
-        home = self._home[name]
-        if self._last[0] != home:
-            tensors = self._tensors(home)
-            for key, tensor in tensors.items():
-                check_finite(tensor, f"{self._shards.file(home)}: tensor {home} ({key})")
-            self._last = home, tensors
-        return self._last[1][name][(slice(None),) * dim + (slice(start, stop),)]
+        first, *more = self._homes[name]
+        count = self.shapes[name][0]
+        low, high = (start, count if stop is None else stop) if more and dim == 0 else (0, count)
+        key = (name, low, high) if more else first
+        if self._last[0] != key:
+            self._last = key, self._experts(name, low, high) if more else self._tensors(first)
+        index = slice(start - low, None if stop is None else stop - low)
+        return self._last[1][name][(slice(None),) * dim + (index,)]
+
+    def _experts(self, name: str, low: int, high: int) -> dict[str, Tensor]:
+        """Experts ``[low, high)`` of a tensor that holds those of a layer."""
+        merger = Merger({name: (high - low, *self.shapes[name][1:])})
+        merged: dict[str, Tensor] = {}
+        for home in list(self._homes[name])[low:high]:
+            merged = merger.add(*self._read_shards(home, -low))
+            self._check_finite(home, merged)
+        return merged
 
     def _describe(self) -> HfModel:
         if self.hf_config is not None:
@@ -153,15 +165,25 @@ class MegatronFolder:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """Every Hugging Face tensor of one Megatron parameter."""
+        merged = Merger(self.shapes).add(*self._read_shards(name))
+        self._check_finite(name, merged)
+        return merged
+
+    def _check_finite(self, name: str, tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            check_finite(tensor, f"{self._shards.file(name)}: tensor {name} ({key})")
+
+    def _read_shards(self, name: str, moved: int = 0) -> tuple[list[Shard], list[Tensor]]:
+        """A parameter's shards, and what they are made of, experts moved by so many places."""
         size = self._shards.tp_size
-        specs = [self.table.shard(name, rank, size) for rank in range(size)]
+        specs = [self.table.shard(name, rank, size).moved(moved) for rank in range(size)]
         shards = self._shards.read(name)
         is_whole = specs.count(specs[0]) == size
         if is_whole and not all(is_same(shard, shards[0]) for shard in shards[1:]):
             raise ValueError(
                 f"{self._shards.file(name)}: {name} is not the same on every tensor-parallel rank"
             )
-        return merge_shards(specs, shards, self.shapes)
+        return specs, shards
 
 
 def common_state(args: Namespace, iteration: int | None) -> dict[str, Any]:

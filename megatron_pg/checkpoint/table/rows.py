@@ -12,21 +12,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 Shape = tuple[int, ...]
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a matrix (or vector) lies in a tensor that holds those of all experts.
+
+    Attributes:
+        index: of the expert, in the first axis.
+        first: of its columns, which are the matrix's rows: matrices lie there transposed.
+        step: from one of its columns to the next.
+    """
+
+    index: int
+    first: int = 0
+    step: int = 1
+
+    def moved(self, by: int) -> Place:
+        """The same of another expert."""
+        return replace(self, index=self.index + by)
+
+    def within(self, expert: Tensor) -> Tensor:
+        """A view of the matrix in what the tensor holds of its expert."""
+        part = expert[..., self.first :: self.step]
+        return part.mT if part.dim() == 2 else part
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows (or columns) ``[start, stop)`` of a Hugging Face tensor."""
+    """Rows (or columns) ``[start, stop)`` of a Hugging Face tensor, or of a matrix in one."""
 
     name: str
     start: int
     stop: int
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +71,14 @@ class Shard:
     pieces: tuple[Piece, ...]
     padding: int = 0
 
+    def moved(self, by: int) -> Shard:
+        """The same of tensors whose experts are numbered so much higher."""
+        pieces = (
+            piece if piece.place is None else replace(piece, place=piece.place.moved(by))
+            for piece in self.pieces
+        )
+        return replace(self, pieces=tuple(pieces))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -60,6 +94,7 @@ class Row:
         padding: rows of zeros behind the (only) block, cut with it.
         num_units: what the number of ranks must divide besides; attention heads.
         dtype: in which models keep it whatever theirs is; None: the model's.
+        shape: of the matrices of its pieces, where they lie within tensors.
     """
 
     name: str
@@ -70,6 +105,7 @@ class Row:
     padding: int = 0
     num_units: int = 0
     dtype: torch.dtype | None = None
+    shape: Shape | None = None
 
     def shard(self, rank: int, size: int) -> Shard:
         """One tensor-parallel rank's part.
@@ -86,7 +122,7 @@ class Row:
             width = _divide(f"axis {self.dim} of {self.name}", total, size)
             pieces += _cut(block, rank * width, (rank + 1) * width)
             length += width
-        shape = list(next(iter(self.shapes.values())))
+        shape = list(self.shape or next(iter(self.shapes.values())))
         shape[self.dim] = length
         return Shard(tuple(shape), self.dim, tuple(pieces), length - _length(pieces))
 
@@ -103,7 +139,7 @@ def _cut(block: Sequence[Piece], low: int, high: int) -> Iterator[Piece]:
         start, stop = max(low, at), min(high, end)
         if start < stop:
             shift = piece.start - at
-            yield Piece(piece.name, start + shift, stop + shift)
+            yield replace(piece, start=start + shift, stop=stop + shift)
         at = end
 
 
@@ -186,6 +222,36 @@ def gated_mlp(
     yield columns(f"{ours}linear_fc2.weight", f"{down}weight", (hidden, ffn))
     if has_bias:
         yield whole(f"{ours}linear_fc2.bias", f"{down}bias", (hidden,))
+
+
+def gated_expert(
+    ours: str, theirs: str, expert: int, num_experts: int, hidden: int, ffn: int
+) -> Iterator[Row]:
+    """Rows of one of many experts whose tensors are stored as one each, with biases.
+
+    Gate and what it multiplies alternate there, and matrices are transposed.
+
+    Args:
+        ours: prefix of the expert's parameters.
+        theirs: prefix of the tensors of all experts.
+        expert: its number.
+        num_experts: of the layer.
+        hidden: width of the layer.
+        ffn: width of an expert.
+    """
+    up, down, place = f"{theirs}gate_up_proj", f"{theirs}down_proj", Place(expert)
+    halves = [Place(expert, first, 2) for first in (0, 1)]
+    for name, rest in ("weight", (hidden,)), ("bias", ()):
+        tensor = up if rest else f"{up}_bias"
+        blocks = tuple((Piece(tensor, 0, ffn, half),) for half in halves)
+        shapes = {tensor: (num_experts, *rest, 2 * ffn)}
+        yield Row(f"{ours}linear_fc1.{name}", shapes, blocks, shape=(ffn, *rest))
+    block = (Piece(down, 0, ffn, place),)
+    shapes, shape = {down: (num_experts, ffn, hidden)}, (hidden, ffn)
+    yield Row(f"{ours}linear_fc2.weight", shapes, (block,), dim=1, shape=shape)
+    block = (Piece(f"{down}_bias", 0, hidden, place),)
+    shapes = {f"{down}_bias": (num_experts, hidden)}
+    yield Row(f"{ours}linear_fc2.bias", shapes, (block,), is_cut=False, shape=(hidden,))
 
 
 def _divide(what: str, value: int, size: int) -> int:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .rows import Shard
+from .rows import Piece, Shard
 
 
 class Read(Protocol):
@@ -33,7 +33,7 @@ def copy_into_shard(target: Tensor, shard: Shard, read: Read, name: str) -> None
     position = 0
     for piece in shard.pieces:
         width = piece.stop - piece.start
-        source = read(piece.name, shard.dim, piece.start, piece.stop)
+        source = _read_piece(read, piece, shard.dim)
         target.narrow(shard.dim, position, width).copy_(cast(source, target.dtype, piece.name))
         position += width
     if shard.padding:
@@ -78,18 +78,48 @@ def make_shard(shard: Shard, read: Read, dtype: torch.dtype, name: str) -> Tenso
     return target
 
 
-def merge_shards(
-    specs: Sequence[Shard], shards: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The whole Hugging Face tensors that all shards of one Megatron parameter hold."""
-    merged: dict[str, Tensor] = {}
-    for spec, tensor in zip(specs, shards, strict=True):
-        position = 0
-        for piece in spec.pieces:
-            width = piece.stop - piece.start
-            if piece.name not in merged:
-                merged[piece.name] = tensor.new_empty(shapes[piece.name])
-            target = merged[piece.name].narrow(spec.dim, piece.start, width)
-            target.copy_(tensor.narrow(spec.dim, position, width))
-            position += width
-    return merged
+def _read_piece(read: Read, piece: Piece, dim: int) -> Tensor:
+    place = piece.place
+    if place is None:
+        return read(piece.name, dim, piece.start, piece.stop)
+    (expert,) = read(piece.name, 0, place.index, place.index + 1)
+    return place.within(expert).narrow(dim, piece.start, piece.stop - piece.start)
+
+
+class Merger:
+    """Whole Hugging Face tensors out of all shards of Megatron's parameters, one after the other.
+
+    A tensor that several parameters hold is kept until the last of them has come.
+
+    Args:
+        shapes: of the Hugging Face tensors.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        # tensor, and how many of its elements which piece has filled
+        self._begun: dict[str, tuple[Tensor, dict[Piece, int]]] = {}
+
+    def add(self, specs: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors that one parameter completes."""
+        for spec, tensor in zip(specs, shards, strict=True):
+            position = 0
+            for piece in spec.pieces:
+                width = piece.stop - piece.start
+                self._fill(piece, spec.dim, tensor.narrow(spec.dim, position, width))
+                position += width
+        names = {piece.name for spec in specs for piece in spec.pieces}
+        return {name: self._begun.pop(name)[0] for name in names if self._is_complete(name)}
+
+    def _fill(self, piece: Piece, dim: int, content: Tensor) -> None:
+        if piece.name not in self._begun:
+            self._begun[piece.name] = content.new_empty(self._shapes[piece.name]), {}
+        target, filled = self._begun[piece.name]
+        if piece.place is not None:
+            target = piece.place.within(target[piece.place.index])
+        target.narrow(dim, piece.start, piece.stop - piece.start).copy_(content)
+        filled[piece] = content.numel()
+
+    def _is_complete(self, name: str) -> bool:
+        tensor, filled = self._begun[name]
+        return sum(filled.values()) == tensor.numel()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .config import DecoderConfig
-from .linear import post_layernorm_linear
+from .linear import own_output_linear, post_layernorm_linear
 from .rotary import rotary_by_window
 
 
@@ -20,36 +23,54 @@ def with_decoder_layers(
 ) -> TransformerBlockSubmodules:
     """Block submodules whose layers have what a ``DecoderConfig`` names beyond their own.
 
-    Equals the given spec for any other configuration. Apply it before
-    ``with_prefix_grouped_attention``, and ``fit_decoder`` to the model that is built.
+    Equals the given spec for any other configuration, but for local experts with biases, which
+    cannot be trained as they are given. Apply it before ``with_prefix_grouped_attention``, and
+    ``fit_decoder`` to the model that is built.
 
     Args:
         spec: with the norm that its layers have as ``layer_norm``.
         config: of the model.
     """
-    if not isinstance(config, DecoderConfig):
-        return spec
-    layers = [_layer(layer, config, spec.layer_norm) for layer in spec.layer_specs or []]
+    layers = spec.layer_specs or []
+    if config.add_bias_linear and config.num_moe_experts:
+        layers = [_with_expert_biases(layer) for layer in layers]
+    if isinstance(config, DecoderConfig):
+        layers = [_layer(layer, config, spec.layer_norm) for layer in layers]
     return replace(spec, layer_specs=layers)
 
 
 def _layer(spec: ModuleSpec, config: DecoderConfig, norm: Any) -> ModuleSpec:
-    layer = spec.submodules
-    attention, mlp = layer.self_attention, layer.mlp
+    def with_norm(linear: type) -> type:
+        return post_layernorm_linear(linear, norm)
+
+    attention, mlp = spec.submodules.self_attention, spec.submodules.mlp
     if config.window_rotary_base is not None:
         attention = replace(attention, module=rotary_by_window(attention.module))
     if config.has_post_layernorms:
-        attention = _with_post_layernorm(attention, "linear_proj", norm)
-        mlp = _with_post_layernorm(mlp, "linear_fc2", norm)
-    return replace(spec, submodules=replace(layer, self_attention=attention, mlp=mlp))
+        attention = _changed(attention, "linear_proj", with_norm)
+        mlp = _changed(mlp, "linear_fc2", with_norm)
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention, mlp=mlp))
 
 
-def _with_post_layernorm(spec: Any, name: str, norm: Any) -> Any:
-    """The linear layer of that name normalises its output."""
-    is_partial = isinstance(spec, partial)
-    submodules = spec.keywords["submodules"] if is_partial else spec.submodules
-    linear = post_layernorm_linear(getattr(submodules, name), norm)
-    submodules = replace(submodules, **{name: linear})
-    return (
-        partial(spec, submodules=submodules) if is_partial else replace(spec, submodules=submodules)
-    )
+def _with_expert_biases(spec: ModuleSpec) -> ModuleSpec:
+    def own_output(linear: type) -> type:
+        return own_output_linear(linear) if linear is RowParallelLinear else linear
+
+    mlp = spec.submodules.mlp
+    if isinstance(_submodules(mlp), MoESubmodules):
+        mlp = _changed(mlp, "experts", lambda experts: _changed(experts, "linear_fc2", own_output))
+    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
+
+
+def _changed(spec: Any, name: str, change: Callable[[Any], Any]) -> Any:
+    """The same spec, one of its submodules changed."""
+    parts = _submodules(spec)
+    submodules = replace(parts, **{name: change(getattr(parts, name))})
+    if isinstance(spec, ModuleSpec):
+        return replace(spec, submodules=submodules)
+    return partial(spec, submodules=submodules)
+
+
+def _submodules(spec: Any) -> Any:
+    """Of a module's spec, or of what Megatron-Core has in its place since 0.19."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules

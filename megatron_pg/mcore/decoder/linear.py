@@ -1,4 +1,4 @@
-"""A linear layer whose output is normalised before the residual stream takes it."""
+"""Linear layers whose output is normalised, or may be changed, before another takes it."""
 
 from __future__ import annotations
 
@@ -41,3 +41,21 @@ class PostLayerNorm(torch.nn.Module):
 def post_layernorm_linear(cls: type, norm_class: type) -> type:
     """Subclass of a linear layer that normalises its output."""
     return type(f"{cls.__name__}PostLayerNorm", (PostLayerNorm, cls), {"norm_class": norm_class})
+
+
+class _OwnOutput(torch.nn.Module):
+    """Mixin over a linear layer to whose output an expert adds its bias in place.
+
+    Autograd forbids that where the output is a view that a function has made.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """What the given class computes, in memory of its own."""
+        output, bias = super().forward(*args, **kwargs)
+        return output.clone(), bias
+
+
+@cache
+def own_output_linear(cls: type) -> type:
+    """Subclass of a linear layer whose output may be changed in place."""
+    return type(f"{cls.__name__}OwnOutput", (_OwnOutput, cls), {})

@@ -65,12 +65,6 @@ def megatron_problems(
     yield from _kernel_problems(config, use_te)
     if config.num_moe_experts:
         yield from _expert_problems(config)
-        if config.add_bias_linear and not use_te and config.tensor_model_parallel_size == 1:
-            yield (
-                f"add_bias_linear=True with num_moe_experts={config.num_moe_experts}: without "
-                "tensor parallelism Megatron-Core's local experts add their biases where autograd "
-                "forbids it; set model.transformer.add_bias_linear=false"
-            )
 
 
 def layers_per_stage(config: TransformerConfig) -> list[int]:
