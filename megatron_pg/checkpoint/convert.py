@@ -199,14 +199,17 @@ def write_hf(
     progress: Progress | None = None,
 ) -> None:
     """Write any source as a Hugging Face folder, atomically."""
+    carried = source.carried
     dtypes = source.model.weight_table().hf_dtypes(dtype) if dtype else source.dtypes
-    files = make_weight_files(source.shapes, dtypes, max_shard_bytes)
+    dtypes, shapes = dtypes | carried.dtypes, source.shapes | carried.shapes
+    files = make_weight_files(shapes, dtypes, max_shard_bytes)
     with atomic_folder(out) as partial:
         writer = HfWriter(partial, files, dtypes)
-        for done, name in enumerate(source.shapes, 1):
-            writer.add(name, source.read(name))
+        for done, name in enumerate(shapes, 1):
+            read = carried.read if name in carried.shapes else source.read
+            writer.add(name, read(name))
             if progress:
-                progress(done, len(source.shapes))
+                progress(done, len(shapes))
         writer.finish()
         model = replace(source.model, dtype=dtype) if dtype else source.model
         write_hf_metadata(partial, files, model, hf_config)

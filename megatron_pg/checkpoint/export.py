@@ -17,8 +17,10 @@ from .description import HfModel, read_hf_config
 from .files import finish_folder, partial_path, start_folder
 from .folders import (
     MAX_SHARD_BYTES,
+    CarriedTensors,
     HfWriter,
     make_weight_files,
+    open_carried,
     write_hf_metadata,
 )
 from .load import (
@@ -74,9 +76,10 @@ def export_hf(
     """Write a folder that ``transformers`` and inference engines load. Collective over all ranks.
 
     Sharded safetensors with an index, ``config.json``, tokenizer, chat template and generation
-    config of the source. One rank of every pipeline stage writes that stage's files (``out_dir``
-    must be on a file system that all of them see) and holds one file in memory. The folder
-    appears when complete, and on every rank's return it is there.
+    config of the source, and its tensors of layers that are not built. One rank of every pipeline
+    stage writes that stage's files (``out_dir`` must be on a file system that all of them see) and
+    holds one file in memory. The folder appears when complete, and on every rank's return it is
+    there.
 
     Args:
         models: as in ``load_hf``.
@@ -94,20 +97,23 @@ def export_hf(
     out, source = Path(out_dir), Path(source_hf_dir)
     chunks = [unwrap(model) for model in models]
 
-    def prepare() -> HfModel:
+    def prepare() -> tuple[HfModel, CarriedTensors]:
         hf_model = read_hf_config(source)
         for chunk in chunks:
             check_built_for(chunk, hf_model, source)
+        carried = open_carried(source, hf_model)
         if dist.get_rank() == 0:
             start_folder(out)
-        return hf_model
+        return hf_model, carried
 
-    hf_model = _together(prepare)
+    hf_model, carried = _together(prepare)
     stored = dtype or next(chunks[0].parameters()).dtype
     writers, dtypes = _writers(chunks, hf_model)
     table = hf_model.weight_table()
     dtypes = table.hf_dtypes(dtype) if dtype else dtypes
-    shapes = table.hf_shapes()
+    # What is of no chunk, the first rank copies.
+    dtypes, shapes = dtypes | carried.dtypes, table.hf_shapes() | carried.shapes
+    writers |= dict.fromkeys(carried.shapes, 0)
     files = make_weight_files(shapes, dtypes, max_shard_bytes, writers)
     writer = HfWriter(partial_path(out), files, dtypes)
     failure: Exception | None = None
@@ -115,6 +121,8 @@ def export_hf(
     def complete() -> None:
         if failure is not None:
             raise failure
+        for name in carried.shapes if dist.get_rank() == 0 else ():
+            writer.add(name, carried.read(name))
         writer.finish()
 
     def publish() -> None:

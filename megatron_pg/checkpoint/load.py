@@ -157,9 +157,12 @@ def check_built_for(chunk: Any, hf_model: HfModel, where: object) -> None:
         rotary_base=chunk.rotary_base,
         rotary_percent=chunk.rotary_percent,
         rope_scaling=bool(chunk.rotary_scaling),
-        seq_len_interpolation_factor=chunk.rotary_pos_emb.seq_len_interpolation_factor,
         share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
     )
+    # Latent attention makes its own positions, as its configuration says.
+    if not hf_model.is_latent:
+        factor = chunk.rotary_pos_emb.seq_len_interpolation_factor
+        built["seq_len_interpolation_factor"] = factor
     gpt = hf_model.gpt_model()
     pairs |= {key: (value, gpt[key]) for key, value in built.items()}
     wrong = [f"{key}={got!r} must be {need!r}" for key, (got, need) in pairs.items() if got != need]

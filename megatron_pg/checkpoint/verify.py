@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .convert import Progress
 from .folders import (
+    CarriedTensors,
     HfFolder,
     MegatronFolder,
     TorchDistReader,
@@ -29,7 +30,7 @@ from .reshard import is_vocabulary
 # tokens [L] -> logits [L, vocab_size]
 Forward = Callable[[Tensor], Tensor]
 # Fields of the description that the weights do not depend on.
-_FREE = {"dtype", "max_sequence_length"}
+_FREE = {"dtype", "max_sequence_length", "mtp_num_layers"}
 
 
 def compare_weights(
@@ -49,22 +50,33 @@ def compare_weights(
         ours, theirs = (getattr(x.model, name, None) for x in (a, b))
         if ours != theirs and name not in _FREE:
             yield f"configuration: {name} is {ours!r} and {theirs!r}"
-    for name in a.shapes:
-        if name not in b.shapes:
-            yield f"{name}: only in {a.path}"
-    for name in b.shapes:
-        if name not in a.shapes:
-            yield f"{name}: only in {b.path}"
-    for done, name in enumerate(a.shapes, 1):
-        if name in b.shapes:
-            if a.dtypes[name] != b.dtypes[name]:
-                yield f"{name}: dtype {a.dtypes[name]} and {b.dtypes[name]}"
-            if a.shapes[name] != b.shapes[name]:
-                yield f"{name}: shape {list(a.shapes[name])} and {list(b.shapes[name])}"
-            else:
-                yield from _values(name, a.read(name), b.read(name))
-        if progress:
-            progress(done, len(a.shapes))
+    pairs = (a, b), (a.carried, b.carried)
+    yield from (
+        f"{name}: only in {source.path}"
+        for ours, theirs in pairs
+        for source, one, other in ((a, ours, theirs), (b, theirs, ours))
+        for name in one.shapes
+        if name not in other.shapes
+    )
+    total, done = sum(len(ours.shapes) for ours, _ in pairs), 0
+    for ours, theirs in pairs:
+        for name in ours.shapes:
+            if name in theirs.shapes:
+                yield from _compare(name, ours, theirs)
+            done += 1
+            if progress:
+                progress(done, total)
+
+
+def _compare(
+    name: str, a: WeightSource | CarriedTensors, b: WeightSource | CarriedTensors
+) -> Iterator[str]:
+    if a.dtypes[name] != b.dtypes[name]:
+        yield f"{name}: dtype {a.dtypes[name]} and {b.dtypes[name]}"
+    if a.shapes[name] != b.shapes[name]:
+        yield f"{name}: shape {list(a.shapes[name])} and {list(b.shapes[name])}"
+    else:
+        yield from _values(name, a.read(name), b.read(name))
 
 
 def compare_training_state(a: MegatronFolder, b: MegatronFolder) -> Iterator[str]:

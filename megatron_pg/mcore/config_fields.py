@@ -42,7 +42,7 @@ PROVEN_RUN = {
 }
 # Every token on its own, but not with the norms and kernels that tests have.
 HARMLESS_MODEL = {
-    "layernorm_zero_centered_gamma",
+    *("layernorm_zero_centered_gamma", "latent_layernorm_epsilon"),
     # Of ``DecoderConfig``.
     *("embedding_multiplier", "has_post_layernorms", "window_rotary_base"),
 }

@@ -14,7 +14,10 @@ from megatron_pg.checkpoint import parse_hf_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MODEL_TYPES = {
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -26,8 +29,31 @@ MODEL_TYPES = {
     "SmolLM3ForCausalLM": "smollm3",
 }
 _QWEN_EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4)
+_BIASED_EXPERTS = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=4,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    num_nextn_predict_layers=0,
+)
+_LATENT = dict(
+    num_key_value_heads=2,
+    q_lora_rank=6,
+    kv_lora_rank=4,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=2,
+    v_head_dim=6,
+    head_dim=2,
+)
 _OWN: dict[str, dict[str, Any]] = {
+    "DeepseekV3ForCausalLM": _BIASED_EXPERTS | _LATENT | dict(first_k_dense_replace=1),
     "Gemma3ForCausalLM": dict(query_pre_attn_scalar=4, sliding_window=64),
+    "Glm4MoeForCausalLM": _BIASED_EXPERTS | dict(first_k_dense_replace=1, use_qk_norm=True),
+    "Glm4MoeLiteForCausalLM": _BIASED_EXPERTS | _LATENT,
     "GptOssForCausalLM": dict(
         num_local_experts=2,
         num_experts_per_tok=1,

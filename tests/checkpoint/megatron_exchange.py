@@ -18,6 +18,7 @@ from megatron_pg.checkpoint import (
     make_megatron_args,
     read_hf_config,
 )
+from megatron_pg.checkpoint.load import named_weights
 from tests.checkpoint import tiny
 from tests.checkpoint.round_trip import same_weights
 from tests.checkpoint.tiny import Layout
@@ -38,7 +39,7 @@ def load(chunks: list[Any], folder: Path) -> dict[str, Any]:
 
 def assert_same(got: list[Any], want: list[Any], vocab_size: int) -> None:
     for ours, theirs in zip(got, want, strict=True):
-        pairs = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
+        pairs = zip(named_weights(ours), named_weights(theirs), strict=True)
         for (key, a), (other, b) in pairs:
             assert key == other
             if "word_embeddings" in key or "output_layer" in key:

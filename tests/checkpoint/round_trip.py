@@ -15,6 +15,7 @@ from megatron_pg.checkpoint import (
     load_hf,
     read_hf_config,
 )
+from megatron_pg.checkpoint.load import named_weights
 from tests.checkpoint import tiny
 from tests.checkpoint.tiny import FAMILIES, Layout
 
@@ -34,12 +35,12 @@ def check(root: Path, name: str, layout: Layout) -> int:
     chunks = tiny.build(model, layout)
     with torch.no_grad():
         for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.fill_(float("nan"))
+            for _, weight in named_weights(chunk):
+                weight.fill_(float("nan"))
     load_hf(chunks, source)
     for chunk in chunks:
-        for key, parameter in chunk.named_parameters():
-            assert not parameter.isnan().any(), key
+        for key, weight in named_weights(chunk):
+            assert not weight.isnan().any(), key
     out = root / f"{name}-out"
     small = 30_000 if FAMILIES[name].max_shard_size != "5GB" else 10**9
     export_hf(chunks, out, source, max_shard_bytes=small)

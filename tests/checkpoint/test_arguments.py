@@ -83,6 +83,22 @@ def a_model(architecture: str = "LlamaForCausalLM", **changes: Any) -> HfModel:
     return FAMILIES[architecture](**sizes | changes)
 
 
+BIASED = dict(
+    moe_layer_freq=(0, 1, 1, 1),
+    moe_shared_expert_intermediate_size=32,
+    moe_router_topk_scaling_factor=2.5,
+)
+LATENT = dict(
+    num_query_groups=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=12,
+    layernorm_epsilon=1e-6,
+)
+# And latents whose norms are not those of layers.
+NO_QUERY_LATENT = dict(q_lora_rank=None, layernorm_epsilon=1e-5)
 A_FEW = dict(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16)
 MODELS = {
     "llama": a_model(),
@@ -141,6 +157,22 @@ MODELS = {
     "qwen2_moe": a_model(
         "Qwen2MoeForCausalLM", **A_FEW, moe_shared_expert_intermediate_size=24, norm_topk_prob=False
     ),
+    "glm4_moe": a_model(
+        "Glm4MoeForCausalLM", **A_FEW | BIASED, use_qk_norm=True, rotary_percent=0.5
+    ),
+    "glm4_moe bias": a_model(
+        "Glm4MoeForCausalLM", **A_FEW | BIASED, attention_bias=True, rotary_percent=0.25
+    ),
+    "deepseek_v3": a_model(
+        "DeepseekV3ForCausalLM",
+        **A_FEW | BIASED | LATENT,
+        rope_type="yarn",
+        rope_factor=4.0,
+        yarn=Yarn(original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=0.9),
+        moe_router_num_groups=2,
+        moe_router_group_topk=1,
+    ),
+    "moonlight": a_model("DeepseekV3ForCausalLM", **A_FEW | BIASED | LATENT | NO_QUERY_LATENT),
     "mixtral": a_model("MixtralForCausalLM", **A_FEW | dict(moe_ffn_hidden_size=48)),
 }
 

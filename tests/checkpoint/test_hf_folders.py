@@ -150,7 +150,7 @@ def test_what_an_absent_key_means(architecture: str, key: str) -> None:
     for field, theirs_key in FIELDS.items():
         assert getattr(ours, field) == getattr(theirs, theirs_key), field
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    assert ours.kv_channels == width
+    assert (ours.qk_pos_emb_head_dim if ours.is_latent else ours.kv_channels) == width
     rope = theirs.rope_parameters
     assert ours.rotary_base == rope.get("full_attention", rope)["rope_theta"]
     if ours.num_experts is not None:

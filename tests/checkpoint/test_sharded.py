@@ -26,7 +26,7 @@ NUM_RANKS = 4
 BIASED = ["gpt_oss"]
 EXPERTS = [name for name, family in FAMILIES.items() if family.has_experts if name not in BIASED]
 DENSE = [name for name in FAMILIES if name not in EXPERTS + BIASED]
-EXCHANGED = ["llama_tied", "llama_bias", "qwen3", "qwen3_moe", "qwen2_moe_mixed"]
+EXCHANGED = ["llama_tied", "llama_bias", "qwen3", "qwen3_moe", "qwen2_moe_mixed", "deepseek_v3"]
 
 # layout -> models for: round trip, logits, exchange with Megatron-Core
 LAYOUTS: dict[Layout, tuple[list[str], list[str], list[str]]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_pg.checkpoint import HfFolder, load_hf
+from megatron_pg.checkpoint.load import global_name, named_weights, shard_position
 from megatron_pg.checkpoint.table import Merger, make_shard
 from megatron_pg.mcore import cpu
 from tests.checkpoint import tiny
@@ -39,30 +40,35 @@ def test_shards_partition_the_folder(name: str, tp_size: int, models: Path) -> N
 
 def layouts(
     tp_sizes: tuple[int, ...], pp_sizes: tuple[int, ...], vpp_sizes: tuple[int | None, ...]
-) -> Any:
+) -> list[Layout]:
     """Every combination that Megatron allows: several chunks take several stages."""
-    return pytest.mark.parametrize(
-        "layout",
-        [
-            Layout(tp, pp, vpp, sp=tp > 1)
-            for tp, pp, vpp in product(tp_sizes, pp_sizes, vpp_sizes)
-            if vpp is None or pp > 1
-        ],
-        ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-vpp{layout.vpp or 1}",
-    )
+    return [
+        Layout(tp, pp, vpp, sp=tp > 1)
+        for tp, pp, vpp in product(tp_sizes, pp_sizes, vpp_sizes)
+        if vpp is None or pp > 1
+    ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@layouts((1, 2, 4), (1, 2, 4), (None, 2))
+def cases() -> Iterator[Any]:
+    dense = layouts((1, 2, 4), (1, 2, 4), (None, 2))
+    experts = [
+        *layouts((1, 2), (1, 2), (None,)),
+        *(Layout(tp, pp, ep=2, sp=tp > 1) for tp, pp in product((1, 2), (1, 2))),
+    ]
+    # Experts with biases are not cut.
+    whole = [Layout(tp, pp, ep=2, etp=1, sp=tp > 1) for tp, pp in product((1, 2), (1, 2))]
+    for name, family in FAMILIES.items():
+        for layout in whole if name == "gpt_oss" else experts if family.has_experts else dense:
+            yield pytest.param(name, layout, id=f"{name}-{layout}")
+
+
+@pytest.mark.parametrize(("name", "layout"), cases())
 def test_every_rank(name: str, layout: Layout, models: Path) -> None:
     """Up to sixteen ranks one after the other: together they hold the folder, bit by bit."""
-    if name == "gpt_oss":
-        # Experts with biases are not cut.
-        layout = replace(layout, ep=layout.tp, etp=1)
     round_trip_over_ranks(models / name, layout)
 
 
-@layouts((1, 3), (1, 2, 3), (None,))
+@pytest.mark.parametrize("layout", layouts((1, 3), (1, 2, 3), (None,)), ids=str)
 def test_every_rank_of_nine_heads(layout: Layout, nine_heads: Path) -> None:
     round_trip_over_ranks(nine_heads, layout)
 
@@ -76,10 +82,9 @@ def nine_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def round_trip_over_ranks(path: Path, layout: Layout) -> None:
     """Hugging Face -> the models of all ranks, in one process -> Hugging Face."""
-    tp_size, num_ranks = layout.tp, layout.tp * layout.pp
+    tp_size, num_ranks = layout.tp, layout.tp * layout.pp * layout.ep
     folder = HfFolder(path)
     parameters: dict[str, dict[int, torch.Tensor]] = {}
-    experts_per_rank = (folder.model.num_experts or 0) // layout.ep
     with cpu.emulate_cuda():
         for rank in range(num_ranks):
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
@@ -88,17 +93,10 @@ def round_trip_over_ranks(path: Path, layout: Layout) -> None:
                 chunks = tiny.build(folder.model, layout)
                 load_hf(chunks, folder.path)
                 for chunk in chunks:
-                    layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-                    for key, parameter in chunk.named_parameters():
-                        parts, place = key.split("."), parallel_state
-                        at = place.get_tensor_model_parallel_rank()
-                        if parts[1] == "layers":
-                            parts[2] = str(layers[int(parts[2])])
-                        if "local_experts" in parts:
-                            first = place.get_expert_model_parallel_rank() * experts_per_rank
-                            parts[6] = str(first + int(parts[6]))
-                            at = place.get_expert_tensor_parallel_rank()
-                        parameters.setdefault(".".join(parts), {})[at] = parameter.detach()
+                    for key, weight in named_weights(chunk):
+                        ranks = parameters.setdefault(global_name(chunk, key), {})
+                        tp_rank, _ = shard_position(chunk, key, weight)
+                        ranks[tp_rank] = weight.detach()
             finally:
                 parallel_state.destroy_model_parallel()
                 dist.destroy_process_group()

@@ -21,14 +21,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pg.checkpoint import HfModel
 from megatron_pg.mcore import (
-    PrefixGroupedGPTModel,
+    build_gpt_chunks,
     cpu,
     fit_decoder,
     make_transformer_config,
     with_decoder_layers,
-    with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
+from tests.mcore.harness import with_value_sizes
 from tests.ranks import process_group
 
 LLAMA3 = dict(
@@ -52,6 +52,35 @@ YARN = dict(
 # For families whose own are beyond a small vocabulary.
 NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+BIASED_EXPERTS = dict(
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    topk_group=1,
+    routed_scaling_factor=1.8,
+    num_nextn_predict_layers=0,
+    **NO_TOKENS,
+)
+LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=12,
+)
+# Of scores too.
+LATENT_YARN = dict(
+    rope_type="yarn",
+    factor=4.0,
+    beta_fast=4.0,
+    beta_slow=0.5,
+    mscale=1.0,
+    mscale_all_dim=0.7,
+    original_max_position_embeddings=32,
+    rope_theta=100.0,
+)
 DIVISIBLE_BY = 16
 
 
@@ -138,6 +167,32 @@ FAMILIES = {
         "Qwen2Moe",
         EXPERTS | dict(shared_expert_intermediate_size=24, mlp_only_layers=[0, 3]),
     ),
+    "glm4_moe": Family(
+        "Glm4Moe",
+        BIASED_EXPERTS
+        | dict(head_dim=16, use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
+    ),
+    "glm4_moe_lite": Family("Glm4MoeLite", BIASED_EXPERTS | LATENT),
+    "deepseek_v3": Family(
+        "DeepseekV3",
+        BIASED_EXPERTS
+        | LATENT
+        | dict(first_k_dense_replace=1)
+        | dict(n_group=4, topk_group=2, num_experts_per_tok=4, rope_parameters=LATENT_YARN),
+    ),
+    # Queries without a latent, and experts that all tokens go through.
+    "moonlight": Family(
+        "DeepseekV3",
+        BIASED_EXPERTS
+        | LATENT
+        | dict(
+            q_lora_rank=None,
+            n_shared_experts=2,
+            n_group=1,
+            first_k_dense_replace=1,
+            rms_norm_eps=1e-5,
+        ),
+    ),
     "mixtral": Family("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 # SmolLM2's relations: nine heads over three groups, tied; six layers for one to three stages.
@@ -181,6 +236,9 @@ def make_hf(family: Family, seed: int = 0, num_layers: int = 8) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 
@@ -238,6 +296,7 @@ def make_config(model: HfModel, layout: Layout, dtype: torch.dtype) -> Transform
         | ({} if model.num_experts else dict(moe_token_dispatcher_type="alltoall"))
         | dict(
             params_dtype=dtype,
+            transformer_impl="local",
             pipeline_dtype=dtype,
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -258,6 +317,9 @@ def build(
 ) -> list[Any]:
     """This rank's chunks: ours, or the stock model on the stock spec."""
     config = make_config(model, layout, dtype)
+    gpt = model.gpt_model(tp_size=layout.tp, make_vocab_size_divisible_by=DIVISIBLE_BY)
+    if packed:
+        return list(build_gpt_chunks(config, gpt=gpt))
     chunks = []
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
@@ -265,19 +327,18 @@ def build(
             get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
             config,
         )
+        if model.is_latent:
+            block = with_value_sizes(block)
         block = with_decoder_layers(block, config)
-        if packed:
-            block = with_prefix_grouped_attention(block)
         ends = dict(ignore_virtual=False, vp_stage=vp_stage)
-        chunk = (PrefixGroupedGPTModel if packed else GPTModel)(
+        chunk = GPTModel(
             config,
             block,
             pre_process=parallel_state.is_pipeline_first_stage(**ends),
             post_process=parallel_state.is_pipeline_last_stage(**ends),
             vp_stage=vp_stage,
-            **model.gpt_model(tp_size=layout.tp, make_vocab_size_divisible_by=DIVISIBLE_BY),
+            **gpt,
         )
-        if not packed:
-            fit_decoder(chunk)
+        fit_decoder(chunk)
         chunks.append(chunk)
     return chunks

@@ -19,8 +19,8 @@ NUM_STEPS = 5
 # Narrow enough to clip second minibatches.
 LOSS = dense.LossCase(low=0.01, high=0.02, kl=0.1)
 LAYOUTS = ("tp2_sp", "pp2")
-# What transformers reads and no optimizer has.
-_BUFFERS = ("e_score_correction_bias",)
+# What no optimizer has, or no token came to.
+_MAY_STAY = ("e_score_correction_bias", ".experts.")
 
 
 def prepare(folder: Path, name: str, *, num_layers: int = 2, **overrides: object) -> TrainConfig:
@@ -86,17 +86,17 @@ def plain_run(config: TrainConfig, out: Path) -> None:
 def largest_difference(ours: Weights, plain: Weights, start: Weights) -> float:
     """The largest difference of a tensor, as a part of how far the plain loop has moved it.
 
-    What has no gradient must have kept its bits.
+    What the loop has not moved must have kept its bits.
     """
     assert ours.keys() == plain.keys() == start.keys()
     largest, num_moved = 0.0, 0
     for name, want in plain.items():
         moved = float((want - start[name]).norm())
-        if name.endswith(_BUFFERS):
-            assert moved == 0 and torch.equal(ours[name], start[name]), name
+        if moved == 0 and any(part in name for part in _MAY_STAY):
+            assert torch.equal(ours[name], start[name]), name
             continue
         assert moved > 1e-3 * float(start[name].norm()), f"{name} did not train"
         num_moved += 1
         largest = max(largest, float((ours[name] - want).norm()) / moved)
-    assert num_moved > 10
+    assert num_moved > 0.8 * len(plain)
     return largest

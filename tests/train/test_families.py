@@ -17,7 +17,20 @@ from tests.train.runs import Weights  # noqa: E402
 pytestmark = pytest.mark.megatron
 
 # One model of every family, in which all that is its own occurs.
-TRAINED = ["qwen3", "qwen3_moe", "qwen2_moe_mixed", "mixtral", "mistral", "smollm3", "gemma3"]
+TRAINED = [
+    "qwen3",
+    "qwen3_moe",
+    "qwen2_moe_mixed",
+    "mixtral",
+    "mistral",
+    "smollm3",
+    "gemma3",
+    "gpt_oss",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "deepseek_v3",
+    "moonlight",
+]
 Truth = tuple[TrainConfig, Weights, Weights]
 
 

@@ -1,6 +1,7 @@
 """How a model is described: its fields, its ``config.json`` and Megatron-LM's arguments for it."""
 
 from .argument_values import NEED, ArgumentValues
+from .biased_experts import BiasedExpertsModel
 from .config import parse_hf_config, read_hf_config
 from .config_values import ConfigValues
 from .experts import (
@@ -11,6 +12,7 @@ from .experts import (
     sparse_step_json,
 )
 from .hf_model import HfModel
+from .latent import LatentModel
 from .layer_patterns import expand_pattern, read_pattern
 from .layer_ropes import layer_ropes_json, read_layer_ropes
 from .registry import FAMILIES, register
@@ -19,11 +21,13 @@ from .yarn import Yarn
 
 __all__ = [
     "ArgumentValues",
+    "BiasedExpertsModel",
     "ConfigValues",
     "ExpertNames",
     "ExpertsModel",
     "FAMILIES",
     "HfModel",
+    "LatentModel",
     "NEED",
     "Window",
     "WindowByPeriod",

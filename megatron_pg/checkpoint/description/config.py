@@ -63,7 +63,7 @@ def _family(config: dict[str, Any], where: str) -> type[HfModel]:
             + ", ".join(FAMILIES)
         )
     family = FAMILIES[architecture]
-    if kind is not None and kind != family.model_type:
+    if kind not in (None, family.model_type, *family.other_types):
         raise ValueError(
             f"{where}: model_type={kind!r} contradicts architectures=[{architecture!r}], which is "
             f"of type {family.model_type!r}; correct the one that is wrong"

@@ -29,9 +29,9 @@ class ConfigValues:
         self.refused: list[str] = []
         self.known: set[str] = set()
 
-    def size(self, key: str, high: int = MAX_SIZE, default: Any = _REQUIRED) -> Any:
-        """A whole number from 1 to ``high``; ``default`` where the file has null or nothing."""
-        return self._read(key, default, 1, high, f"a whole number from 1 to {high}", int)
+    def size(self, key: str, high: int = MAX_SIZE, default: Any = _REQUIRED, low: int = 1) -> Any:
+        """A whole number from ``low`` to ``high``; ``default`` where the file has none, or null."""
+        return self._read(key, default, low, high, f"a whole number from {low} to {high}", int)
 
     def number(self, key: str, low: float, high: float, default: Any = _REQUIRED) -> Any:
         """A number from ``low`` to ``high``, as a float."""

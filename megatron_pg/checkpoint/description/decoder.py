@@ -102,7 +102,7 @@ class Decoder:
         """
         return dict(
             **self.in_megatron(),
-            **({} if self.yarn is None else self.yarn.transformer_config(self.rope_factor)),
+            **self.rope_config(),
             **({} if self.window is None else self.window.in_megatron()),
             layernorm_epsilon=self.layernorm_epsilon,
             normalization="RMSNorm",
@@ -112,6 +112,10 @@ class Decoder:
             hidden_dropout=0.0,
         )
 
+    def rope_config(self) -> dict[str, Any]:
+        """What of rotary positions the configuration says, and not ``gpt_model``."""
+        return {} if self.yarn is None else self.yarn.transformer_config(self.rope_factor)
+
     def gpt_model(
         self, *, tp_size: int = 1, make_vocab_size_divisible_by: int = 1
     ) -> dict[str, Any]:
@@ -119,7 +123,7 @@ class Decoder:
         return dict(
             vocab_size=self.padded_vocab_size(tp_size, make_vocab_size_divisible_by),
             max_sequence_length=self.max_sequence_length,
-            position_embedding_type="rope" if self.yarn is None else "yarn",
+            position_embedding_type="yarn" if self.yarn and not self.is_latent else "rope",
             rotary_base=self.rotary_base,
             rotary_percent=self.rotary_percent,
             share_embeddings_and_output_weights=self.tied,

@@ -48,6 +48,7 @@ class HfModel(Decoder):
     Attributes:
         architecture: Hugging Face's name, by which ``register`` knows the family.
         model_type: transformers' word for it.
+        other_types: words for it of files that bring code of their own.
         default_rotary_base: what transformers takes where there is no ``rope_theta``.
         hidden_act: key and name of the activation.
         windows: how a ``config.json`` says which layers have one.
@@ -60,6 +61,7 @@ class HfModel(Decoder):
 
     architecture: ClassVar[str]
     model_type: ClassVar[str]
+    other_types: ClassVar[tuple[str, ...]] = ()
     default_rotary_base: ClassVar[float] = 10000.0
     hidden_act: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
     windows: ClassVar[NoWindows] = NoWindows()
@@ -100,7 +102,7 @@ class HfModel(Decoder):
             max_sequence_length=values.size("max_position_embeddings"),
             tied=values.flag("tie_word_embeddings"),
             add_bias_linear=cls.read_bias(values),
-            **cls._read_heads(values),
+            **cls.read_heads(values),
         )
         values.require(*cls.own_defaults)
         values.must(*cls.hidden_act)
@@ -124,7 +126,8 @@ class HfModel(Decoder):
         return read_rope(values, cls.default_rotary_base)
 
     @classmethod
-    def _read_heads(cls, values: ConfigValues) -> dict[str, Any]:
+    def read_heads(cls, values: ConfigValues) -> dict[str, Any]:
+        """Fields of the model's width and of its heads."""
         heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
         groups = values.size("num_key_value_heads", default=heads)
         width = values.size("head_dim", default=None)
@@ -217,5 +220,9 @@ class HfModel(Decoder):
             num_experts=self.num_experts,
             rotary_percent=self.rotary_percent,
             **window_arguments(self.window),
-            **rope_arguments(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
+            **self.rope_arguments(),
         )
+
+    def rope_arguments(self) -> dict[str, Any]:
+        """Those of them that are of rotary positions."""
+        return rope_arguments(self.rope_type, self.rope_factor, self.rotary_base, self.yarn)

@@ -3,10 +3,12 @@
 from .contents import is_extra_state, is_optimizer_state, is_per_rank
 from .huggingface import (
     MAX_SHARD_BYTES,
+    CarriedTensors,
     HfFolder,
     HfWriter,
     has_tokenizer,
     make_weight_files,
+    open_carried,
     write_hf_metadata,
 )
 from .iterations import (
@@ -36,6 +38,7 @@ from .torch_dist import (
 
 __all__ = [
     "COMMON_STATE",
+    "CarriedTensors",
     "CheckpointFiles",
     "Chunk",
     "FileChecksum",
@@ -59,6 +62,7 @@ __all__ = [
     "is_torch_dist",
     "iteration_name",
     "make_weight_files",
+    "open_carried",
     "read_tracker",
     "check_one_kind",
     "write_hf_metadata",

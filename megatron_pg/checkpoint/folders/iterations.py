@@ -6,6 +6,7 @@
     DIR/release/ or DIR/iter_0000100/         .metadata, *.distcp, common.pt, metadata.json
                                               or mp_rank_00[_000]/model_optim_rng.pt (legacy)
     DIR/huggingface/                          config.json and tokenizer of the model
+    DIR/huggingface/mtp/                      tensors of layers that are not built
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from ..description import parse_hf_config
 from ..files import read_json, with_dtype, write_json
-from .huggingface import copy_side_files
+from .huggingface import copy_side_files, open_carried, write_carried
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "huggingface"
@@ -102,13 +103,15 @@ def write_tracker(root: Path, iteration: int | None) -> None:
 def write_hf_metadata_folder(root: Path, source: Path, dtype: torch.dtype | None = None) -> None:
     """Keep a model folder's configuration and tokenizer beside the weights, to leave with them.
 
-    The configuration names the weights' ``dtype`` where one is given.
+    The configuration names the weights' ``dtype`` where one is given. Tensors of layers that are
+    not built are kept too.
     """
     folder = root / HF_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     config = read_json(source / "config.json")
     write_json(folder / "config.json", with_dtype(config, dtype) if dtype else config)
     copy_side_files(source, folder)
+    write_carried(open_carried(source, parse_hf_config(config, str(source))), folder)
 
 
 def find_hf_config(iteration_folder: Path, hf_config: str | Path | None) -> Path | None:

@@ -15,6 +15,7 @@ from ..description import HfModel, parse_hf_config
 from ..files import NAMED_DTYPES, read_json
 from ..table import EMBEDDING, HEAD, Merger, Shard, check_finite, is_same
 from .contents import check_all_read
+from .huggingface import CarriedTensors, open_carried
 from .iterations import find_hf_config, find_iteration
 from .legacy import LegacyShards
 from .torch_dist import TorchDistShards, is_torch_dist
@@ -27,6 +28,8 @@ class WeightSource(Protocol):
     model: HfModel
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
+    # Of layers that are not built.
+    carried: CarriedTensors
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Indices ``[start, stop)`` of a tensor along ``dim``, on the CPU, as stored."""
@@ -79,6 +82,7 @@ class MegatronFolder:
         self.dtypes = {n: self._shards.dtype(next(iter(self._homes[n]))) for n in self.shapes}
         self._last: tuple[object, dict[str, Tensor]] = ("", {})
         self._check_complete(names)
+        self.carried = open_carried(self.hf_config, self.model)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Indices ``[start, stop)`` of a Hugging Face tensor along ``dim``.

@@ -41,14 +41,30 @@ class DecoderConfig(TransformerConfig):
     yarn_correction_range_round_to_int: bool = True
 
 
-_OWN = {field.name for field in fields(DecoderConfig)} - {f.name for f in fields(TransformerConfig)}
+@dataclass
+class LatentConfig(MLATransformerConfig):
+    """``MLATransformerConfig`` for models whose latents are normalised otherwise than layers.
+
+    Attributes:
+        latent_layernorm_epsilon: of the norms of latents, in models of ``build_gpt_chunks``; None:
+            ``layernorm_epsilon``.
+    """
+
+    latent_layernorm_epsilon: float | None = None
+
+
+_OWN_CLASSES: tuple[type[TransformerConfig], ...] = (DecoderConfig, LatentConfig)
 
 
 def transformer_config_class(settings: Mapping[str, Any]) -> type[TransformerConfig]:
     """The class that has the fields of these settings."""
-    if settings.get("multi_latent_attention"):
-        return MLATransformerConfig
-    return DecoderConfig if _OWN & settings.keys() else TransformerConfig
+    is_latent = settings.get("multi_latent_attention")
+    stock: type[TransformerConfig] = MLATransformerConfig if is_latent else TransformerConfig
+    known = {field.name for field in fields(stock)}
+    for cls in _OWN_CLASSES:
+        if issubclass(cls, stock) and ({f.name for f in fields(cls)} - known) & settings.keys():
+            return cls
+    return stock
 
 
 def make_transformer_config(settings: Mapping[str, Any]) -> TransformerConfig:

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from ...parallel import ParallelSizes
 
+# Of latents, and the linear layers into which Transformer Engine fuses them.
+_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
+
 
 def with_mended_latent_attention(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """The block with every ``MLASelfAttention`` in it mended; state-dict keys stay the same."""
@@ -57,6 +60,14 @@ class _MendedLatentAttention(torch.nn.Module):
         if sizes.tp > 1 and not sizes.sp and config.q_lora_rank is not None:
             for parameter in self.q_layernorm.parameters():
                 parameter.average_gradients_across_tp_domain = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        epsilon = getattr(self.config, "latent_layernorm_epsilon", None)
+        for name in _NORMS if epsilon else ():
+            norm = getattr(self, name, None)
+            if hasattr(norm, "eps"):
+                norm.eps = epsilon
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """As the given class; the gradient of the key's shared part is that of all heads.

@@ -90,6 +90,14 @@ class HfWriter:
         assert not self._pending, f"incomplete: {sorted(self._pending)}"
 
 
+def write_index(folder: Path, files: WeightFiles) -> None:
+    """Say which file holds which tensor, where there are several."""
+    if len(files.names) > 1:
+        weight_map = {name: file for file, names in files.names.items() for name in names}
+        index = {"metadata": {"total_size": files.total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
 def write_hf_metadata(
     folder: Path, files: WeightFiles, model: HfModel, source: Path | None
 ) -> None:
@@ -98,10 +106,7 @@ def write_hf_metadata(
     The configuration is the source's, with the dtype of ``model``; without a source it is made
     from ``model``.
     """
-    if len(files.names) > 1:
-        weight_map = {name: file for file, names in files.names.items() for name in names}
-        index = {"metadata": {"total_size": files.total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_index(folder, files)
     config: dict[str, Any] = model.config_json()
     if source is not None:
         config = read_json(source / "config.json")
