@@ -60,12 +60,9 @@ class _MendedLatentAttention(torch.nn.Module):
         if sizes.tp > 1 and not sizes.sp and config.q_lora_rank is not None:
             for parameter in self.q_layernorm.parameters():
                 parameter.average_gradients_across_tp_domain = True
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        epsilon = getattr(self.config, "latent_layernorm_epsilon", None)
+        epsilon = getattr(config, "latent_layernorm_epsilon", None)
         for name in _NORMS if epsilon else ():
-            norm = getattr(self, name, None)
+            norm: Any = getattr(self, name, None)
             if hasattr(norm, "eps"):
                 norm.eps = epsilon
 
