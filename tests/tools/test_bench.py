@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
+from megatron_pg.attention import AttentionKind
 from tests.utils import ROOT
-from tools.bench import attention, timing
+from tools.bench import attention, attention_kinds, timing
 from tools.bench.processes import median_row, rows_of_processes
 from tools.bench.registry import BenchmarkMismatch, BenchmarkRow, Options
 from tools.bench.render import make_panels
@@ -85,8 +86,20 @@ def check_rows(name: str, rows: list[dict]) -> None:
         assert row["benchmark"] == name and row["ratio"] > 0
         assert row["share"] == pytest.approx(row["ratio"] / row["bound"])
         assert {"hardware", "versions", "commit"} <= row["machine"].keys()
-        if name not in ("pack", "layout"):
+        is_other_layer = row["baseline"].startswith(("no window", "no sink", "grouped heads"))
+        if name not in ("pack", "layout") and not is_other_layer:
             assert row["max_error"] <= 1e-3, "results were compared"
+
+
+def test_bounds_of_layers_are_their_multiplications() -> None:
+    """By hand: a prompt of 3 and responses of 1 and 2 tokens, a window of 1."""
+    shape = Shape(PrefixTree.from_group(3, [1, 2]), {"name": "tiny"})
+    windowed = attention_kinds.Layer(kind=AttentionKind(window=1, value_dim=16), head_dim=32)
+    packed, written_out = 1 + 2 + 2 + 2 + 2 + 2, (1 + 2 + 2 + 2) + (1 + 2 + 2 + 2 + 2)
+    # Forward: q k and p v. Backward: q k, dout v, then dq and dk of head_dim, dv of value_dim.
+    per_pair = 4 * ((32 + 16) + (32 + 16 + 32 + 32 + 16))
+    assert windowed.multiplications(shape.packed) == per_pair * packed
+    assert windowed.multiplications(shape.written_out) == per_pair * written_out
 
 
 def test_the_plot_sweeps_lengths(tmp_path: Path) -> None:
@@ -109,7 +122,7 @@ def test_residency_keeps_the_peak_flat(tmp_path: Path) -> None:
 
 
 def test_rows_of_several_processes_are_medians(tmp_path: Path) -> None:
-    rows = run("attention", tmp_path, "--processes", "2")
+    rows = run("attention", tmp_path, "--processes", "2", "--shapes", "ragged,window")
     check_rows("attention", rows)
     assert {row["processes"] for row in rows} == {2}
 

@@ -13,12 +13,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_pg import PackedLayout, prefix_grouped_attention
+from tools.bench.attention_kinds import NUM_HEADS, kind_rows, measured_path
 from tools.bench.machine import HEAD_DIM
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
 
-NUM_HEADS = 4
 # Name of the baseline, and whether its prefix is causal without a mask.
 PREFIX_GROUPERS = {"prefix-grouper": False, "prefix-grouper, causal prefix": True}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,9 +33,11 @@ def attention(options: Options) -> Iterator[BenchmarkRow]:
     Baselines: the same kernels on the samples written out, packed without padding, whose pairs are
     the visible ones; the attention of the ``prefix-grouper`` package where it can be imported, as
     its documentation has it and with a causal prefix; and FlexAttention over the row on CUDA.
+    Layers with a window, a sink or values of another size are compared with plain ones, too.
     """
     for shape in standard_shapes(options):
         yield from _compare(shape, options)
+    yield from kind_rows(options)
 
 
 def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
@@ -46,8 +48,8 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     expanded_dout = shape.packed.expand(dout)
     ours = _attend(shape.packed)
     paths = {
-        "ours": _path(ours, packed, dout),
-        "written out": _path(_attend(shape.written_out), expanded, expanded_dout),
+        "ours": measured_path(ours, packed, dout),
+        "written out": measured_path(_attend(shape.written_out), expanded, expanded_dout),
     }
     bounds = {"written out": shape.pair_ratio}
     peers: dict[str, Attend] = {}
@@ -57,14 +59,14 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
             bounds[name] = prefix_grouper_pairs(shape, causal_prefix) / shape.tree.attention_pairs
     if options.device.type == "cuda":
         peers["flex"], bounds["flex"] = flex(shape.packed, options.device), 1.0
-    paths |= {name: _path(attend, packed, dout) for name, attend in peers.items()}
+    paths |= {name: measured_path(attend, packed, dout) for name, attend in peers.items()}
 
     out, *_ = paths["ours"]()
     want_out, *want_grads = paths["written out"]()
     pairs = [("out", shape.packed.expand(out), want_out)]
     # With an output gradient per sample, ours gets the sum over samples that share a row.
     summed = shape.packed.reduce(expanded_dout)
-    _, *grads = _path(ours, packed, summed)()
+    _, *grads = measured_path(ours, packed, summed)()
     pairs += [
         (name, got, shape.packed.reduce(want))
         for name, got, want in zip(("dq", "dk", "dv"), grads, want_grads)
@@ -94,16 +96,6 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
 
 def _attend(layout: PackedLayout) -> Attend:
     return lambda q, k, v: prefix_grouped_attention(q, k, v, layout)
-
-
-def _path(attend: Attend, qkv: list[Tensor], dout: Tensor) -> Callable[[], Results]:
-    leaves = [x.detach().requires_grad_() for x in qkv]
-
-    def run() -> Results:
-        out = attend(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, dout)
-
-    return run
 
 
 def _runs_prefix_grouper(shape: Shape) -> bool:

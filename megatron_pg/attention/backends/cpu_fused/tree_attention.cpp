@@ -203,9 +203,10 @@ struct Simd {
 
     // Lanes begin to end of x, -inf in the others.
     static V only(Index begin, Index end, V x) {
-        for (Index i = 0; i < lanes; ++i)
-            if (i < begin || i >= end) x[i] = -std::numeric_limits<T>::infinity();
-        return x;
+        V lane;
+        for (Index i = 0; i < lanes; ++i) lane[i] = T(i);
+        x = lane < all(T(begin)) ? all(-std::numeric_limits<T>::infinity()) : x;
+        return lane < all(T(end)) ? x : all(-std::numeric_limits<T>::infinity());
     }
 
     // In steps of 1, 2, 4, ... lanes: of every four blocks, the two off the diagonal change places.
@@ -404,10 +405,13 @@ at::Tensor make_panels(const Rows<const T>& rows, Index source, const at::Tensor
             const Index width = round_up(keys, S::lanes);
             for (Index key = 0; key < width; key += S::lanes)
                 for (Index d = 0; d < head_dim; d += S::lanes) {
-                    typename S::V square[S::lanes] = {};
-                    for (Index i = 0; i < std::min(S::lanes, keys - key); ++i)
-                        square[i] = S::load(rows.at(span.kv_start + begin + key + i, head) + d);
+                    typename S::V square[S::lanes];
+                    const T* corner = rows.at(span.kv_start + begin + key, head) + d;
+#pragma GCC unroll 16
+                    for (Index i = 0; i < S::lanes; ++i)
+                        square[i] = key + i < keys ? S::load(corner + i * rows.row) : S::all(0);
                     S::transpose(square);
+#pragma GCC unroll 16
                     for (Index i = 0; i < S::lanes; ++i)
                         S::store(place + (d + i) * width + key, square[i]);
                 }
@@ -454,8 +458,9 @@ void Forward<T>::tile(const Tile& tile, Index head, T* scores) const {
     }
     for (Index row = 0; row < tile.q_len; ++row) {
         T* place = tile_out + row * out.row;
+        const T factor = T(1) / total[row];
         for (Index d = 0; d < value_dim; d += S::lanes)
-            S::store(place + d, S::load(place + d) / total[row]);
+            S::store(place + d, S::load(place + d) * factor);
         lse[head * tokens + tile.q_start + row] = (top[row] + std::log2(total[row])) / T(LOG2E);
     }
 }
