@@ -141,6 +141,23 @@ def test_a_window_is_one_pass_over_runs_and_their_contexts(
     assert windowed.attention_pairs == int(visible.sum())
 
 
+def test_the_runs_of_the_readme_are_what_is_computed() -> None:
+    samples = ["AAAABB", "AAAACCCDD", "AAAACCCE"]
+    layout = pack_trees([PrefixTree.from_sequences([list(map(ord, s)) for s in samples])])
+    names = "".join(map(chr, layout.token_ids.tolist()))
+    windowed = make_windowed_pass(layout, 3)
+    runs = [" ".join(names[a:b]) for a, b in windowed.q_spans.tolist()]
+    drawn = (ROOT / "megatron_pg" / "attention" / "README.md").read_text()
+    assert f"runs:      {' | '.join(runs)}\n" in drawn
+    lens = np.diff(windowed.q_spans)[:, 0].tolist()
+    for number, word in ((1, "second"), (2, "third")):
+        start, end = windowed.kv_spans[number]
+        keys = [names[row] for row in windowed.gathers[0].rows[start:end]]
+        context, own = " ".join(keys[: -lens[number]]), " ".join(keys[-lens[number] :])
+        (line,) = (line for line in drawn.splitlines() if f"keys of the {word}:" in line)
+        assert line.split(":")[-1].strip() == f"{context}, {own}"
+
+
 @pytest.mark.parametrize(
     ("lens", "window", "num_keys", "pairs"),
     [((1024, [512] * 8), 128, 6_016, 652_224), ((4096, [1024] * 16), 1024, 35_840, 20_467_200)],
