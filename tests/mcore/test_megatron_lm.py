@@ -181,12 +181,22 @@ def build_as_pretrain(model_config: Any) -> list[Any]:
 
 
 @needs_training
-@pytest.mark.parametrize("more", ["", "--spec megatron_pg.mcore.local_specs rmsnorm_spec"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--spec megatron_pg.mcore.local_specs rmsnorm_spec",
+        "--window-size (8,0) --window-attn-skip-freq ([1,0]) --softmax-type learnable",
+    ],
+)
 def test_the_builder_takes_the_arguments_as_they_are_parsed(parsed, more: str) -> None:
     args = parsed(more)
     model = gpt_builder(args, pre_process=True, post_process=True)
     assert type(model) is PrefixSharingGPTModel
     assert_runs_groups(model)
+    kinds = [layer.self_attention.core_attention.kind for layer in model.decoder.layers]
+    asked = [(8, True), (None, True)] if "--window-size" in more else [(None, False)] * 2
+    assert [(kind.window, kind.has_sink) for kind in kinds] == asked
 
 
 @needs_configs
