@@ -182,6 +182,8 @@ def parameters_per_rank(plan: ModelPlan) -> int:
     attention, whole = sizes.parameters(config.hidden_size), 2 * config.hidden_size
     if config.attention_output_gate:
         attention += config.hidden_size * sizes.num_heads * sizes.head_dim
+    if config.softmax_type == "learnable":
+        attention += sizes.num_heads
     if plan.use_te:
         # Transformer Engine's projections onto latents are on every rank.
         attention -= sizes.down_parameters(config.hidden_size)

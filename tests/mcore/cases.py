@@ -243,7 +243,9 @@ SCHEDULE = {
     ),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),
     # Prefixes of 6 to 11 tokens, of which layers with a window keep the last.
-    "window": Case(**window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0])),
+    "window": Case(
+        **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0], **SELECTIVE_RECOMPUTE)
+    ),
     "window_none": Case(**window(0, softmax_type="learnable")),
     "window_wide": Case(**window(8, softmax_type="off-by-one", **FULL_RECOMPUTE)),
     "window_latent": Case(**recomputed(LATENT_PLAIN, **window(4)["config"])),

@@ -10,13 +10,17 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from megatron_pg.train import dry_run  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 from tests.train import scratch  # noqa: E402
 
 pytestmark = pytest.mark.megatron
 
 WINDOWS = scratch.SIZES | dict(
-    window_size=[4, 0], window_attn_skip_freq=[1, 0], softmax_type="learnable"
+    normalization="RMSNorm",
+    window_size=[4, 0],
+    window_attn_skip_freq=[1, 0],
+    softmax_type="learnable",
 )
 
 
@@ -28,9 +32,11 @@ def straight(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_offsets_train(straight: Any) -> None:
-    _, (weights,), steps = straight
+    config, (weights,), steps = straight
     offsets = [x for name, x in weights.items() if name.endswith("core_attention.softmax_offset")]
     assert [x.shape for x in offsets] == [(4,), (4,)]
+    # The norm before the output layer is left out.
+    assert dry_run(config, 1).parameters_per_rank + 32 == sum(x.numel() for x in weights.values())
     assert steps[0]["check/packed_vs_written_out"] < 1e-5
 
 
