@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from megatron_pg.data import AttentionSizes
@@ -21,10 +23,12 @@ from megatron_pg.mcore import (
     PrefixGroupedSeqParams,
     PrefixKV,
     build_gpt_chunks,
+    gpt_builder,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
 from megatron_pg.mcore import chunks as chunks_module
+from megatron_pg.mcore.layers import latent_core_attention
 from megatron_pg.mcore.resident_latent import ProjectedKV, ResidentLatent
 from megatron_pg.mcore.schedule import resident
 from tests.mcore import cases, harness, resident_steps
@@ -256,3 +260,40 @@ def test_keys_and_values_of_latents_are_there_while_they_are_read() -> None:
     torch.testing.assert_close(weight.grad, share[:, None] * latent.sum(0))
     assert torch.equal(of_key, torch.full((4, 1), 4.0, dtype=torch.float64))
     assert kept.num_bytes == 2 * 4 * (3 + 1) * 8
+
+
+# Ways to a model.
+
+
+class SizedCore(torch.nn.Module):
+    """As Transformer Engine's, which takes the sizes of heads."""
+
+    def __init__(self, config: Any, k_channels: int | None = None, v_channels: int | None = None):
+        super().__init__()
+
+
+def test_cores_that_take_sizes_stay() -> None:
+    assert latent_core_attention(SizedCore) is SizedCore
+    sized = latent_core_attention(DotProductAttention)
+    assert issubclass(sized, DotProductAttention) and sized is not DotProductAttention
+    assert latent_core_attention(sized) is sized
+
+
+def test_megatron_lm_builds_it(one_rank: None) -> None:
+    arguments = SimpleNamespace(
+        padded_vocab_size=harness.VOCAB,
+        max_position_embeddings=harness.MAX_LEN,
+        untie_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_base=10000,
+        transformer_impl="local",
+    )
+    config = harness.make_config(harness.Case(**cases.LATENT))
+    model = gpt_builder(arguments, True, True, config=config).double()
+    attention = model.decoder.layers[0].self_attention
+    assert isinstance(attention, multi_latent_attention.MLASelfAttention)
+    assert torch.isfinite(ordinary(model, torch.arange(9))).all()
+    config.apply_rope_fusion = True
+    with pytest.raises(ValueError, match="apply_rope_fusion=True with multi_latent_attention"):
+        gpt_builder(arguments, True, True, config=config)
