@@ -43,6 +43,8 @@ class VerlCase:
     prefix_group: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    # As ``cases.latent`` and the like give them.
+    layers: dict[str, Any] = field(default_factory=dict)
     temperature: tuple[float, ...] | None = None
     # Trained by a loss of whole sequences, with the last ten tokens before the response.
     sft: bool = False
@@ -63,8 +65,10 @@ class VerlCase:
             num_layers=len(self.experts) or self.pp * (self.vpp or 1) * (1 if self.pp > 1 else 2),
             dtype=torch.float32,
             # verl's regime: losses are divided by micro-batches and averaged over replicas.
-            config=dict(calculate_per_token_loss=False)
+            config=self.layers.get("config", {})
+            | dict(calculate_per_token_loss=False)
             | (EXPERTS | dict(moe_layer_freq=list(self.experts)) if self.experts else {}),
+            spec=self.layers.get("spec", {}),
             model=self.model,
         )
 

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("verl", reason="verl is installed in its own lane")
 
 from tests.adapters.verl.harness import Difference, VerlCase, compare  # noqa: E402
+from tests.mcore import cases  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
 pytestmark = pytest.mark.verl
@@ -33,6 +34,14 @@ CASES = {
         prefix_group=dict(prefix_resident="always"),
     ),
     "padded": VerlCase(padded=True, data=dict(uids=True, max_token_len_per_gpu=80)),
+    "latent_tp2_sp": VerlCase(
+        tp=2, sp=True, layers=cases.LATENT, data=dict(max_token_len_per_gpu=80)
+    ),
+    "latent_resident": VerlCase(
+        layers=cases.LATENT,
+        data=dict(max_token_len_per_gpu=60),
+        prefix_group=dict(prefix_resident="always"),
+    ),
     "tp2": VerlCase(tp=2, data=dict(max_token_len_per_gpu=80)),
     "tp2_sp": VerlCase(tp=2, sp=True, data=dict(max_token_len_per_gpu=80)),
     "pp2": VerlCase(pp=2, data=dict(max_token_len_per_gpu=80)),
