@@ -44,6 +44,7 @@ def test_megatron_names() -> None:
         "count_attention_calls",
         "count_shared_tokens",
         "cpu",
+        "transformer_config_class",
         "validate_config",
         "with_prefix_grouped_attention",
     }

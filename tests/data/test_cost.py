@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from megatron_pg.data import CostModel
+from megatron_pg.data import AttentionSizes, CostModel
 from megatron_pg.tree import PrefixTree
 
 DIMS = {
@@ -70,3 +72,33 @@ def test_refuses_sizes_below_one_and_negative_costs():
         CostModel.from_model_dims(**DIMS | {"num_layers": 0})
     with pytest.raises(ValueError, match="per_token=-1 must be finite and not negative"):
         CostModel(per_token=-1)
+
+
+def test_latent_attention_costs_its_projections_and_both_widths_of_heads() -> None:
+    config = SimpleNamespace(
+        hidden_size=8,
+        num_layers=2,
+        num_attention_heads=4,
+        num_query_groups=None,
+        kv_channels=2,
+        ffn_hidden_size=16,
+        num_moe_experts=None,
+        gated_linear_unit=False,
+        multi_latent_attention=True,
+        q_lora_rank=None,
+        kv_lora_rank=5,
+        qk_head_dim=6,
+        qk_pos_emb_head_dim=2,
+        v_head_dim=3,
+    )
+    # Queries; the latent and the key part that heads share; keys and values of it; output; MLP.
+    one = 8 * 4 * 8 + 8 * (5 + 2) + 5 * 4 * (6 + 3) + 4 * 3 * 8
+    cost = CostModel.from_config(config, 10)
+    assert cost.per_token == 2 * 2 * (one + 2 * 8 * 16)
+    assert cost.per_attention_pair == 2 * 2 * 4 * (8 + 3)
+    config.q_lora_rank = 7
+    two = one - 8 * 4 * 8 + 7 * (8 + 4 * 8)
+    assert CostModel.from_config(config, 10).per_token == 2 * 2 * (two + 2 * 8 * 16)
+    sizes = AttentionSizes.from_config(config)
+    assert sizes.parameters(8) == two and sizes.down_parameters(8) == 8 * (7 + 5 + 2)
+    assert (sizes.latent_dim, sizes.kv_latent_dim, sizes.head_dim) == (14, 7, 8)

@@ -28,8 +28,9 @@ class ModelConfig:
         position_embedding_type: how positions are told, for a model from scratch.
         rotary_base: base of RoPE's frequencies, for a model from scratch.
         transformer_impl: "auto" takes Transformer Engine where it runs.
-        transformer: any further field of ``TransformerConfig``, e.g. ``recompute_granularity``.
-            dtypes and the activation are given by name (``bfloat16``, ``silu``).
+        transformer: any further field of ``TransformerConfig``, e.g. ``recompute_granularity``, and
+            of ``MLATransformerConfig`` with ``multi_latent_attention: true``. dtypes and the
+            activation are given by name (``bfloat16``, ``silu``).
     """
 
     hf: str | None = None
