@@ -298,6 +298,19 @@ def test_transformer_engine_keys_are_the_stock_ones(one_rank, monkeypatch, qk_la
     assert stock.sharded_state_dict().keys() == model.sharded_state_dict().keys()
 
 
+@needs_te
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_latent_attention_of_transformer_engine_is_wrapped(qk_layernorm: bool) -> None:
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        multi_latent_attention=True, qk_layernorm=qk_layernorm
+    )
+    attention = with_prefix_grouped_attention(spec).submodules.self_attention
+    assert attention.module.__name__ == "PrefixGroupedMLASelfAttention"
+    # It takes the sizes of heads by itself.
+    core = attention.submodules.core_attention
+    assert core.__name__ == "PrefixGroupedTEDotProductAttention"
+
+
 class Arguments:
     """What Megatron-LM's parsed arguments hold, as far as the builder reads them."""
 
