@@ -44,6 +44,7 @@ LAYOUTS: dict[Layout, tuple[list[str], list[str], list[str]]] = {
     Layout(pp=2, ep=2): (EXPERTS, [], []),
     Layout(tp=2, ep=2, etp=1, sp=True): ([], BIASED, []),
     Layout(tp=2, pp=2, ep=2, etp=1, sp=True): (BIASED, [], []),
+    Layout(tp=2, ep=4, etp=1, sp=True): (["qwen3_moe"], ["qwen3_moe"], []),
 }
 WHAT = {"round_trip": round_trip, "logits": logits, "megatron_exchange": megatron_exchange}
 CASES = [

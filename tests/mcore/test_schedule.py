@@ -139,3 +139,8 @@ def test_overlaps_that_count_on_one_call_and_unknown_modes_are_refused() -> None
     model.config.param_sync_func = lambda parameters: None
     with pytest.raises(NotImplementedError, match="overlap_param_gather"):
         call()
+    model.config.param_sync_func, model.ddp_config.overlap_grad_reduce = None, False
+    model.config.num_moe_experts, model.config.moe_z_loss_coeff = 4, 0.1
+    model.config.calculate_per_token_loss = False
+    with pytest.raises(NotImplementedError, match="need calculate_per_token_loss=True"):
+        call()

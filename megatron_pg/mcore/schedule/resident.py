@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config
 
 from ...data import Wave
 from ..prefix_kv import PrefixKV, ScheduledRow
+from ..router_losses import has_router_losses
 from .sweep import RetainedRows, no_sync
 
 
@@ -56,7 +57,8 @@ def prefix_resident_forward_backward(
 
     Raises:
         NotImplementedError: if parameters are gathered beside the forward pass
-            (``param_sync_func``), which counts on one call per step.
+            (``param_sync_func``), which counts on one call per step; if routers lose and
+            ``calculate_per_token_loss`` is off.
         ValueError: if gradients are reduced beside the backward pass and ``no_sync_func`` is not
             there to hold that until the last one, or if ``mode`` is neither of the two.
     """
@@ -84,6 +86,7 @@ def prefix_resident_forward_backward(
         return megatron([ScheduledRow(row) for row in waves[0].microbatches], forward_only)
     if not forward_only:
         _check_overlap(chunks, config)
+        _check_router_losses(config)
     results: list[Any] = []
     finalization = _Finalization()
     with finalization.held(config):
@@ -134,6 +137,15 @@ def _check_overlap(chunks: Sequence[Any], config: Any) -> None:
             "overlap_grad_reduce=True needs config.no_sync_func with resident prefixes, which run "
             "several backward passes per step; set it to the no_sync method of the model (a list "
             "for several chunks)"
+        )
+
+
+def _check_router_losses(config: Any) -> None:
+    if has_router_losses(config) and not config.calculate_per_token_loss:
+        raise NotImplementedError(
+            "losses of routers (moe_aux_loss_coeff, moe_z_loss_coeff) with several waves or "
+            "resident prefixes need calculate_per_token_loss=True: else Megatron averages them "
+            "over the rows of one phase; set it, or prefix_resident=never"
         )
 
 

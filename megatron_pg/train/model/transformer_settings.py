@@ -115,7 +115,7 @@ _HINTS: dict[str, Any] = {"q_lora_rank": int | None}
 # How the model of a folder is run stays the run's choice.
 _FREE = {
     *("attention_dropout", "hidden_dropout", "moe_router_load_balancing_type"),
-    "moe_token_dispatcher_type",
+    *("moe_token_dispatcher_type", "moe_grouped_gemm"),
 }
 _PARALLEL = "is set by parallel.{0}; set it there"
 _OFFERED_PARALLEL = (
