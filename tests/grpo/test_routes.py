@@ -79,12 +79,13 @@ def test_a_step_equals_samples_written_out_with_their_routes(ranks: Pool, name: 
         assert (rank.resident_groups > 2) == (name != "one_recomputed")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, "pp2_vpp2"])
 def test_what_is_recorded_is_replayed_to_the_last_bit(ranks: Pool, name: str) -> None:
     groups = make_large_groups()
-    case = replay_case(**LAYOUTS[name])
+    case = replay_case(**LAYOUTS.get(name, dict(pp=2, vpp=2)))
+    settings = SETTINGS.get(name, SETTINGS["one_recomputed"])
     layers = set()
-    for rank in ranks.run(case.world_size, recorded_step, case, SETTINGS[name], groups):
+    for rank in ranks.run(case.world_size, recorded_step, case, settings, groups):
         assert rank.same_gradients and len(rank.recorded) > 2
         layers |= set(rank.layers)
         for recorded, replayed in zip(rank.recorded, rank.replayed, strict=True):
