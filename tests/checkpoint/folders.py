@@ -53,15 +53,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": _BIASED_EXPERTS | _LATENT | dict(first_k_dense_replace=1),
     "Gemma3ForCausalLM": dict(query_pre_attn_scalar=4, sliding_window=64),
     "Glm4MoeForCausalLM": _BIASED_EXPERTS | dict(first_k_dense_replace=1, use_qk_norm=True),
-    "Glm4MoeLiteForCausalLM": _BIASED_EXPERTS | _LATENT,
+    "Glm4MoeLiteForCausalLM": _BIASED_EXPERTS | _LATENT | dict(first_k_dense_replace=1),
     "GptOssForCausalLM": dict(
         num_local_experts=2,
-        num_experts_per_tok=1,
+        num_experts_per_tok=2,
         sliding_window=64,
         rope_parameters=dict(rope_type="default"),
     ),
     "MistralForCausalLM": dict(sliding_window=None),
-    "MixtralForCausalLM": dict(num_local_experts=2, num_experts_per_tok=1),
+    "MixtralForCausalLM": dict(num_local_experts=2, num_experts_per_tok=2),
     "Qwen2MoeForCausalLM": _QWEN_EXPERTS | dict(shared_expert_intermediate_size=6),
     "Qwen3MoeForCausalLM": _QWEN_EXPERTS,
 }

@@ -109,7 +109,7 @@ HF_CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "architecture": (
         "llama",
         edit_config(architectures=["GPT2LMHeadModel"]),
-        "supported are Llama",
+        "supported are .*Llama",
     ),
     "gemma": ("llama", edit_config(architectures=["Gemma3ForCausalLM"]), "'Gemma3ForCausalLM'"),
     "longrope": (

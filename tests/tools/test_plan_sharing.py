@@ -573,16 +573,22 @@ def test_latent_attention_and_shared_experts_are_counted(tmp_path: Path) -> None
 
 
 @pytest.mark.megatron
-@pytest.mark.parametrize("config", [DEEPSEEK, LATENT], ids=["huggingface", "megatron"])
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (HF | dict(architectures=["CohereForCausalLM"], model_type="cohere"), "CohereForCausalLM"),
+        (MEGATRON | dict(qk_l2_norm=True), "qk_l2_norm=True"),
+    ],
+    ids=["huggingface", "megatron"],
+)
 def test_a_model_that_training_refuses_never_pays(
-    rollouts: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object]
+    rollouts: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object], named: str
 ) -> None:
     pytest.importorskip("megatron.core")
     more = dict(max_position_embeddings=64, norm_epsilon=1e-5, normalization="RMSNorm")
     (rollouts.parent / "config.json").write_text(json.dumps(config | more))
     got = report(rollouts)
     out = capsys.readouterr().out
-    named = "DeepseekV3ForCausalLM" if "architectures" in config else "multi_latent_attention=True"
     assert not got["pays"] and named in got["training_refuses"]
     assert "Training refuses this model" in out and "Sharing pays" not in out
     assert got["predicted_step_time_ratio"] > 1.03, "the numbers alone would say that it pays"

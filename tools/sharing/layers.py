@@ -154,6 +154,8 @@ def hf_mlps(values: Mapping[str, Any]) -> tuple[list[int], dict[str, int]]:
         and (i + 1) % step == 0
         for i in range(num_layers)
     ]
+    if kinds := values.get("mlp_layer_types"):
+        has_experts = [kind == "sparse" for kind in kinds]
     return _mlps(has_experts, values.get("intermediate_size"), expert, topk, shared)
 
 

@@ -104,8 +104,6 @@ def _read_groups(values: ConfigValues, num_experts: int, topk: int) -> dict[str,
         values.problems.append(
             f"topk_group={chosen} of n_group={groups} groups, for {topk} experts of {num_experts}"
         )
-    elif topk == 1:
-        values.refused.append("num_experts_per_tok=1 (Megatron-Core does not normalise one weight)")
     elif groups > chosen and topk // chosen != _OF_A_GROUP:
         values.refused.append(
             f"topk_group={chosen} with num_experts_per_tok={topk} (groups are chosen by their best "
@@ -133,5 +131,5 @@ def _inexpressible(fields: dict[str, Any]) -> Iterator[str]:
     if pattern and tuple(sorted(pattern)) != pattern:
         yield f"moe_layer_freq={list(pattern)}, where experts do not begin at one layer"
     topk = fields["moe_router_topk"]
-    if topk == 1 or (chosen and topk // chosen != _OF_A_GROUP):
+    if chosen and topk // chosen != _OF_A_GROUP:
         yield f"moe_router_topk={topk} with moe_router_group_topk={chosen}"

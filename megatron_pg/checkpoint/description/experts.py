@@ -22,6 +22,7 @@ _SHARED = (
     *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
     "moe_shared_expert_gate",
 )
+_ONE_WEIGHT = "Megatron-Core leaves one weight as it is"
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,23 @@ class ExpertsModel(HfModel):
         if None not in (one, other) and one != other:
             values.problems.append(f"{count}={one!r} and num_local_experts={other!r} differ")
         num_experts = values.size(count if other is None else "num_local_experts", MAX_EXPERTS)
+        chosen, is_normalised = values.size(topk, num_experts), cls.read_normalisation(values)
+        if chosen == 1 and is_normalised:
+            values.refused.append(f"{topk}=1 with weights that add up to one ({_ONE_WEIGHT})")
         return fields | dict(
             num_experts=num_experts,
-            moe_router_topk=values.size(topk, num_experts),
+            moe_router_topk=chosen,
+            norm_topk_prob=is_normalised,
             moe_ffn_hidden_size=values.size(width),
             moe_layer_freq=cls.checked_pattern(
                 cls.read_pattern(values, fields["num_layers"]), values
             ),
         )
+
+    @classmethod
+    def read_normalisation(cls, values: ConfigValues) -> bool:
+        """Whether the weights of the chosen experts add up to one."""
+        return True
 
     @classmethod
     def read_pattern(cls, values: ConfigValues, num_layers: int) -> tuple[int, ...]:
@@ -138,13 +148,16 @@ class ExpertsModel(HfModel):
                 f"{read.where}: args have moe_router_topk={topk} of num_experts={count}; {NEED}"
             )
         fields = super().read_arguments(read)
+        is_normalised = not read.get("moe_router_pre_softmax")
+        if topk == 1 and is_normalised:
+            read.refuse("moe_router_topk", topk, f"above 1 without pre-softmax ({_ONE_WEIGHT})")
         width = read.size("moe_ffn_hidden_size", None) or read.size("ffn_hidden_size")
         return fields | dict(
             num_experts=count,
             moe_router_topk=topk,
             moe_ffn_hidden_size=width,
             moe_layer_freq=_pattern_of_arguments(read, fields["num_layers"]),
-            norm_topk_prob=not read.get("moe_router_pre_softmax"),
+            norm_topk_prob=is_normalised,
         )
 
     def megatron_arguments(self) -> dict[str, Any]:

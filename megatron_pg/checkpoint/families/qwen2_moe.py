@@ -41,9 +41,13 @@ class Qwen2Moe(ExpertsModel):
         """See ``HfModel``."""
         values.must("qkv_bias", True)
         return super().read_config(values) | dict(
-            norm_topk_prob=values.flag("norm_topk_prob"),
             moe_shared_expert_intermediate_size=values.size(_SHARED),
         )
+
+    @classmethod
+    def read_normalisation(cls, values: ConfigValues) -> bool:
+        """See ``ExpertsModel``."""
+        return values.flag("norm_topk_prob")
 
     @classmethod
     def read_pattern(cls, values: ConfigValues, num_layers: int) -> tuple[int, ...]:

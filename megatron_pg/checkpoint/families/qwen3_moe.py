@@ -26,9 +26,9 @@ class Qwen3Moe(ExpertsModel):
     windows = WindowInEveryLayer(switch=True)
 
     @classmethod
-    def read_config(cls, values: ConfigValues) -> dict[str, Any]:
-        """See ``HfModel``."""
-        return super().read_config(values) | dict(norm_topk_prob=values.flag("norm_topk_prob"))
+    def read_normalisation(cls, values: ConfigValues) -> bool:
+        """See ``ExpertsModel``."""
+        return values.flag("norm_topk_prob")
 
     @classmethod
     def read_pattern(cls, values: ConfigValues, num_layers: int) -> tuple[int, ...]:

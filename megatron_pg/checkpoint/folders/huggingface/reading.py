@@ -79,8 +79,8 @@ class HfFolder:
         if unexpected:
             raise ValueError(
                 f"{self._files.path(unexpected[0])}: {len(unexpected)} tensor(s) that config.json "
-                f"does not describe: {', '.join(unexpected[:5])}; folder and configuration do not "
-                "match"
+                f"does not describe: {', '.join(unexpected[:5])}; folder and configuration do "
+                "not match"
             )
 
     def _check_tied_head(self) -> None:
