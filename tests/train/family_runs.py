@@ -23,9 +23,13 @@ LAYOUTS = ("tp2_sp", "pp2")
 _MAY_STAY = ("e_score_correction_bias", ".experts.")
 
 
-def prepare(folder: Path, name: str, *, num_layers: int = 2, **overrides: object) -> TrainConfig:
-    """Five steps of four groups in two minibatches, from the folder of a random model."""
-    save_hf(FAMILIES[name], folder / "model", num_layers=num_layers)
+def prepare(folder: Path, name: str, **overrides: object) -> TrainConfig:
+    """Five steps of four groups in two minibatches, from the folder of a random model.
+
+    Some have experts in not all of their layers; each of two stages has a layer with them.
+    """
+    family = FAMILIES[name]
+    save_hf(family, folder / "model", num_layers=4 if family.has_experts else 2)
     groups = [g for g in tiny.make_groups(6, seed=3) if len(g.samples) == 4]
     sections = tiny.run_sections(folder, groups)
     sections["rollout"]["shuffle"] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
@@ -54,3 +55,15 @@ def test_five_steps_end_where_a_plain_loop_ends(
     assert min(step["tokens/reuse_ratio"] for step in steps) > 1.2
     assert sum(step["actor/clipfrac_low"] + step["actor/clipfrac_high"] for step in steps) > 0
     assert family_runs.largest_difference(ours, plain, start) <= 2e-4
+
+
+def test_biases_of_experts_stay_fp32(ranks: Pool, tmp_path: Path) -> None:
+    """In a model of bf16, to the last bit; they are no parameters of the optimizer."""
+    settings = {"model__transformer": {"params_dtype": "bfloat16"}, "run__num_steps": 1}
+    config = family_runs.prepare(tmp_path, "moonlight", **settings)
+    ours, _ = runs.run(ranks, config, "pp2", tmp_path / "out")
+    start = runs.load_weights(tmp_path / "model")
+    biases = [name for name in start if name.endswith("e_score_correction_bias")]
+    assert biases and all(torch.equal(ours[name], start[name]) for name in biases)
+    assert not torch.equal(start[biases[0]], start[biases[0]].bfloat16().float())
+    assert ours["model.norm.weight"].dtype == torch.bfloat16

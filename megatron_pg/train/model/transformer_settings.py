@@ -116,6 +116,7 @@ _HINTS: dict[str, Any] = {"q_lora_rank": int | None}
 _FREE = {
     *("attention_dropout", "hidden_dropout", "moe_router_load_balancing_type"),
     *("moe_token_dispatcher_type", "moe_grouped_gemm"),
+    *("moe_router_bias_update_rate", "moe_router_dtype"),
 }
 _PARALLEL = "is set by parallel.{0}; set it there"
 _OFFERED_PARALLEL = (
