@@ -67,7 +67,8 @@ class Case:
 def kind_cases(options: Options) -> list[Case]:
     """Windows shorter than a response and than a prompt, a sink, the heads of DeepSeek-V3."""
     long, short = star(4096, 512, 8), star(1024, 128, 8)
-    windows, head_dim, value_dim = (128, 512, 1024), 192, 128
+    windows: tuple[int, ...] = (128, 512, 1024)
+    head_dim, value_dim = 192, 128
     if options.quick:
         long, short, windows, head_dim, value_dim = star(32, 8, 4), star(16, 4, 4), (4,), 48, 16
     cases = [
