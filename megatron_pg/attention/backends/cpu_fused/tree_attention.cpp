@@ -1,8 +1,9 @@
 // Attention of every query over its own path in the tree, forward and backward, on one CPU.
 //
 // A tile is a few queries of one segment. Its ranges are the keys that it sees: the segments of
-// its ancestors in full, and its own segment up to the diagonal. One online softmax runs over all
-// of them, so nothing is merged afterwards. A key or value is read where it lies by every tile that
+// its ancestors in full, and its own segment up to the diagonal; under a window only what follows
+// a second diagonal, which may run through several of them. One online softmax runs over all of
+// them, so nothing is merged afterwards. A key or value is read where it lies by every tile that
 // sees it; only the products with transposed keys or values read copies, in panels.
 //
 // interface.py and layout.py check what is given, __init__.py brings it into order; tiles.py makes
@@ -53,7 +54,8 @@ struct PanelSpan {
     Index source, kv_start, len, panel_start;
 };
 
-// What all tiles share. Values and outputs have value_dim numbers a head, queries and keys head_dim.
+// What all tiles share. A head of values and outputs has value_dim numbers, one of queries and keys
+// head_dim.
 template <class T>
 struct Shape {
     Index num_heads, grouping, head_dim, value_dim, tokens;
