@@ -190,6 +190,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, total_tokens: int, kind: Att
     if not q.dtype.is_floating_point:
         raise ValueError(f"q has dtype {q.dtype}, attention needs a floating-point type")
     value_dim = q.shape[2] if kind.value_dim is None else kind.value_dim
+    if kind.value_dim is not None and v.shape[2] != value_dim:
+        raise ValueError(
+            f"v has heads of {v.shape[2]}, AttentionKind(value_dim={value_dim}) of {value_dim}; "
+            "they must agree"
+        )
     if k.shape[1] != v.shape[1] or k.shape[2] != q.shape[2] or v.shape[2] != value_dim:
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must have equal shapes and q's head_dim "

@@ -46,7 +46,9 @@ class AttentionKind:
             _check_factor(name, getattr(self, name))
         for name, least in (("window", 0), ("value_dim", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, numbers.Integral) or value < least):
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
     def scale(self, head_dim: int) -> float:

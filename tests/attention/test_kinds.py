@@ -181,6 +181,7 @@ def test_values_of_the_queries_size_are_plain() -> None:
         (dict(softcap=-1.0), "softcap=-1.0 must be finite and above 0"),
         (dict(softcap="30"), "softcap='30' must be finite"),
         (dict(window=-1), "window=-1 must be an integer of at least 0"),
+        (dict(window=True), "window=True must be an integer of at least 0"),
         (dict(window=2.5), "window=2.5 must be an integer of at least 0"),
         (dict(value_dim=0), "value_dim=0 must be an integer of at least 1"),
     ],
@@ -204,7 +205,10 @@ def test_numbers_that_no_attention_has(fields, message: str) -> None:
             r"shape \(2,\) on cpu, must be one number for each of q's 4 heads",
         ),
         (dict(kind=AttentionKind(), softmax_scale=0.5), "say it in the kind alone"),
-        (dict(kind=AttentionKind(value_dim=4)), "values of another size take AttentionKind"),
+        (
+            dict(kind=AttentionKind(value_dim=4)),
+            r"v has heads of 8, AttentionKind\(value_dim=4\)",
+        ),
     ],
 )
 def test_calls_that_contradict_themselves(call, message: str) -> None:
