@@ -63,7 +63,6 @@ def recomputed(model: dict[str, Any], **config: Any) -> dict[str, Any]:
     return model | dict(config=model["config"] | config)
 
 
-UP_PROJECTION = dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"])
 UP_AND_CORE = dict(
     recompute_granularity="selective", recompute_modules=["mla_up_proj", "core_attn"]
 )
@@ -139,8 +138,6 @@ EQUIVALENCE = {
     "latent": Case(**LATENT),
     "latent_rope": Case(**LATENT_PLAIN),
     "latent_partial": Case(**latent(**LATENT_ROPE, rotary_percent=0.5)),
-    "latent_full": Case(**recomputed(LATENT, **FULL_RECOMPUTE)),
-    "latent_up": Case(**recomputed(LATENT, **UP_PROJECTION)),
     "latent_up_core": Case(**recomputed(LATENT, **UP_AND_CORE)),
     "selective": Case(config=SELECTIVE_RECOMPUTE),
     "modules": Case(config=MODULES_RECOMPUTE),
@@ -233,13 +230,14 @@ SCHEDULE = {
     "latent_up_core": Case(**recomputed(LATENT, **UP_AND_CORE)),
     "latent_tp2": Case(tp=2, **LATENT),
     "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
+    # Latents are kept of whole prompts, whatever a window shows of them.
+    "latent_window": Case(
+        backend="reference",
+        **latent(**LATENT_ROPE, window_size=(4, 0), softmax_type="learnable"),
+    ),
     "latent_frozen_latents": Case(
         **LATENT_PLAIN,
         trains=lambda stage, chunk, name: "kv_up_proj" in name or "output_layer" in name,
-    ),
-    "latent_frozen_lower": Case(
-        **LATENT,
-        trains=lambda stage, chunk, name: "embedding" not in name and "layers.0" not in name,
     ),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),
     # Prefixes of 6 to 11 tokens, of which layers with a window keep the last.
