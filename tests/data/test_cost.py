@@ -93,12 +93,13 @@ def test_latent_attention_costs_its_projections_and_both_widths_of_heads() -> No
     )
     # Queries; the latent and the key part that heads share; keys and values of it; output; MLP.
     one = 8 * 4 * 8 + 8 * (5 + 2) + 5 * 4 * (6 + 3) + 4 * 3 * 8
-    cost = CostModel.from_config(config, 10)
+    cost = CostModel.from_config(config, 10, [None, None])
     assert cost.per_token == 2 * 2 * (one + 2 * 8 * 16)
     assert cost.per_attention_pair == 2 * 2 * 4 * (8 + 3)
     config.q_lora_rank = 7
     two = one - 8 * 4 * 8 + 7 * (8 + 4 * 8)
-    assert CostModel.from_config(config, 10).per_token == 2 * 2 * (two + 2 * 8 * 16)
+    cost = CostModel.from_config(config, 10, [None, None])
+    assert cost.per_token == 2 * 2 * (two + 2 * 8 * 16)
     sizes = AttentionSizes.from_config(config)
     assert sizes.parameters(8) == two and sizes.down_parameters(8) == 8 * (7 + 5 + 2)
     assert (sizes.latent_dim, sizes.kv_latent_dim, sizes.head_dim) == (14, 7, 8)

@@ -58,11 +58,12 @@ _OWN_CLASSES: tuple[type[TransformerConfig], ...] = (DecoderConfig, LatentConfig
 
 def transformer_config_class(settings: Mapping[str, Any]) -> type[TransformerConfig]:
     """The class that has the fields of these settings."""
-    is_latent = settings.get("multi_latent_attention")
+    is_latent = bool(settings.get("multi_latent_attention"))
     stock: type[TransformerConfig] = MLATransformerConfig if is_latent else TransformerConfig
     known = {field.name for field in fields(stock)}
     for cls in _OWN_CLASSES:
-        if issubclass(cls, stock) and ({f.name for f in fields(cls)} - known) & settings.keys():
+        is_same_kind = issubclass(cls, MLATransformerConfig) == is_latent
+        if is_same_kind and ({f.name for f in fields(cls)} - known) & settings.keys():
             return cls
     return stock
 
