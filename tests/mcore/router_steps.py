@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from torch import Tensor
 
 from megatron_pg import PrefixTree, pack_trees
-from megatron_pg.mcore import Predictions, PrefixGroupedSeqParams
+from megatron_pg.mcore import Predictions, PrefixGroupedSeqParams, take_router_losses
 from megatron_pg.mcore.layers import PrefixGroupedRouter
 from megatron_pg.mcore.router_row import RouterRow
 from tests.mcore import harness
@@ -234,6 +234,11 @@ class Side:
         for router in routers(self.chunks):
             if router.enable_expert_bias:
                 found[f"bias {router.layer_number}"] = router.expert_bias.clone()
+        rows = len(batches) * self.case.dp
+        for name, value in take_router_losses(self.config, rows, torch.device("cpu")).items():
+            # Of its z-loss the stock router logs on every rank the mean of the rank's tokens.
+            is_partial = self.case.tp == 1 or name != "z_loss"
+            found |= {f"logged {name}": torch.tensor(value)} if is_partial else {}
         return found | self.counts
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:

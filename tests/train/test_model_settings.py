@@ -174,6 +174,11 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
             {},
             "expert bias",
         ),
+        (
+            dict(moe_router_load_balancing_type=["aux_loss"], moe_aux_loss_coeff=[]),
+            {},
+            "moe_aux_loss_coeff",
+        ),
         (dict(moe_layer_freq=0), {}, "a whole number from 1"),
         (
             dict(moe_layer_freq=[0, 0, 1, 1]),

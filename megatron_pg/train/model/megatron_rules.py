@@ -210,7 +210,7 @@ def _loss_problems(config: TransformerConfig) -> Iterator[str]:
         "moe_router_bias_update_rate": [config.moe_router_bias_update_rate],
     }
     for name, values in numbers.items():
-        if min(values) < 0:
+        if min(values, default=0) < 0:
             yield f"{name}={getattr(config, name)!r} must be at least 0"
 
 
