@@ -73,7 +73,7 @@ METRICS: dict[str, str] = {
     "packing/waves": "waves of a minibatch; above 1 when not all prompts are resident at once",
     "packing/predicted_cost": "of one pass over the minibatches, in forward FLOPs of a stage",
     "packing/predicted_cost_repeated": "the same if prompts were repeated; when groups are divided",
-    "tokens/split_by_routes": "tokens encoded once more as samples route them to other experts; R3",
+    "tokens/split_by_routes": "tokens encoded once more, since samples route them to other experts",
     "tokens/resident": "tokens of resident prompts, counted in tokens/unique too",
     "pipeline/bubble": "estimated idle share of a pipeline stage (1F1B)",
     "time/rollout": "seconds for rollouts; of those asked ahead only the wait",
@@ -150,9 +150,8 @@ def token_metrics(config: TrainConfig, batch: StepBatch, dp_size: int) -> dict[s
         "packing/resident_groups": float(tokens.resident_groups),
         "packing/repeated_groups": float(tokens.repeated_groups),
         "tokens/resident": float(tokens.resident),
+        "tokens/split_by_routes": float(tokens.split),
     }
-    if config.algorithm.router_replay == "R3":
-        metrics["tokens/split_by_routes"] = float(tokens.split)
     if not num_minibatches:
         return metrics
     sizes = config.parallel.sizes
