@@ -283,11 +283,10 @@ def count_tokens(waves: Sequence[PackPlan]) -> TokenCounts:
             unique = sum(part_tree(wave.shapes, part).unique_tokens for part in row)
             total += _row_counts(unique, wave, bool(row))
             for part in row:
-                samples = list(part.samples)
-                lens = wave.shapes[part.group].tree.sample_lens[samples]
-                total += TokenCounts(logical=int(lens.sum()))
-                if part.group not in places:
-                    total += TokenCounts(split=wave.shapes[part.group].split_tokens)
+                shape = wave.shapes[part.group]
+                logical = int(shape.tree.sample_lens[list(part.samples)].sum())
+                split = 0 if part.group in places else shape.split_tokens
+                total += TokenCounts(logical=logical, split=split)
                 places[part.group] = places.get(part.group, 0) + (not part.is_resident)
         for prefix_row in wave.prefix_rows:
             unique = sum(wave.shapes[group].resident_tokens for group in prefix_row)
