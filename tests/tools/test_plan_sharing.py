@@ -422,8 +422,9 @@ def active_weights(model: torch.nn.Module, active: float) -> float:
     """Weights of matrices in decoder layers that a token meets; of experts it meets a share."""
     total = 0.0
     for name, weight in model.named_parameters():
-        is_router = "router" in name or name.endswith("gate.weight")
-        if re.search(r"(layers|\.h)\.\d+\.", name) and weight.ndim > 1 and not is_router:
+        # Biases of all experts lie in one tensor.
+        is_none = "router" in name or name.endswith(("gate.weight", "_bias"))
+        if re.search(r"(layers|\.h)\.\d+\.", name) and weight.ndim > 1 and not is_none:
             is_routed = weight.ndim == 3 or re.search(r"experts\.\d", name) is not None
             total += weight.numel() * (active if is_routed else 1.0)
     return total

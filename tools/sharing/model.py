@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 # transformers builds them (see the tests). Models of these types have a gate as third matrix of
 # their MLPs,
 GATED = {
-    *("bitnet", "cohere", "deepseek_v2", "deepseek_v3", "ernie4_5", "flex_olmo", "gemma", "glm"),
-    *("glm4", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm4v_text", "granite", "granitemoe"),
+    *("bitnet", "cohere", "deepseek_v2", "deepseek_v3", "ernie4_5", "flex_olmo", "gemma"),
+    *("gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text"),
+    *("glm4v_text", "gpt_oss", "granite", "granitemoe", "olmo3"),
     *("granitemoeshared", "helium", "internlm3", "llama", "minicpm3", "minimax_m2", "ministral3"),
     *("mistral", "mistral4", "mixtral", "molmo2_text", "olmo", "olmo2", "olmoe", "phi3", "phimoe"),
     *("qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe"),
