@@ -17,6 +17,13 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "one": ParallelConfig(),
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "tp2_sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    # Experts with biases are not cut.
+    "tp2_ep2_etp1_sp": ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+    ),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),
     "pp2_vpp2": ParallelConfig(
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2

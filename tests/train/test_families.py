@@ -51,6 +51,8 @@ def test_five_steps_end_where_a_plain_loop_ends(
     ranks: Pool, truth: Truth, layout: str, tmp_path: Path
 ) -> None:
     config, start, plain = truth
+    if layout == "tp2_sp" and "gpt_oss" in str(config.model.hf):
+        layout = "tp2_ep2_etp1_sp"
     ours, steps = runs.run(ranks, config, layout, tmp_path / "out")
     assert min(step["tokens/reuse_ratio"] for step in steps) > 1.2
     assert sum(step["actor/clipfrac_low"] + step["actor/clipfrac_high"] for step in steps) > 0

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .config import DecoderConfig
-from .linear import own_output_linear, post_layernorm_linear
+from .linear import expert_output_linear, post_layernorm_linear
 from .rotary import rotary_by_window
 
 
@@ -53,12 +53,12 @@ def _layer(spec: ModuleSpec, config: DecoderConfig, norm: Any) -> ModuleSpec:
 
 
 def _with_expert_biases(spec: ModuleSpec) -> ModuleSpec:
-    def own_output(linear: type) -> type:
-        return own_output_linear(linear) if linear is RowParallelLinear else linear
+    def trainable(linear: type) -> type:
+        return expert_output_linear(linear) if linear is RowParallelLinear else linear
 
     mlp = spec.submodules.mlp
     if isinstance(_submodules(mlp), MoESubmodules):
-        mlp = _changed(mlp, "experts", lambda experts: _changed(experts, "linear_fc2", own_output))
+        mlp = _changed(mlp, "experts", lambda experts: _changed(experts, "linear_fc2", trainable))
     return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
 
 

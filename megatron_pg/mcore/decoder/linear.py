@@ -43,11 +43,21 @@ def post_layernorm_linear(cls: type, norm_class: type) -> type:
     return type(f"{cls.__name__}PostLayerNorm", (PostLayerNorm, cls), {"norm_class": norm_class})
 
 
-class _OwnOutput(torch.nn.Module):
-    """Mixin over a linear layer to whose output an expert adds its bias in place.
+class _ExpertOutput(torch.nn.Module):
+    """Mixin over the last linear layer of a local expert with biases.
 
-    Autograd forbids that where the output is a view that a function has made.
+    An expert adds its bias to the output in place, which autograd forbids where the output is a
+    view that a function has made. And the bias has met all tokens of its expert: summing its
+    gradient over ranks, as of what sees a part of a sequence, would add up different experts; as
+    a copy of the first rank's it would be missing in the gradients' norm.
     """
+
+    bias: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias.sequence_parallel = False
+        self.bias.tensor_model_parallel = True
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """What the given class computes, in memory of its own."""
@@ -56,6 +66,6 @@ class _OwnOutput(torch.nn.Module):
 
 
 @cache
-def own_output_linear(cls: type) -> type:
-    """Subclass of a linear layer whose output may be changed in place."""
-    return type(f"{cls.__name__}OwnOutput", (_OwnOutput, cls), {})
+def expert_output_linear(cls: type) -> type:
+    """Subclass of the last linear layer of an expert with biases, which can be trained."""
+    return type(f"{cls.__name__}ExpertOutput", (_ExpertOutput, cls), {})

@@ -194,7 +194,7 @@ def _position_problems(config: TransformerConfig, position_embedding_type: str) 
                 f"qk_pos_emb_head_dim={config.qk_pos_emb_head_dim} must be even: rotary positions "
                 "turn pairs of channels"
             )
-    elif position_embedding_type == "rope" and config.kv_channels % 2:
+    elif position_embedding_type in ("rope", "yarn") and config.kv_channels % 2:
         yield (
             f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
             "be even: rotary positions turn pairs of channels"
