@@ -38,7 +38,7 @@ LAYOUTS: dict[Layout, tuple[list[str], list[str], list[str]]] = {
     Layout(pp=4): (DENSE, [], ["llama_tied"]),
     Layout(pp=4, vpp=2): (DENSE, [], []),
     Layout(tp=2, pp=2, sp=True): (DENSE + EXPERTS, DENSE, []),
-    Layout(tp=2, pp=2, vpp=2): (DENSE, [], EXCHANGED),
+    Layout(tp=2, pp=2, vpp=2): (DENSE, [], [*EXCHANGED, "minimax_m2"]),
     Layout(ep=4): (EXPERTS + BIASED, [], []),
     Layout(tp=2, ep=2, sp=True): (EXPERTS, [], []),
     Layout(pp=2, ep=2): (EXPERTS, [], []),

@@ -193,6 +193,18 @@ FAMILIES = {
             rms_norm_eps=1e-5,
         ),
     ),
+    "minimax_m2": Family(
+        "MiniMaxM2",
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=8,
+            rotary_dim=4,
+            **NO_TOKENS,
+        ),
+    ),
     "mixtral": Family("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 # SmolLM2's relations: nine heads over three groups, tied; six layers for one to three stages.

@@ -31,6 +31,7 @@ TRAINED = [
     "glm4_moe_lite",
     "deepseek_v3",
     "moonlight",
+    "minimax_m2",
 ]
 Truth = tuple[TrainConfig, Weights, Weights]
 

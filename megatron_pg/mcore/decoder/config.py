@@ -18,6 +18,8 @@ class DecoderConfig(TransformerConfig):
 
     Attributes:
         embedding_multiplier: of the embedded tokens; None: as they are.
+        has_norms_over_heads: whether queries and keys are normalised over all heads together;
+            ``qk_layernorm`` is for norms of each head.
         has_post_layernorms: whether what attention and MLP add to a layer is normalised first.
         window_rotary_base: of positions in layers with a window, not scaled; None: as in others.
         yarn_rotary_scaling_factor: by which YaRN lengthens the context; 1: not at all.
@@ -30,6 +32,7 @@ class DecoderConfig(TransformerConfig):
     """
 
     embedding_multiplier: float | None = None
+    has_norms_over_heads: bool = False
     has_post_layernorms: bool = False
     window_rotary_base: float | None = None
     yarn_rotary_scaling_factor: float = 1.0

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .config import DecoderConfig
 from .linear import expert_output_linear, post_layernorm_linear
+from .norm import norms_over_heads
 from .rotary import rotary_by_window
 
 
@@ -46,6 +47,8 @@ def _layer(spec: ModuleSpec, config: DecoderConfig, norm: Any) -> ModuleSpec:
     attention, mlp = spec.submodules.self_attention, spec.submodules.mlp
     if config.window_rotary_base is not None:
         attention = replace(attention, module=rotary_by_window(attention.module))
+    if config.has_norms_over_heads:
+        attention = replace(attention, module=norms_over_heads(attention.module))
     if config.has_post_layernorms:
         attention = _changed(attention, "linear_proj", with_norm)
         mlp = _changed(mlp, "linear_fc2", with_norm)
