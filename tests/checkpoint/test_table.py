@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_pg.checkpoint import HfFolder, load_hf
+from megatron_pg.checkpoint import HfFolder, TorchDistReader, load_hf
 from megatron_pg.checkpoint.load import global_name, named_weights, shard_position
 from megatron_pg.checkpoint.table import Merger, make_shard
 from megatron_pg.mcore import cpu
@@ -108,6 +108,24 @@ def round_trip_over_ranks(path: Path, layout: Layout) -> None:
         seen |= merger.add(specs, [shards[rank] for rank in range(size)])
     assert seen.keys() == folder.shapes.keys()
     assert all(torch.equal(seen[key], folder.read(key)) for key in seen)
+
+
+def test_every_layer_of_a_pattern_has_its_own_tensors(models: Path) -> None:
+    """Norms under the names of either spec: fused into a linear layer, or a module of their own."""
+    reader = TorchDistReader(models / "deepseek_v3-megatron/release")
+    keys = {key for key in reader.tensors if key.startswith("decoder.layers.")}
+    assert not [key for key in keys if not key.split(".")[2].isdigit()]
+    norms = {key.removeprefix("decoder.layers.") for key in keys if "norm" in key}
+    latents = ("q_layernorm.weight", "linear_q_up_proj.layer_norm_weight", "kv_layernorm.weight")
+    attention = {*latents, "linear_kv_up_proj.layer_norm_weight"}
+    every = {"input_layernorm.weight", *(f"self_attention.{name}" for name in attention)}
+    own, fused = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+    assert norms == {f"{layer}.{name}" for layer in range(8) for name in {*every, own}} | {
+        f"0.{fused}"
+    }
+    assert reader.tensors["decoder.layers.1.mlp.router.expert_bias"].dtype == torch.float32
+    experts = reader.tensors["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"]
+    assert experts.shape == (8, 32, 32)
 
 
 def test_model_of_another_configuration(models: Path) -> None:

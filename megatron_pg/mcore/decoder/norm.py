@@ -37,7 +37,7 @@ class NormOverHeads(torch.nn.Module):
         if self.group.size() > 1:
             squares = _Sum.apply(squares, self.group)
         mean = squares / (self.weight.numel() * self.group.size())
-        normed = wide * (mean + self.eps).rsqrt() * self.weight.view(self.shape)
+        normed: Tensor = wide * (mean + self.eps).rsqrt() * self.weight.view(self.shape)
         return normed.to(x.dtype)
 
     def sharded_state_dict(
