@@ -349,3 +349,25 @@ def test_another_model(change: dict[str, Any], named: str) -> None:
     """What Megatron-Core would compute otherwise, and what is not known, by name."""
     with refused(named):
         parse_hf_config(PUBLISHED["DeepSeek-V3"] | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("GLM-4.5", dict(partial_rotary_factor=0.01), "rotates 1 of 128 channels"),
+        ("MiniMax-M2", dict(rotary_dim=3), "rotates 3 of 128 channels"),
+        ("MiniMax-M2", dict(rotary_dim=64, partial_rotary_factor=0.25), "contradicts"),
+        ("MiniMax-M2", dict(attn_type_list=[0] * 62), "attn_type_list"),
+        ("MiniMax-M2", dict(qk_norm_type="per_head"), "qk_norm_type='per_head'"),
+        ("GLM-4.7-Flash", dict(mlp_layer_types=["dense"] * 47), "experts in no layer"),
+        ("GLM-4.7-Flash", dict(mlp_layer_types=["dense"] * 3), "must be dense or sparse for 47"),
+        ("GLM-4.7-Flash", dict(first_k_dense_replace=2), "first_k_dense_replace=2 (must be 1)"),
+        ("Mixtral-8x7B", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1"),
+        ("Mixtral-8x7B", dict(num_experts_per_tok=1), "num_experts_per_tok=1 with weights"),
+        ("Qwen1.5-MoE-A2.7B", dict(qkv_bias=False), "qkv_bias=False"),
+        ("Qwen1.5-MoE-A2.7B", dict(mlp_only_layers=["a"]), "mlp_only_layers=['a']"),
+    ],
+)
+def test_another_model_of_other_families(name: str, change: dict[str, Any], named: str) -> None:
+    with refused(named):
+        parse_hf_config(PUBLISHED[name] | change)

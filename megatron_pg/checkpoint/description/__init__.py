@@ -16,6 +16,7 @@ from .latent import LatentModel
 from .layer_patterns import expand_pattern, read_pattern
 from .layer_ropes import layer_ropes_json, read_layer_ropes
 from .registry import FAMILIES, register
+from .rope import check_rotated
 from .window import Window, WindowByPeriod, WindowBySwitch, WindowInEveryLayer
 from .yarn import Yarn
 
@@ -34,6 +35,7 @@ __all__ = [
     "WindowBySwitch",
     "WindowInEveryLayer",
     "Yarn",
+    "check_rotated",
     "expand_pattern",
     "kind_of_experts",
     "layer_ropes_json",

@@ -11,6 +11,7 @@ from .argument_values import NEED, ArgumentValues
 from .config_values import ConfigValues
 from .decoder import Decoder
 from .rope import (
+    check_rotated,
     read_rope,
     read_rope_arguments,
     read_rotary_percent,
@@ -112,8 +113,9 @@ class HfModel(Decoder):
                 "dequantise the model first"
             )
         fields["window"] = cls.windows.read(values, fields["num_layers"])
-        fields["rotary_percent"] = read_rotary_percent(values, cls.own_rotary_percent)
-        return fields | cls.read_positions(values)
+        percent = read_rotary_percent(values, cls.own_rotary_percent)
+        check_rotated(fields["kv_channels"], percent, values)
+        return fields | cls.read_positions(values) | dict(rotary_percent=percent)
 
     @classmethod
     def read_positions(cls, values: ConfigValues) -> dict[str, Any]:

@@ -99,6 +99,15 @@ def read_rotary_percent(values: ConfigValues, default: float | None) -> float:
     return percent
 
 
+def check_rotated(width: int, percent: float, values: ConfigValues) -> None:
+    """Positions turn pairs of channels; what is wrong is left in ``values``."""
+    rotated = int(width * percent)
+    if percent != 1.0 and (rotated % 2 or not rotated):
+        values.problems.append(
+            f"partial_rotary_factor={percent:g} rotates {rotated} of {width} channels, no pairs"
+        )
+
+
 def rope_json(rope_type: str, factor: float, base: float, yarn: Yarn | None) -> dict[str, Any]:
     """Keys of a ``config.json`` in both spellings, for transformers 4 and 5."""
     rope: dict[str, Any] = dict(rope_type=rope_type)

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..description import ArgumentValues, ConfigValues, ExpertNames, ExpertsModel, register
+from ..description import (
+    ArgumentValues,
+    ConfigValues,
+    ExpertNames,
+    ExpertsModel,
+    check_rotated,
+    register,
+)
 from ..table import Row, outputs
 
 # Of other programs; no such layer is among the published weights.
@@ -45,6 +52,7 @@ class MiniMaxM2(ExpertsModel):
             percent = rotated / fields["kv_channels"]
             if fields["rotary_percent"] not in (1.0, percent) or percent > 1.0:
                 values.problems.append(f"rotary_dim={rotated} contradicts partial_rotary_factor")
+            check_rotated(fields["kv_channels"], percent, values)
             fields["rotary_percent"] = percent
         return fields
 
