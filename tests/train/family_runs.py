@@ -90,17 +90,20 @@ def plain_run(config: TrainConfig, out: Path) -> None:
 def largest_difference(ours: Weights, plain: Weights, start: Weights) -> float:
     """The largest difference of a tensor, as a part of how far the plain loop has moved it.
 
-    What the loop has not moved must have kept its bits.
+    What the loop has not moved must have kept its bits; an expert that few tokens came to may have
+    moved less than rounding allows to compare.
     """
     assert ours.keys() == plain.keys() == start.keys()
     largest, num_moved = 0.0, 0
     for name, want in plain.items():
-        moved = float((want - start[name]).norm())
-        if moved == 0 and any(part in name for part in _MAY_STAY):
-            assert torch.equal(ours[name], start[name]), name
-            continue
-        assert moved > 1e-3 * float(start[name].norm()), f"{name} did not train"
-        num_moved += 1
-        largest = max(largest, float((ours[name] - want).norm()) / moved)
+        moved, least = float((want - start[name]).norm()), 1e-3 * float(start[name].norm())
+        if any(part in name for part in _MAY_STAY):
+            if moved == 0:
+                assert torch.equal(ours[name], start[name]), name
+                continue
+        else:
+            assert moved > least, f"{name} did not train"
+        num_moved += moved > least
+        largest = max(largest, float((ours[name] - want).norm()) / max(moved, least))
     assert num_moved > 0.8 * len(plain)
     return largest
