@@ -15,7 +15,7 @@ from ..parallel import ParallelSizes
 from ..tree import PackedLayout, within_window
 from .predictions import Predictions
 from .prefix_kv import PrefixKV
-from .router_row import to_digits
+from .router_row import membership, multiplicity_digits
 from .routes import RouteRecorder, check_routes
 
 
@@ -258,7 +258,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         device = self.position_ids.device
         return self.layout.derived(
             ("row_mask", device, self.sample_counts),
-            lambda: self._membership().to(device, non_blocking=True),
+            lambda: membership(self.layout, self.sample_counts).to(device, non_blocking=True),
         )
 
     @property
@@ -271,16 +271,12 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         """``[digits, total_tokens]`` bool on the device: see ``router_row``."""
         device = self.position_ids.device
 
-        def make() -> Tensor:
-            multiplicity = self.layout.multiplicity
-            if self.sample_counts is not None:
-                counts = torch.tensor(self.sample_counts)
-                counts = counts.repeat_interleave(self.layout.sample_lens)
-                multiplicity = self.layout.reduce(counts)
-            digits = to_digits(multiplicity, int(multiplicity.max()))
-            return digits.to(device, non_blocking=True)
-
-        return self.layout.derived(("multiplicity_digits", device, self.sample_counts), make)
+        return self.layout.derived(
+            ("multiplicity_digits", device, self.sample_counts),
+            lambda: multiplicity_digits(self.layout, self.sample_counts).to(
+                device, non_blocking=True
+            ),
+        )
 
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See the base; the row's keys and values are kept if it is a prefix row."""
@@ -302,16 +298,6 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             ("within_window", window, *lens),
             lambda: within_window(self.layout, window, prefix_rows),
         )
-
-    def _membership(self) -> Tensor:
-        layout = self.layout
-        samples = torch.repeat_interleave(layout.sample_lens)
-        members = torch.zeros(layout.num_samples, layout.total_tokens, 1, dtype=torch.bool)
-        members[samples, layout.logical_to_packed] = True
-        if self.sample_counts is None:
-            return members
-        return members.repeat_interleave(torch.tensor(self.sample_counts), dim=0)
-
 
 def check_row_length(total_tokens: int, config: TransformerConfig) -> None:
     """Raise ValueError if the ranks cannot split a row of this length evenly."""

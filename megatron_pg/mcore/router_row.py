@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from ..tree import PackedLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,25 @@ def as_mask(
         return samples
     digits = to_digits(routes.t().long() + 1, num_experts).flatten(0, 1)
     return torch.cat([digits[..., None].expand(-1, -1, samples.shape[2]), samples])[..., None]
+
+
+def membership(layout: PackedLayout, sample_counts: Sequence[int] | None) -> Tensor:
+    """``[samples, tokens, 1]`` bool: sample s, as often as it counts, holds token t."""
+    samples = torch.repeat_interleave(layout.sample_lens)
+    members = torch.zeros(layout.num_samples, layout.total_tokens, 1, dtype=torch.bool)
+    members[samples, layout.logical_to_packed] = True
+    if sample_counts is None:
+        return members
+    return members.repeat_interleave(torch.tensor(sample_counts), dim=0)
+
+
+def multiplicity_digits(layout: PackedLayout, sample_counts: Sequence[int] | None) -> Tensor:
+    """``[digits, tokens]`` bool of the samples that hold a token, each as often as it counts."""
+    multiplicity = layout.multiplicity
+    if sample_counts is not None:
+        counts = torch.tensor(sample_counts).repeat_interleave(layout.sample_lens)
+        multiplicity = layout.reduce(counts)
+    return to_digits(multiplicity, int(multiplicity.max()))
 
 
 def to_digits(values: Tensor, largest: int) -> Tensor:
