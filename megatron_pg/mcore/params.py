@@ -299,6 +299,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             lambda: within_window(self.layout, window, prefix_rows),
         )
 
+
 def check_row_length(total_tokens: int, config: TransformerConfig) -> None:
     """Raise ValueError if the ranks cannot split a row of this length evenly."""
     multiple = ParallelSizes.from_config(config).row_multiple
