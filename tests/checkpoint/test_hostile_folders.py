@@ -157,9 +157,9 @@ def another_model(folder: Path, rng: random.Random) -> tuple[str, ...]:
             ("logit_scale", 2.0),
             ("hidden_act", "gelu"),
             ("partial_rotary_factor", 1.5),
-            ("attention_bias", True),
+            ("attention_bias", "x"),
             ("mlp_bias", True),
-            ("sliding_window", 8),
+            ("sliding_window", "x"),
             ("layer_types", ["full_attention", "sliding_attention"]),
             ("quantization_config", dict(bits=4)),
         )
