@@ -45,7 +45,7 @@ HARMLESS_MODEL = {
     *("layernorm_zero_centered_gamma", "latent_layernorm_epsilon"),
     # Of ``DecoderConfig``.
     *("embedding_multiplier", "has_post_layernorms", "window_rotary_base"),
-    "has_norms_over_heads",
+    *("has_norms_over_heads", "has_pre_layernorms"),
 }
 HARMLESS_RUN = {
     # No other than 1, by the same sizes.

@@ -23,6 +23,7 @@ MODEL_TYPES = {
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "Olmo3ForCausalLM": "olmo3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
@@ -64,6 +65,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "MiniMaxM2ForCausalLM": dict(num_local_experts=2, num_experts_per_tok=2, rotary_dim=2),
     "MistralForCausalLM": dict(sliding_window=None),
     "MixtralForCausalLM": dict(num_local_experts=2, num_experts_per_tok=2),
+    "Olmo3ForCausalLM": dict(sliding_window=64),
     "Qwen2MoeForCausalLM": _QWEN_EXPERTS | dict(shared_expert_intermediate_size=6),
     "Qwen3MoeForCausalLM": _QWEN_EXPERTS,
 }

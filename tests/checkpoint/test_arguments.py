@@ -135,6 +135,14 @@ MODELS = {
         rotary_base=1e6,
         window=Window(size=8, layers=(1, 1, 1, 0)),
     ),
+    "olmo3": a_model(
+        architecture="Olmo3ForCausalLM",
+        window_rotary_base=2e4,
+        window=Window(size=8, layers=(1, 1, 1, 0)),
+        rope_type="yarn",
+        rope_factor=8.0,
+        yarn=Yarn(original_max_position_embeddings=16),
+    ),
     "gpt_oss": a_model(
         architecture="GptOssForCausalLM",
         add_bias_linear=True,
@@ -191,9 +199,9 @@ def test_a_family_is_known_by_its_layers(name: str) -> None:
     model = MODELS[name]
     args = make_megatron_args(model)
     del args.hf_architecture
-    if name == "gemma3":
-        # No argument of Megatron-LM names its norms or the scale of its embeddings.
-        with pytest.raises(NotImplementedError, match="swiglu=False"):
+    if name in ("gemma3", "olmo3"):
+        # No argument of Megatron-LM names their norms or the scale of embeddings.
+        with pytest.raises((ValueError, NotImplementedError), match="hf_|swiglu=False"):
             hf_model_from_args(args, "here")
         return
     found = hf_model_from_args(args, "here")

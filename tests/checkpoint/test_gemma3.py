@@ -76,6 +76,7 @@ def test_positions_and_windows(name: str) -> None:
             dict(rope_parameters={SLIDING: dict(rope_type="linear", factor=2.0)}),
             "rope type 'linear' in layers with a window",
         ),
+        (dict(rope_parameters={FULL: "linear"}), "full_attention='linear' must be an object"),
         (dict(query_pre_attn_scalar=0), "query_pre_attn_scalar=0 must be"),
         (dict(sliding_window=None), "sliding_window is missing"),
         (dict(vision_config={"hidden_size": 8}), "unknown key vision_config"),

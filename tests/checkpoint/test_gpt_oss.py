@@ -33,7 +33,7 @@ pytestmark = pytest.mark.megatron
 HUB = dict(
     attention_dropout=0.0,
     eos_token_id=200002,
-    experts_per_token=1,
+    experts_per_token=2,
     initial_context_length=16,
     layer_types=["sliding_attention", "full_attention"],
     rope_parameters=None,
@@ -84,7 +84,7 @@ def test_its_config() -> None:
         (dict(swiglu_alpha=1.5), "swiglu_alpha=1.5 (must be 1.702)"),
         (dict(swiglu_limit=0.0), "swiglu_limit=0.0 must be"),
         (dict(attention_bias=False), "attention_bias=False (must be True)"),
-        (dict(experts_per_token=2), "num_experts_per_tok=1, experts_per_token=2"),
+        (dict(experts_per_token=1), "num_experts_per_tok=2, experts_per_token=1"),
         (dict(rope_scaling=None), "rope_parameters is missing"),
         (dict(num_experts_per_tok=3), "num_experts_per_tok=3 must be"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),

@@ -167,6 +167,7 @@ BIASES = {
     "Gemma3ForCausalLM": "attention_bias=True (must be false for Gemma3ForCausalLM)",
     "LlamaForCausalLM": "both be true or both false",
     "MistralForCausalLM": "attention_bias=True (must be false for MistralForCausalLM)",
+    "Olmo3ForCausalLM": "attention_bias=True (must be false for Olmo3ForCausalLM)",
     "Qwen2ForCausalLM": "attention_bias=True (must be false for Qwen2ForCausalLM)",
     "Qwen3ForCausalLM": "attention_bias=True (must be false for Qwen3ForCausalLM)",
     "Qwen3MoeForCausalLM": "attention_bias=True (must be false for Qwen3MoeForCausalLM)",

@@ -136,6 +136,19 @@ FAMILIES = {
         ),
         config="Gemma3TextConfig",
     ),
+    "olmo3": Family(
+        "Olmo3",
+        dict(
+            **NO_TOKENS,
+            num_key_value_heads=4,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention"] * 4,
+            rope_parameters=dict(
+                full_attention={k: v for k, v in YARN.items() if k != "truncate"},
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            ),
+        ),
+    ),
     "gpt_oss": Family(
         "GptOss",
         dict(

@@ -27,6 +27,7 @@ TRAINED = [
     "smollm3",
     "gemma3",
     "gpt_oss",
+    "olmo3",
     "glm4_moe",
     "glm4_moe_lite",
     "deepseek_v3",

@@ -22,15 +22,18 @@ def read_layer_ropes(values: ConfigValues, bases: tuple[float, float]) -> dict[s
         ValueError: of ``read_rope``.
         NotImplementedError: likewise, and scaled positions in layers with a window.
     """
-    kinds = values.section("rope_parameters")
-    if kinds and not kinds.keys() <= {_FULL, _WINDOWS}:
-        values.refused.append(
-            f"rope_parameters of {sorted(kinds)} (must be by {_FULL}, {_WINDOWS})"
-        )
-    full = _read(values, values.config | dict(rope_parameters=kinds.get(_FULL)), bases[0])
+    kinds = ConfigValues(values.section("rope_parameters"), values.where)
+    if not kinds.config.keys() <= {_FULL, _WINDOWS}:
+        named = sorted(kinds.config)
+        values.refused.append(f"rope_parameters of {named} (must be {_FULL}, {_WINDOWS})")
+    full_section, windows_section = kinds.section(_FULL), kinds.section(_WINDOWS)
+    values.problems += kinds.problems
+    if full_section.get("truncate") is False:
+        values.refused.append("truncate=false by kind of layer, where transformers ignores it")
+    full = _read(values, values.config | dict(rope_parameters=full_section), bases[0])
     old = values.config.get("rope_local_base_freq")
     theta = {} if old is None else dict(rope_theta=old)
-    windows = _read(values, theta | dict(rope_parameters=kinds.get(_WINDOWS)), bases[1])
+    windows = _read(values, theta | dict(rope_parameters=windows_section), bases[1])
     values.known |= {"rope_theta", "rope_scaling", "rope_local_base_freq"}
     if windows["rope_type"] != "default":
         values.refused.append(f"rope type {windows['rope_type']!r} in layers with a window")

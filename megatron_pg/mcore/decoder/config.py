@@ -21,6 +21,7 @@ class DecoderConfig(TransformerConfig):
         has_norms_over_heads: whether queries and keys are normalised over all heads together;
             ``qk_layernorm`` is for norms of each head.
         has_post_layernorms: whether what attention and MLP add to a layer is normalised first.
+        has_pre_layernorms: whether what attention and MLP read is normalised.
         window_rotary_base: of positions in layers with a window, not scaled; None: as in others.
         yarn_rotary_scaling_factor: by which YaRN lengthens the context; 1: not at all.
         yarn_original_max_position_embeddings: context before.
@@ -34,6 +35,7 @@ class DecoderConfig(TransformerConfig):
     embedding_multiplier: float | None = None
     has_norms_over_heads: bool = False
     has_post_layernorms: bool = False
+    has_pre_layernorms: bool = True
     window_rotary_base: float | None = None
     yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int = 4096

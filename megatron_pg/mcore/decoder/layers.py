@@ -7,7 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions import transformer_engine
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -52,7 +54,19 @@ def _layer(spec: ModuleSpec, config: DecoderConfig, norm: Any) -> ModuleSpec:
     if config.has_post_layernorms:
         attention = _changed(attention, "linear_proj", with_norm)
         mlp = _changed(mlp, "linear_fc2", with_norm)
-    return replace(spec, submodules=replace(spec.submodules, self_attention=attention, mlp=mlp))
+    norms: dict[str, Any] = {}
+    if not config.has_pre_layernorms:
+        norms = dict(input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+        attention = _changed(attention, "linear_qkv", _without_norm)
+        mlp = _changed(mlp, "linear_fc1", _without_norm)
+    parts = replace(spec.submodules, self_attention=attention, mlp=mlp, **norms)
+    return replace(spec, submodules=parts)
+
+
+def _without_norm(linear: Any) -> Any:
+    """Transformer Engine's linear layer that normalises its input, without."""
+    is_fused = linear is transformer_engine.TELayerNormColumnParallelLinear
+    return transformer_engine.TEColumnParallelLinear if is_fused else linear
 
 
 def _with_expert_biases(spec: ModuleSpec) -> ModuleSpec:
