@@ -175,7 +175,9 @@ def read_model(path: Path) -> ModelDims:
 def _arguments(model: HfModel) -> dict[str, Any]:
     """A family that training holds is counted by its own description."""
     sizes = dict(vocab_size=model.vocab_size, max_position_embeddings=model.max_sequence_length)
-    return model.megatron_arguments() | sizes
+    # Megatron-LM's arguments name some gates only.
+    gate = dict(gated_linear_unit=model.transformer_config()["gated_linear_unit"])
+    return model.megatron_arguments() | sizes | gate
 
 
 def _from_hf(values: dict[str, Any]) -> ModelDims:
