@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install everything and run the whole suite, as CI does.
 #
-#   bash tests/run.sh                 every lane
+#   bash tests/run.sh                 every lane: the first beside the others, whose output follows
 #   LANES=311 bash tests/run.sh       Python 3.11 with megatron-core 0.16: lint, types, every test
 #   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, runs, Triton kernels
 #   LANES=verl bash tests/run.sh      Python 3.12 with megatron-core 0.18 and verl: its stock engine against ours
@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LANES=${LANES:-"311 312 between verl"}
-export PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two lanes run side by side, and ranks take one thread each anyway.
+export PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 find_python() { # find_python 3.12 -> path of an interpreter of that version, or nothing
     local found
@@ -40,13 +41,37 @@ make_environment() { # make_environment VERSION FOLDER
     "$2/bin/python" -m pip install -q "torch==2.13.0"
 }
 
-for lane in $LANES; do
-    environment=.venv-tests-$lane
-    case $lane in
+install() { # install LANE
+    local environment=.venv-tests-$1
+    echo "== $1: install"
+    case $1 in
     311)
-        echo "== Python 3.11: install"
         make_environment 3.11 "$environment"
         "$environment/bin/python" -m pip install -q -e ".[train,rollout,convert,math,gguf,dev]" "transformers[serving]"
+        ;;
+    312 | between)
+        environment=.venv-tests-312
+        make_environment 3.12 "$environment"
+        "$environment/bin/python" -m pip install -q -e ".[train,dev]"
+        ;;
+    verl)
+        make_environment 3.12 "$environment"
+        # verl's own requirements name no versions that fit each other on a CPU; these do.
+        "$environment/bin/python" -m pip install -q -e . "megatron-core==0.18.2" \
+            "tensordict>=0.8,<=0.10" "transformers>=4.56,<5.11" "TransferQueue>=0.1.10" \
+            omegaconf hydra-core codetiming peft accelerate ray psutil einops dill pybind11 pandas pyarrow orjson \
+            cachetools datasets torchdata pylatexenc pyzmq msgspec tensorboard uvicorn fastapi rich \
+            "pytest>=8" "hypothesis>=6.100"
+        "$environment/bin/python" -m pip install -q --no-deps "verl==0.9.1"
+        ;;
+    esac
+}
+
+check() { # check LANE [pytest's arguments]
+    local lane=$1 environment=.venv-tests-$1
+    shift
+    case $lane in
+    311)
         echo "== Python 3.11: lint and types"
         "$environment/bin/ruff" check .
         "$environment/bin/ruff" format --check .
@@ -55,18 +80,12 @@ for lane in $LANES; do
         "$environment/bin/python" -m pytest -q --durations=15 "$@"
         ;;
     312)
-        echo "== Python 3.12: install"
-        make_environment 3.12 "$environment"
-        "$environment/bin/python" -m pip install -q -e ".[train,dev]"
         echo "== Python 3.12: Megatron-facing tests, runs, Triton kernels"
         "$environment/bin/python" -m pytest -q -m "megatron or triton" --durations=10 \
             tests/mcore tests/attention tests/parallel tests/train/test_runs.py "$@"
         ;;
     between)
         environment=.venv-tests-312
-        echo "== Python 3.12: install"
-        make_environment 3.12 "$environment"
-        "$environment/bin/python" -m pip install -q -e ".[train,dev]"
         for version in 0.17.1 0.18.2; do
             echo "== Python 3.12: megatron-core $version"
             # Found before the environment's own, whose dependencies serve it, too.
@@ -77,22 +96,42 @@ for lane in $LANES; do
         done
         ;;
     verl)
-        environment=.venv-tests-verl
-        echo "== verl: install"
-        make_environment 3.12 "$environment"
-        # verl's own requirements name no versions that fit each other on a CPU; these do.
-        "$environment/bin/python" -m pip install -q -e . "megatron-core==0.18.2" \
-            "tensordict>=0.8,<=0.10" "transformers>=4.56,<5.11" "TransferQueue>=0.1.10" \
-            omegaconf hydra-core codetiming peft accelerate ray psutil einops dill pybind11 pandas pyarrow orjson \
-            cachetools datasets torchdata pylatexenc pyzmq msgspec tensorboard uvicorn fastapi rich \
-            "pytest>=8" "hypothesis>=6.100"
-        "$environment/bin/python" -m pip install -q --no-deps "verl==0.9.1"
         echo "== verl: its engine against ours"
         "$environment/bin/python" -m pytest -q -m verl --megatron-core 0.18.2 --durations=5 tests/adapters "$@"
         ;;
+    esac
+}
+
+read -r -a lanes <<<"$LANES"
+for lane in "${lanes[@]}"; do
+    case $lane in
+    311 | 312 | between | verl) ;;
     *)
         echo "error: LANES=$lane is unknown; use one or several of 311, 312, between, verl" >&2
         exit 2
         ;;
     esac
 done
+first=${lanes[0]} others=${lanes[*]:1}
+install "$first" # alone: installs write the same metadata into the checkout
+if [ -z "$others" ]; then
+    check "$first" "$@"
+    exit
+fi
+log=$(mktemp)
+trap 'trap - INT TERM; kill 0' INT TERM
+(
+    # Not joined by &&, under which a failing line within would not end them.
+    for lane in $others; do
+        install "$lane"
+        check "$lane" "$@"
+    done
+) >"$log" 2>&1 &
+beside=$! status=0
+(check "$first" "$@") &
+wait $! || status=$?
+echo "== waiting for $others"
+wait "$beside" || status=$?
+cat "$log"
+rm "$log"
+exit "$status"
