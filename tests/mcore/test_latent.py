@@ -279,6 +279,30 @@ def test_cores_that_take_sizes_stay() -> None:
     assert latent_core_attention(sized) is sized
 
 
+class HandsOn(DotProductAttention):
+    """A user's own, which takes whatever the class above it does."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+
+class HandsOnSized(SizedCore):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+
+def test_a_core_that_hands_on_what_it_is_given(one_rank: None) -> None:
+    assert latent_core_attention(HandsOnSized) is HandsOnSized
+    config = harness.make_config(harness.Case(**cases.LATENT_PLAIN))
+    layer = get_gpt_layer_local_spec(**cases.LATENT_PLAIN["spec"], normalization="RMSNorm")
+    attention = layer.submodules.self_attention
+    parts = replace(attention.submodules, core_attention=HandsOn)
+    attention = replace(attention, submodules=parts)
+    layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    block = with_prefix_grouped_attention(with_sequence_parallel_norms(layer, config))
+    assert_packed_equals_written_out(make_model(block, config))
+
+
 def test_megatron_lm_builds_it(one_rank: None) -> None:
     arguments = SimpleNamespace(
         padded_vocab_size=harness.VOCAB,

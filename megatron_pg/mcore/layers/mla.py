@@ -178,10 +178,22 @@ def latent_core_attention(cls: Any) -> type:
     shapes its output by them: latent attention of the local spec does not build. The class itself
     comes back if it takes them.
     """
-    taken = signature(cls.__init__).parameters
-    if "v_channels" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    if _takes_channels(cls):
         return cls  # type: ignore[no-any-return]
     return type(f"Latent{cls.__name__}", (_TakesChannels, cls), {})
+
+
+def _takes_channels(cls: type) -> bool:
+    """Whether a constructor takes the sizes; one that hands on all keywords takes what is above."""
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        taken = signature(base.__init__).parameters  # type: ignore[misc]
+        if "v_channels" in taken:
+            return True
+        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            return False
+    return False
 
 
 class _TakesChannels:
