@@ -61,6 +61,7 @@ def _family(config: dict[str, Any], where: str) -> type[HfModel]:
         raise NotImplementedError(
             f"{where}: architecture {architecture!r} is not supported; supported are "
             + ", ".join(FAMILIES)
+            + _advice(config, architecture)
         )
     family = FAMILIES[architecture]
     if kind not in (None, family.model_type, *family.other_types):
@@ -69,6 +70,19 @@ def _family(config: dict[str, Any], where: str) -> type[HfModel]:
             f"of type {family.model_type!r}; correct the one that is wrong"
         )
     return family
+
+
+def _advice(config: dict[str, Any], architecture: Any) -> str:
+    """What can be done about an architecture that is not held."""
+    within = config.get("text_config")
+    texts = [config, within] if isinstance(within, dict) else [config]
+    for name, family in FAMILIES.items():
+        if any(text.get("model_type") == family.model_type for text in texts):
+            if texts[1:]:
+                return f". Save its text model alone, as {name}, and take that folder"
+            if not architecture:
+                return f". By its model_type it may be {name}: name that in architectures"
+    return ". tools/hf_to_megatron.py --bridge converts others by Megatron Bridge"
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:

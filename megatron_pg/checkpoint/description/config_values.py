@@ -39,9 +39,9 @@ class ConfigValues:
         value = self._read(key, default, low, high, what, int | float)
         return float(value) if isinstance(value, int) else value
 
-    def flag(self, key: str) -> bool:
-        """True or false; false where the file has null or nothing."""
-        value = self.get(key)
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; false where the file has null, ``default`` where it has nothing."""
+        value = self.get(key, default)
         if value is not None and not isinstance(value, bool):
             self.problems.append(f"{key}={value!r} must be true or false")
         return value is True
@@ -95,9 +95,9 @@ class ConfigValues:
             f"unknown key {key}={json.dumps(self.config[key])[:80]}" for key in unknown
         ]
         if refused:
+            advice = ". An unknown key that does not change the logits may be removed from the file"
             raise NotImplementedError(
-                f"{self.where}: not supported: " + "; ".join(refused) + ". A key that does not "
-                "change the logits may be removed from the file"
+                f"{self.where}: not supported: " + "; ".join(refused) + (advice if unknown else "")
             )
 
     def _read(self, key: str, default: Any, low: Any, high: Any, what: str, kinds: Any) -> Any:

@@ -56,6 +56,7 @@ class HfModel(Decoder):
         own_defaults: keys for which transformers has a default that is no other key's value.
         own_rotary_percent: ``partial_rotary_factor`` where a file has none; None where a family
             rotates whole heads.
+        own_tied: ``tie_word_embeddings`` where a file has none.
         mtp_num_layers: layers that predict further tokens; they are not built, and their tensors
             go along as they are.
     """
@@ -68,6 +69,7 @@ class HfModel(Decoder):
     windows: ClassVar[NoWindows] = NoWindows()
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     own_rotary_percent: ClassVar[float | None] = None
+    own_tied: ClassVar[bool] = False
 
     mtp_num_layers: int = 0
 
@@ -101,7 +103,7 @@ class HfModel(Decoder):
             layernorm_epsilon=values.number("rms_norm_eps", 1e-20, 1.0),
             vocab_size=values.size("vocab_size"),
             max_sequence_length=values.size("max_position_embeddings"),
-            tied=values.flag("tie_word_embeddings"),
+            tied=values.flag("tie_word_embeddings", cls.own_tied),
             add_bias_linear=cls.read_bias(values),
             **cls.read_heads(values),
         )

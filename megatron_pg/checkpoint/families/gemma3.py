@@ -31,10 +31,8 @@ class Gemma3(HfModel):
     """
 
     hidden_act = ("hidden_activation", "gelu_pytorch_tanh")
-    own_defaults = (
-        *("num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window"),
-        "tie_word_embeddings",
-    )
+    own_defaults = ("num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window")
+    own_tied = True
     qk_layernorm = True
     windows = WindowByPeriod(6, key="sliding_window_pattern")
 

@@ -16,8 +16,11 @@ from ..description import (
 )
 from ..table import Row, outputs
 
-# Of other programs; no such layer is among the published weights.
-_NEUTRAL = {"shared_moe_mode", "mtp_transformer_layers", "num_mtp_modules", "use_mtp"}
+# Of other programs, and of other models of theirs; no such layer is among the published weights.
+_NEUTRAL = {
+    *("shared_moe_mode", "mtp_transformer_layers", "num_mtp_modules", "use_mtp"),
+    *("mlp_intermediate_size", "max_model_len"),
+}
 
 
 @register("MiniMaxM2ForCausalLM", "minimax_m2")
@@ -45,6 +48,8 @@ class MiniMaxM2(ExpertsModel):
         values.must("use_qk_norm", True)
         values.must("qk_norm_type", "per_layer")
         values.must("shared_intermediate_size", 0, None)
+        for part in ("full_attention", "linear_attention", "mlp"):
+            values.must(f"layernorm_{part}_beta", 1.0, None)
         values.must("attn_type_list", None, [1] * fields["num_layers"])
         values.known |= _NEUTRAL
         rotated = values.size("rotary_dim", default=None)

@@ -49,7 +49,7 @@ class SmolLM3(HfModel):
     """
 
     default_rotary_base = 2000000.0
-    own_defaults = ("num_key_value_heads", "tie_word_embeddings")
+    own_tied = True
     windows = _WindowBesideRotary()
 
     no_rope_freq: tuple[int, ...] = ()
