@@ -19,6 +19,8 @@ pytestmark = pytest.mark.megatron
 
 # One model of every family, in which all that is its own occurs.
 TRAINED = [
+    "llama_yarn",
+    "qwen2",
     "qwen3",
     "qwen3_moe",
     "qwen2_moe_mixed",
