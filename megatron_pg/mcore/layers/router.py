@@ -35,7 +35,8 @@ class PrefixGroupedRouter(TopKRouter):
     * experts' counts: added up over rows, so that the bias does not depend on packing.
 
     Megatron divides them by microbatches as ever, or with ``calculate_per_token_loss`` weights each
-    row by its tokens, counted so: return them from the loss function and no packing matters.
+    row by its tokens, counted so: return them from the loss function, and the z-loss is the same
+    under any packing.
     """
 
     reads_row_mask = True
