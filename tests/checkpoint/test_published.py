@@ -458,7 +458,7 @@ def test_another_model_of_other_families(name: str, change: dict[str, Any], name
             "Save its text model alone, as Gemma3ForCausalLM",
         ),
         (dict(model_type="qwen2"), "name that in architectures"),
-        (dict(architectures=["Olmo3ForCausalLM"], model_type="olmo3"), "--bridge"),
+        (dict(architectures=["Phi3ForCausalLM"], model_type="phi3"), "--bridge"),
         (dict(architectures=["Qwen2ForSequenceClassification"], model_type="qwen2"), "--bridge"),
         (dict(text_config=[1], model_type=["a"]), "--bridge"),
     ],

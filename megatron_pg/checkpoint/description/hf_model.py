@@ -42,7 +42,7 @@ class HfModel(Decoder):
     """A decoder-only model that Hugging Face's ``config.json`` and ``GPTModel`` both describe.
 
     Equals the model of ``transformers``: building ``GPTModel`` from ``transformer_config()``,
-    ``spec()`` and ``gpt_model()`` and loading the folder's weights gives the same logits.
+    ``gpt_model()`` and loading the folder's weights gives the same logits.
 
     A family is a subclass, registered by its architecture.
 
@@ -57,6 +57,7 @@ class HfModel(Decoder):
         own_rotary_percent: ``partial_rotary_factor`` where a file has none; None where a family
             rotates whole heads.
         own_tied: ``tie_word_embeddings`` where a file has none.
+        dequantised_by: how a folder of quantised weights becomes one that is read.
         mtp_num_layers: layers that predict further tokens; they are not built, and their tensors
             go along as they are.
     """
@@ -70,6 +71,7 @@ class HfModel(Decoder):
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     own_rotary_percent: ClassVar[float | None] = None
     own_tied: ClassVar[bool] = False
+    dequantised_by: ClassVar[str] = ""
 
     mtp_num_layers: int = 0
 
@@ -112,7 +114,7 @@ class HfModel(Decoder):
         if values.get("quantization_config"):
             values.refused.append(
                 "quantization_config: weights are read in bfloat16, float16 or float32; "
-                "dequantise the model first"
+                f"dequantise the model first{cls.dequantised_by}"
             )
         fields["window"] = cls.windows.read(values, fields["num_layers"])
         percent = read_rotary_percent(values, cls.own_rotary_percent)

@@ -32,18 +32,17 @@ class GptOss(ExpertsModel):
     keys = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
     own_defaults = ("num_key_value_heads", "head_dim", "sliding_window", "num_experts_per_tok")
     windows = WindowByPeriod(2)
+    # Of mxfp4, in which the folders on the hub are.
+    dequantised_by = (
+        ": from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) of transformers, "
+        "then save_pretrained"
+    )
 
     swiglu_limit: float = 7.0
 
     @classmethod
     def read_config(cls, values: ConfigValues) -> dict[str, Any]:
         """See ``HfModel``."""
-        method = values.section("quantization_config").get("quant_method")
-        if method == "mxfp4":
-            values.refused.append(
-                "weights in mxfp4: save them in bf16 first, by from_pretrained(..., "
-                "quantization_config=Mxfp4Config(dequantize=True)) of transformers"
-            )
         # The constant of Megatron-Core's activation.
         values.must("swiglu_alpha", 1.702)
         values.get("initial_context_length")

@@ -82,7 +82,8 @@ class RunConfig:
             Biases.
         tensorboard: write TensorBoard events.
         wandb_project: log to Weights & Biases under this project.
-        export_hf: write the trained model as a Hugging Face folder at the end.
+        export_hf: write the trained model as a Hugging Face folder at the end: ``hf_step_N`` in
+            ``out``.
     """
 
     out: str = "runs/grpo"
