@@ -47,7 +47,7 @@ def folder(path: Path, **config: Any) -> Path:
 
 
 def test_both_ways(stand_in: None, tmp_path: Path) -> None:
-    hf, out = folder(tmp_path / "hf", architectures=["Gemma3ForCausalLM"]), tmp_path / "out"
+    hf, out = folder(tmp_path / "hf", architectures=["Phi3ForCausalLM"]), tmp_path / "out"
     assert hf_to_megatron_by_bridge(hf, out) == out
     assert (out / "imported").read_text() == str(hf)
     megatron_to_hf_by_bridge(out, tmp_path / "back", hf_config=hf, trust_pickle=True)
@@ -55,14 +55,14 @@ def test_both_ways(stand_in: None, tmp_path: Path) -> None:
 
 
 def test_what_it_raises(stand_in: None, tmp_path: Path) -> None:
-    hf = folder(tmp_path / "broken", architectures=["Gemma3ForCausalLM"])
+    hf = folder(tmp_path / "broken", architectures=["Phi3ForCausalLM"])
     with pytest.raises(ValueError, match=r"broken: Megatron Bridge .*RuntimeError: of no known"):
         megatron_to_hf_by_bridge(tmp_path, tmp_path / "out", hf_config=hf, trust_pickle=True)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 def test_it_unpickles(stand_in: None, tmp_path: Path) -> None:
-    hf = folder(tmp_path / "hf", architectures=["Gemma3ForCausalLM"])
+    hf = folder(tmp_path / "hf", architectures=["Phi3ForCausalLM"])
     with pytest.raises(ValueError, match="unpickles what it reads.*trust_pickle=True"):
         megatron_to_hf_by_bridge(tmp_path, tmp_path / "out", hf_config=hf, trust_pickle=False)
 
@@ -75,7 +75,7 @@ def test_family_that_is_held(stand_in: None, tmp_path: Path) -> None:
 
 def test_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "megatron.bridge", None)
-    hf = folder(tmp_path / "hf", architectures=["Gemma3ForCausalLM"])
+    hf = folder(tmp_path / "hf", architectures=["Phi3ForCausalLM"])
     with pytest.raises(ValueError, match=r"does not import .*pip install megatron-bridge"):
         hf_to_megatron_by_bridge(hf, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -33,6 +33,8 @@ _SIZES = {
     "max_position_embeddings": "max_sequence_length",
     "vocab_size": "vocab_size",
 }
+# One entry per layer, where they are lists.
+_PATTERNS = ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq")
 _TRAINING: list[tuple[str, Any]] = [
     ("lr", 1e-3),
     ("fp8", "hybrid"),
@@ -78,6 +80,9 @@ def mutate(rng: random.Random, args: Namespace, model: HfModel) -> tuple[str, Hf
     if kind == "size":
         name, value = rng.choice(list(_SIZES)), rng.choice([16, 64, 1000])
         setattr(args, name, value)
+        patterns = (getattr(args, pattern, None) for pattern in _PATTERNS)
+        if name == "num_layers" and any(isinstance(pattern, list | str) for pattern in patterns):
+            return name, None
         return name, replace(model, **{_SIZES[name]: value})
     if kind == "training":
         name, value = rng.choice(_TRAINING)

@@ -355,7 +355,7 @@ def damaged_file(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 def own_dtypes(folder: Path, rng: random.Random) -> tuple[str, ...]:
     """A dtype of its own for every kind of tensor: Megatron keeps layers and q, k, v together."""
-    kinds = ("norm", "mlp.gate.", "_proj", "embed", "lm_head")
+    kinds = ("norm", "gate.", "router.", "_proj", "experts.", "sinks", "embed", "lm_head")
     dtypes = {kind: rng.choice((torch.bfloat16, torch.float16, torch.float32)) for kind in kinds}
     dtypes["lm_head"] = dtypes["embed"]
 

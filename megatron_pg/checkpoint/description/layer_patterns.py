@@ -31,5 +31,5 @@ def read_pattern(read: ArgumentValues, name: str, num_layers: int) -> tuple[int,
         return None
     is_list = isinstance(value, list | tuple) and len(value) == num_layers
     if not is_list or any(item not in (0, 1) for item in value):
-        read.refuse(name, value, f"0 or 1 for each of {num_layers} layers, or a number above 0")
+        read.refuse(name, value, f"0 or 1 for each of num_layers={num_layers}, or a number above 0")
     return tuple(map(int, value))
