@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
 from megatron_pg.attention import ATTENTION_BACKENDS
-from megatron_pg.attention.merge import KernelPass, KernelPasses
+from megatron_pg.attention.kernel_passes import KernelPass, KernelPasses
 from megatron_pg.data import Group, Microbatch, Sample, pack_groups
 from megatron_pg.grpo import microbatch_loss
 from megatron_pg.loss import (

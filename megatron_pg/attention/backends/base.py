@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernel_passes import KernelPasses, VarlenKernel
 from ..kinds import PLAIN_ATTENTION, AttentionKind
-from ..merge import KernelPasses, LseMergeAttention, VarlenKernel
+from ..merge import LseMergeAttention
 from ..plan import AttentionPlan
 from ..resident import ResidentKV
 

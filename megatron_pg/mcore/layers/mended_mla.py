@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import get_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from ...attention import accumulation_dtype
 from ...parallel import ParallelSizes
 
 # Of latents, and the linear layers into which Transformer Engine fuses them.
@@ -117,14 +118,10 @@ class _SumSharedKey(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dkey: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        shared = dkey[..., -ctx.shared_dim :].sum(-2, dtype=_wide(dkey.dtype))
+        shared = dkey[..., -ctx.shared_dim :].sum(-2, dtype=accumulation_dtype(dkey.dtype))
         dist.all_reduce(shared, group=ctx.group)
         # What follows sums over this rank's heads.
         dkey = dkey.clone()
         dkey[..., -ctx.shared_dim :] = 0
         dkey[..., 0, -ctx.shared_dim :] = shared.to(dkey.dtype)
         return dkey, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
