@@ -35,6 +35,7 @@ class Decoder:
 
     Attributes:
         qk_layernorm: whether queries and keys are normalised per head.
+        layer_norms: Megatron's names of the norms around attention and MLP, and Hugging Face's.
         rotary_percent: part of a head's channels that positions rotate, the first ones.
         num_experts: of a layer that has experts; None where none has.
         is_latent: whether keys and values come out of a latent (multi-latent attention).
@@ -43,6 +44,10 @@ class Decoder:
     """
 
     qk_layernorm: ClassVar[bool] = False
+    layer_norms: ClassVar[dict[str, str]] = {
+        "input_layernorm": "input_layernorm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+    }
     is_latent: ClassVar[bool] = False
 
     num_layers: int
@@ -174,11 +179,9 @@ class Decoder:
 
     def layer_weights(self, layer: int, ours: str, theirs: str) -> Iterator[Row]:
         """Rows of one layer."""
-        hidden = (self.hidden_size,)
-        yield whole(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", hidden)
+        for name, tensor in self.layer_norms.items():
+            yield whole(f"{ours}{name}.weight", f"{theirs}{tensor}.weight", (self.hidden_size,))
         yield from self.attention_weights(f"{ours}self_attention.", f"{theirs}self_attn.")
-        norm = f"{theirs}post_attention_layernorm.weight"
-        yield whole(f"{ours}pre_mlp_layernorm.weight", norm, hidden)
         yield from self.mlp_weights(layer, ours, theirs)
 
     def attention_weights(self, ours: str, theirs: str) -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from ..description import (
     read_layer_ropes,
     register,
 )
-from ..table import Row, whole
 
 
 @register("Gemma3ForCausalLM", "gemma3_text")
@@ -34,6 +32,12 @@ class Gemma3(HfModel):
     own_defaults = ("num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window")
     own_tied = True
     qk_layernorm = True
+    layer_norms = {
+        "input_layernorm": "input_layernorm",
+        "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
+        "pre_mlp_layernorm": "pre_feedforward_layernorm",
+        "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
+    }
     windows = WindowByPeriod(6, key="sliding_window_pattern")
 
     query_pre_attn_scalar: int = 256
@@ -86,17 +90,3 @@ class Gemma3(HfModel):
             softmax_scale=self.query_pre_attn_scalar**-0.5,
             window_rotary_base=self.window_rotary_base,
         )
-
-    def layer_weights(self, layer: int, ours: str, theirs: str) -> Iterator[Row]:
-        """See ``HfModel``."""
-        hidden = (self.hidden_size,)
-        norms = {
-            "input_layernorm": "input_layernorm",
-            "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
-            "pre_mlp_layernorm": "pre_feedforward_layernorm",
-            "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
-        }
-        for name, tensor in norms.items():
-            yield whole(f"{ours}{name}.weight", f"{theirs}{tensor}.weight", hidden)
-        yield from self.attention_weights(f"{ours}self_attention.", f"{theirs}self_attn.")
-        yield from self.mlp_weights(layer, ours, theirs)

@@ -15,7 +15,7 @@ from ..description import (
     read_layer_ropes,
     register,
 )
-from ..table import Row, outputs, whole
+from ..table import Row, outputs
 
 
 @register("Olmo3ForCausalLM", "olmo3")
@@ -28,6 +28,10 @@ class Olmo3(HfModel):
     """
 
     own_defaults = ("sliding_window",)
+    layer_norms = {
+        "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
+        "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
+    }
     windows = WindowByPeriod(4)
 
     window_rotary_base: float = 500000.0
@@ -61,18 +65,6 @@ class Olmo3(HfModel):
             has_pre_layernorms=False,
             window_rotary_base=self.window_rotary_base,
         )
-
-    def layer_weights(self, layer: int, ours: str, theirs: str) -> Iterator[Row]:
-        """See ``HfModel``."""
-        hidden = (self.hidden_size,)
-        norms = {
-            "self_attention.linear_proj": "post_attention_layernorm",
-            "mlp.linear_fc2": "post_feedforward_layernorm",
-        }
-        for name, tensor in norms.items():
-            yield whole(f"{ours}{name}.post_layernorm.weight", f"{theirs}{tensor}.weight", hidden)
-        yield from self.attention_weights(f"{ours}self_attention.", f"{theirs}self_attn.")
-        yield from self.mlp_weights(layer, ours, theirs)
 
     def attention_weights(self, ours: str, theirs: str) -> Iterator[Row]:
         """See ``HfModel``."""
