@@ -194,11 +194,16 @@ class PrefixTree:
     def logical_tokens(self) -> int:
         return int(self.sample_lens.sum())
 
+    @cached_property
+    def segment_pairs(self) -> IntArray:
+        """``[num_segments]`` visible (q, kv) pairs of every segment's tokens, with themselves."""
+        lens = self.segment_lens
+        return lens * self.segment_positions + lens * (lens + 1) // 2
+
     @property
     def attention_pairs(self) -> int:
         """Visible (q, kv) pairs after sharing, with itself and a resident prefix included."""
-        lens = self.segment_lens
-        return int((lens * self.segment_positions + lens * (lens + 1) // 2).sum())
+        return int(self.segment_pairs.sum())
 
     @property
     def logical_attention_pairs(self) -> int:

@@ -7,21 +7,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from .checks import IntArray
+from .checks import BoolArray, IntArray
 from .layout import PackedLayout
 from .resident import ResidentSpans
 from .tree import PrefixTree
 
 
-def pairs_within(tree: PrefixTree, window: int | None) -> int:
+def pairs_within(tree: PrefixTree, window: int | None, segments: BoolArray | None = None) -> int:
     """Visible (q, kv) pairs of a tree, of a window: ``min(position, window) + 1`` for every token.
 
     Args:
         tree: with or without a resident prefix.
         window: keys that a query sees before itself on its path; None sees all.
+        segments: ``[num_segments]`` whose tokens are counted; None counts all.
     """
-    if window is None:
-        return tree.attention_pairs
+    pairs = tree.segment_pairs if window is None else _pairs_within(tree, window)
+    return int((pairs if segments is None else pairs[segments]).sum())
+
+
+def _pairs_within(tree: PrefixTree, window: int) -> IntArray:
+    """``[num_segments]`` pairs of every segment's tokens."""
 
     def below(position: IntArray) -> IntArray:
         """Keys that all tokens before a position see before themselves."""
@@ -30,7 +35,7 @@ def pairs_within(tree: PrefixTree, window: int | None) -> int:
         return pairs
 
     starts, lens = tree.segment_positions, tree.segment_lens
-    return int((below(starts + lens) - below(starts) + lens).sum())
+    return below(starts + lens) - below(starts) + lens
 
 
 def reached_rows(prefix_row: PackedLayout, window: int) -> IntArray | None:
