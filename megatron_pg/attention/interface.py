@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..tree import PackedLayout
 from .backends import ATTENTION_BACKENDS, AttentionBackend, AttentionInputs
+from .kernels import merge_implementation
 from .kinds import AttentionKind
 from .plan import make_attention_plan
 from .resident import ResidentKV
@@ -157,6 +158,18 @@ def check_backend_name(backend: str) -> None:
             f"attention backend {backend!r} is unknown; use 'auto' or one of "
             f"{', '.join(ATTENTION_BACKENDS)}"
         )
+
+
+def describe_backend(name: str, device: torch.device | str) -> str:
+    """A backend with what runs under its name on the device: ``flash, FA3, triton merge``.
+
+    Args:
+        name: of a backend, as ``select_backend`` chose it.
+        device: of the layer's tensors.
+    """
+    backend = ATTENTION_BACKENDS[name]
+    merge = f"{merge_implementation(device)} merge" if backend.merges else None
+    return ", ".join(part for part in (name, backend.kernels(), merge) if part)
 
 
 def available_backends(inputs: AttentionInputs | None = None) -> list[str]:

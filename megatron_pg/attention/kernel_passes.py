@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..tree import IntArray
+from ..tree import IntArray, to_device
+from .kernels import merge_functions
 from .kinds import Scores
 from .plan import AttentionPass, AttentionPlan
 from .resident import ResidentKV
@@ -21,9 +23,12 @@ class VarlenKernel(Protocol):
     """Attention of each query span over its key span, with log-sum-exp in and out.
 
     q is ``[Tq, Hq, D]``, k and v are ``[Tkv, Hkv, D]``: the slices named by the pass, padded to
-    one D where values are of another size. Rows outside the spans are neither read nor meaningful
-    in what is returned.
+    one D where values are of another size that the kernel does not take. Rows outside the spans
+    are neither read nor meaningful in what is returned.
     """
+
+    def takes_value_dim(self, head_dim: int, value_dim: int) -> bool:
+        """Whether values of another size than queries and keys are given as they are."""
 
     def arguments(self, attention_pass: AttentionPass, device: torch.device) -> Any:
         """What the kernel takes for a pass besides tensors, made once per row."""
@@ -64,7 +69,8 @@ class KernelPass:
 
     Attributes:
         queries, keys: slices of the row that the kernel gets.
-        q_rows, kv_rows: int64 rows of these slices that lie in a span; None when all do.
+        q_rows, kv_rows: rows of these slices that lie in a span, as ``select_rows`` of what merges
+            says it; None when all do, and of the first pass, which nothing was before.
         prefix_row: as in ``AttentionPass``.
         arguments: of the kernel.
         gathers: as in ``AttentionPass``, of the only pass under a window.
@@ -81,7 +87,10 @@ class KernelPass:
 
 @dataclass(frozen=True, eq=False)
 class KernelPasses:
-    """A plan as it is run; the first pass covers all ``unique_tokens``."""
+    """A plan as it is run; the first pass covers all ``unique_tokens``.
+
+    The row's padding is a gap at its end, so what it returns has the rows of the whole row.
+    """
 
     unique_tokens: int
     passes: tuple[KernelPass, ...]
@@ -92,32 +101,34 @@ class KernelPasses:
         planned = plan.passes
         if plan.window is not None:
             planned = (make_windowed_pass(plan.layout, plan.window),)
+        tokens = plan.layout.total_tokens
+        kv_end = planned[0].kv_end if planned[0].gathers else tokens
+        planned = (replace(planned[0], q_end=tokens, kv_end=kv_end), *planned[1:])
 
-        def moved(index: IntArray) -> Tensor:
-            return torch.from_numpy(index).to(device, non_blocking=True)
+        select = merge_functions(device).select_rows
+
+        def moved(index: NDArray[np.generic]) -> Tensor:
+            return to_device([torch.from_numpy(index)], device)[0]
+
+        def selected(spans: IntArray, num_rows: int) -> Tensor | None:
+            rows = select(spans, num_rows)
+            return None if rows is None else moved(rows)
 
         passes = tuple(
             KernelPass(
                 queries=slice(p.q_begin, p.q_end),
                 keys=slice(p.kv_begin, p.kv_end),
-                q_rows=_rows(p.q_spans, p.q_end - p.q_begin, device),
-                kv_rows=_rows(p.kv_spans, p.kv_end - p.kv_begin, device),
+                q_rows=selected(p.q_spans, p.q_end - p.q_begin) if number else None,
+                kv_rows=selected(p.kv_spans, p.kv_end - p.kv_begin) if number else None,
                 prefix_row=p.prefix_row,
                 arguments=kernel.arguments(p, device),
                 gathers=tuple(
                     KernelGather(g.prefix_row, moved(g.rows), moved(g.places)) for g in p.gathers
                 ),
             )
-            for p in planned
+            for number, p in enumerate(planned)
         )
         return cls(plan.layout.unique_tokens, passes)
-
-
-def _rows(spans: IntArray, num_rows: int, device: torch.device) -> Tensor | None:
-    if np.diff(spans).sum() == num_rows:
-        return None
-    rows = np.concatenate([np.arange(start, end) for start, end in spans])
-    return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
 def keys_and_values(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,43 +16,11 @@ from .kernel_passes import (
     keys_and_values,
     scatter_gradients,
 )
-from .kernels import merge_plain
+from .kernels import MergeFunctions, PassGrads, PassOut, merge_functions
 from .kinds import Scores
 from .padding import pad_heads, padding_dv, padding_out
 from .resident import ResidentKV, accumulation_dtype
-from .sink import add_sink, sink_gradient
-
-
-class MergeFunctions(Protocol):
-    """What ``merge_plain``, the definition, and ``merge_triton`` both offer."""
-
-    def merge_out_lse(
-        self, out: Tensor, lse: Tensor, pass_out: Tensor, pass_lse: Tensor, rows: Tensor | None
-    ) -> None:
-        """Add one pass's ``(out, lse)`` to a running one, in place."""
-
-    def add_rows(self, total: Tensor, share: Tensor, rows: Tensor | None) -> None:
-        """``total[rows] += share[rows]``, in place."""
-
-
-def merge_implementation(device: torch.device | str) -> Literal["triton", "plain"]:
-    """What merges passes on the device: its type and what is installed decide, nothing else.
-
-    "triton" on CUDA where Triton is installed: one kernel per pass, without temporaries. Triton
-    needs a C compiler for its first launch; an error in it is raised. Else "plain": PyTorch's
-    operators, 5 per pass of whole slices, 11 where the slice has gaps.
-    """
-    if torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is None:
-        return "plain"
-    return "triton"
-
-
-def _merge_functions(device: torch.device) -> MergeFunctions:
-    if merge_implementation(device) == "triton":
-        from .kernels import merge_triton
-
-        return merge_triton
-    return merge_plain
+from .sink import sink_gradient
 
 
 class LseMergeAttention(torch.autograd.Function):
@@ -74,25 +41,16 @@ class LseMergeAttention(torch.autograd.Function):
         # Kernels read a head's numbers side by side.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         tokens = row.unique_tokens
-        first, *others = row.passes
-        merge = _merge_functions(q.device)
 
         def attend(p: KernelPass) -> tuple[Tensor, Tensor]:
             pass_k, pass_v = keys_and_values(k, v, p, resident)
             qkv = q[p.queries], pass_k[p.keys], pass_v[p.keys]
             return _run_forward(kernel, *qkv, p.arguments, scores)
 
-        out, lse = attend(first)
-        if others or sink is not None:
-            out = out.to(accumulation_dtype(q.dtype))
-        for p in others:
-            pass_out, pass_lse = attend(p)
-            merge.merge_out_lse(out[p.queries], lse[:, p.queries], pass_out, pass_lse, p.q_rows)
-        if sink is not None:
-            lse = add_sink(out, lse, sink)
+        out, lse = _merged(attend, row.passes, sink, merge_functions(q.device))
         out = out.to(q.dtype)
         if tokens < len(q):
-            out = torch.cat([out, padding_out(v[tokens:], q.shape[1])])
+            out[tokens:] = padding_out(v[tokens:], q.shape[1])
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.row, ctx.kernel, ctx.scores = row, kernel, scores
         ctx.resident = resident
@@ -103,12 +61,11 @@ class LseMergeAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink, out, lse = ctx.saved_tensors
         row: KernelPasses = ctx.row
-        tokens, dtype = row.unique_tokens, accumulation_dtype(q.dtype)
-        merge = _merge_functions(q.device)
+        tokens = row.unique_tokens
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
 
-        def shares(p: KernelPass) -> list[Tensor]:
+        def shares(p: KernelPass) -> tuple[Tensor, Tensor, Tensor]:
             rows = p.queries
             pass_k, pass_v = keys_and_values(k, v, p, ctx.resident)
             return _run_backward(
@@ -116,27 +73,67 @@ class LseMergeAttention(torch.autograd.Function):
                 lse[:, rows], p.arguments, ctx.scores,
             )  # fmt: skip
 
-        first, *others = row.passes
-        dq, dk, dv = (grad.to(dtype) for grad in shares(first))
-        if first.gathers:
-            dk, dv = scatter_gradients(dk, dv, tokens, first, ctx.resident)
-        for p in others:
-            pass_dq, pass_dk, pass_dv = shares(p)
-            merge.add_rows(dq[p.queries], pass_dq, p.q_rows)
-            total_dk, total_dv = (
-                (dk, dv) if p.prefix_row is None else ctx.resident[p.prefix_row].grads()
-            )
-            merge.add_rows(total_dk[p.keys], pass_dk, p.kv_rows)
-            merge.add_rows(total_dv[p.keys], pass_dv, p.kv_rows)
+        dq, dk, dv = _summed(shares, row, ctx.resident, merge_functions(q.device))
         grads = [grad.to(q.dtype) for grad in (dq, dk, dv)]
         if tokens < len(q):
-            dvalue = padding_dv(dout[tokens:], v.shape[1])
-            tails = [torch.zeros_like(q[tokens:]), torch.zeros_like(k[tokens:]), dvalue]
-            grads = [torch.cat([grad, tail]) for grad, tail in zip(grads, tails)]
+            grads[0][tokens:], grads[1][tokens:] = 0, 0
+            grads[2][tokens:] = padding_dv(dout[tokens:], v.shape[1])
         dsink = None
         if ctx.needs_input_grad[3]:
-            dsink = sink_gradient(dout[:tokens], out[:tokens], lse, sink)
+            dsink = sink_gradient(dout[:tokens], out[:tokens], lse[:, :tokens], sink)
         return (*grads, dsink, None, None, None, None)
+
+
+def _batches(passes: Sequence[KernelPass], size: int) -> list[Sequence[KernelPass]]:
+    return [passes[i : i + size] for i in range(0, len(passes), size)]
+
+
+def _merged(
+    attend: Callable[[KernelPass], tuple[Tensor, Tensor]],
+    passes: Sequence[KernelPass],
+    sink: Tensor | None,
+    merge: MergeFunctions,
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` over all passes and the sink; in the first pass's memory where that will do.
+
+    What is written more than once is kept in the accumulation dtype meanwhile.
+    """
+    out, lse = attend(passes[0])
+    batches = _batches(passes[1:], merge.MAX_PASSES)
+    if sink is not None and not batches:
+        batches = [()]
+    if len(batches) > 1:
+        out = out.to(accumulation_dtype(out.dtype))
+    for number, batch in enumerate(batches, 1):
+        outs = [PassOut(p.queries, p.q_rows, *attend(p)) for p in batch]
+        merge.merge_out_lse(out, lse, outs, sink if number == len(batches) else None)
+    return out, lse
+
+
+def _summed(
+    shares: Callable[[KernelPass], tuple[Tensor, Tensor, Tensor]],
+    row: KernelPasses,
+    resident: Sequence[ResidentKV],
+    merge: MergeFunctions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of the row, summed over passes as ``_merged`` does; adds to ``resident``."""
+    first, *others = row.passes
+    dq, dk, dv = shares(first)
+    if first.gathers:
+        wide = dk.to(accumulation_dtype(dk.dtype)), dv.to(accumulation_dtype(dv.dtype))
+        dk, dv = scatter_gradients(*wide, len(dq), first, resident)
+    batches = _batches(others, merge.MAX_PASSES)
+    if len(batches) > 1:
+        dq = dq.to(accumulation_dtype(dq.dtype))
+    for batch in batches:
+        grads = [(p, shares(p)) for p in batch]
+        merge.add_grads([dq], [PassGrads(p.queries, p.q_rows, grad[:1]) for p, grad in grads])
+        for prefix_row in dict.fromkeys(p.prefix_row for p in batch):
+            # The row's own keys stand in one of these passes at most, so they are rounded once.
+            totals = (dk, dv) if prefix_row is None else resident[prefix_row].grads()
+            into = [(p, grad) for p, grad in grads if p.prefix_row == prefix_row]
+            merge.add_grads(totals, [PassGrads(p.keys, p.kv_rows, grad[1:]) for p, grad in into])
+    return dq, dk, dv
 
 
 def _run_forward(
@@ -144,9 +141,11 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor]:
     """A kernel's forward where ``v [Tkv, Hkv, Dv]`` may be of another size."""
     value_dim = v.shape[2]
+    if q.shape[2] == value_dim or kernel.takes_value_dim(q.shape[2], value_dim):
+        return kernel.forward(q, k, v, arguments, scores)
     q, k, v = pad_heads(q, k, v)
     out, lse = kernel.forward(q, k, v, arguments, scores)
-    return (out if out.shape[2] == value_dim else out[..., :value_dim].contiguous()), lse
+    return out[..., :value_dim].contiguous(), lse
 
 
 def _run_backward(
@@ -159,9 +158,11 @@ def _run_backward(
     lse: Tensor,
     arguments: Any,
     scores: Scores,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """A kernel's backward where ``v``, ``out`` and ``dout`` may be of another size."""
-    sizes = q.shape[2], k.shape[2], v.shape[2]
+    head_dim, value_dim = q.shape[2], v.shape[2]
+    if head_dim == value_dim or kernel.takes_value_dim(head_dim, value_dim):
+        return kernel.backward(dout, q, k, v, out, lse, arguments, scores)
     dout, q, k, v, out = pad_heads(dout, q, k, v, out)
-    grads = kernel.backward(dout, q, k, v, out, lse, arguments, scores)
-    return [grad[..., :size] for grad, size in zip(grads, sizes)]
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, arguments, scores)
+    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tree import IntArray, PackedLayout, PrefixTree
+from ..tree import IntArray, PackedLayout, join_chains
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def make_attention_plan(layout: PackedLayout, window: int | None = None) -> Atte
         layout: the row.
         window: as in ``AttentionKind``.
     """
-    forest = _join_chains(layout.forest)
+    forest = join_chains(layout.forest)
     starts, ends = forest.segment_starts, forest.segment_ends
     subtree_ends, depths = forest.segment_subtree_ends, forest.segment_depths
     own = np.stack([starts, ends], axis=1)
@@ -113,23 +113,6 @@ def make_attention_plan(layout: PackedLayout, window: int | None = None) -> Atte
         passes.append(_make_pass(False, spans.q_spans, spans.kv_spans, spans.row))
     hides = window is not None and window < layout.max_position
     return AttentionPlan(layout, tuple(passes), window if hides else None)
-
-
-def _join_chains(forest: PrefixTree) -> PrefixTree:
-    """The same visibility with every only child joined to its parent."""
-    parents = forest.segment_parents
-    num_children = np.bincount(parents[parents >= 0], minlength=forest.num_segments)
-    is_first = (parents < 0) | (num_children[parents] != 1)
-    if is_first.all():
-        return forest
-    # In pre-order an only child directly follows its parent.
-    joined, first = np.cumsum(is_first) - 1, np.nonzero(is_first)[0]
-    joined_parents = np.where(parents[first] < 0, -1, joined[parents[first]])
-    return PrefixTree(
-        segment_lens=np.add.reduceat(forest.segment_lens, first),
-        segment_parents=joined_parents,
-        sample_segments=joined[forest.sample_segments],
-    )
 
 
 def _make_pass(

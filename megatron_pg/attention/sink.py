@@ -8,8 +8,8 @@ from torch import Tensor
 from .resident import accumulation_dtype
 
 
-def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """The log-sum-exp with the sink in it; ``out`` is scaled in place.
+def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
+    """Add a sink to a running result, in place.
 
     Equals one more key with score ``sink`` and value 0. Once, after all keys have been met:
     passes whose backward reads the new out and lse are exact as they are.
@@ -21,7 +21,7 @@ def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """
     total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
     out *= (lse - total).exp().t().unsqueeze(-1)
-    return total
+    lse.copy_(total)
 
 
 def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tenso
     Args:
         dout: ``[T, H, D]`` gradient of the output, without padding tokens.
         out: ``[T, H, D]`` the output with the sink in it.
-        lse: ``[H, T]`` what ``add_sink`` gave.
+        lse: ``[H, T]`` with the sink in it.
         sink: ``[H]``.
     """
     dtype = accumulation_dtype(out.dtype)

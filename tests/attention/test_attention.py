@@ -190,26 +190,6 @@ def written_out_kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) ->
     return torch.cat([out[: layout.unique_tokens], v[tail].repeat_interleave(repeats, 1)])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flash", "flash_attn"])
-def test_cuda_backends_equal_the_reference(backend) -> None:
-    inputs_of = AttentionInputs(torch.device("cuda"), torch.bfloat16, 64, 4, 4)
-    if backend not in available_backends(inputs_of):
-        pytest.skip(f"{backend} is not available on this machine")
-    layout = deep_layout()
-    inputs, dout = make_inputs(layout, 4, 4, dim=64, dtype=torch.bfloat16)
-    inputs, dout = [x.cuda() for x in inputs], dout.cuda()
-    got = gradients(lambda *x: prefix_grouped_attention(*x, layout, backend=backend), inputs, dout)
-    control = gradients(lambda *x: written_out_kernel(*x, layout), inputs, dout)
-    truth = gradients(
-        lambda *x: written_out_attention(*x, layout, AttentionKind()),
-        [x.double() for x in inputs],
-        dout.double(),
-    )
-    for name, g, c, t in zip(NAMES, got, control, truth):
-        assert_close_to_control(name, g, c, t)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_siblings_are_isolated_bit_for_bit(dtype) -> None:
     layout = deep_layout()

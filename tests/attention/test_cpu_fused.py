@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,9 @@ from megatron_pg.attention.backends.cpu_fused.tiles import (
     make_tiles,
 )
 from megatron_pg.tree import ResidentSpans, dense_mask
+from tests.ranks import Pool
 from tests.strategies import forests
-from tests.utils import ROOT, assert_close, needs_cpu_fused
+from tests.utils import assert_close, needs_cpu_fused
 
 NAMES = ("out", "dq", "dk", "dv")
 INPUTS = AttentionInputs(torch.device("cpu"), torch.float32, 64, 4, 2)
@@ -325,17 +325,17 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
-CALL = """
-import torch
-from megatron_pg import PrefixTree, pack_trees, prefix_grouped_attention
-q, k, v = torch.randn(3, 40, 2, 16)
-layout = pack_trees([PrefixTree.from_group(20, [10, 10])])
-print(prefix_grouped_attention(q, k, v, layout, backend="cpu_fused").shape)
-"""
+def call_with_compiler(compiler: str, cache: str) -> tuple[int, ...]:
+    os.environ |= {"CXX": compiler, "TORCH_EXTENSIONS_DIR": cache}
+    q, k, v = torch.randn(3, 40, 2, 16)
+    layout = pack_trees([PrefixTree.from_group(20, [10, 10])])
+    return tuple(attend(q, k, v, layout, backend="cpu_fused").shape)
 
 
 @needs_cpu_fused
-def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch) -> None:
+def test_processes_that_start_together_compile_once(
+    ranks: Pool, tmp_path: Path, monkeypatch
+) -> None:
     """Also where a killed process left its lock."""
     wrapper = tmp_path / "counting-c++"
     # Each process asks it for a few lines first, which are no operators.
@@ -347,10 +347,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch)
     left = build.compiled_path()
     left.parent.mkdir(parents=True)
     left.with_suffix(".lock").touch()
-    call = [sys.executable, "-c", CALL]
-    started = [subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
-    for process in started:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0 and b"[40, 2, 16]" in out
+    shapes = ranks.run(3, call_with_compiler, str(wrapper), str(tmp_path / "cache"), timeout=300)
+    assert shapes == [(40, 2, 16)] * 3
     assert (tmp_path / "runs").read_text() == "run\n"
     assert left.exists() and not list(left.parent.glob("*.partial"))

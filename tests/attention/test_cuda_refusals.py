@@ -14,6 +14,7 @@ from megatron_pg import PrefixTree, pack_trees
 from megatron_pg.attention import (
     ATTENTION_BACKENDS,
     AttentionInputs,
+    AttentionKind,
     make_attention_plan,
     select_backend,
 )
@@ -63,9 +64,14 @@ def install(monkeypatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     forget()
 
 
-def test_a_package_that_fits_is_picked(device, install) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_a_package_that_fits_is_picked_for_what_flash_does_not_compute(
+    device, install, capability
+) -> None:
     install(__init__='__version__ = "2.8.3.post1"', flash_attn_interface=INTERFACE)
-    assert select_backend(inputs()).name == "flash_attn"
+    device(*capability)
+    assert select_backend(inputs()).name == "flash"
+    assert select_backend(inputs(kind=AttentionKind(softcap=5.0))).name == "flash_attn"
     assert select_backend(inputs(), "flash_attn").name == "flash_attn"
 
 
@@ -121,12 +127,13 @@ def test_a_package_that_does_not_fit_is_passed_over(device, install, name: str) 
     if files:
         install(**files)
     assert select_backend(inputs()).name == "flash"
-    with pytest.raises(ValueError, match=message):
-        select_backend(inputs(), "flash_attn")
+    for named in ("flash_attn", "auto"):
+        with pytest.raises(ValueError, match=message):
+            select_backend(inputs(kind=AttentionKind(softcap=5.0)), named)
     assert package_refusal.cache_info().misses == 1, "a package is looked at once"
 
 
-@pytest.mark.parametrize("backend", ["flash", "flash_attn", "auto"])
+@pytest.mark.parametrize("backend", ["flash3", "flash", "flash_attn", "auto"])
 @pytest.mark.parametrize(
     ("changes", "capability", "message"),
     [

@@ -70,11 +70,16 @@ def test_cu_seqlens_say_the_same(forest: tuple[PackedLayout, list[list[int]]]) -
     plan = make_attention_plan(layout)
     prepared = TorchFlashBackend().prepare(plan, torch.device("cpu"))
     assert prepared.unique_tokens == layout.unique_tokens
+    # The first pass is given the row's padding too, as a gap.
+    first = prepared.passes[0]
+    assert first.queries == first.keys == slice(0, layout.total_tokens)
+    assert first.q_rows is first.kv_rows is None
     for p, made in zip(plan.passes, prepared.passes, strict=True):
         args = made.arguments
         cu_q, cu_kv = args.cu_seqlens_q.tolist(), args.cu_seqlens_kv.tolist()
         assert cu_q[0] == cu_kv[0] == 0
-        assert (cu_q[-1], cu_kv[-1]) == (p.q_end - p.q_begin, p.kv_end - p.kv_begin)
+        assert cu_q[-1] == made.queries.stop - made.queries.start
+        assert cu_kv[-1] == made.keys.stop - made.keys.start
         assert args.cu_seqlens_q.dtype == torch.int32
         meeting = [
             ((qs, qe), (ks, ke))
@@ -85,6 +90,8 @@ def test_cu_seqlens_say_the_same(forest: tuple[PackedLayout, list[list[int]]]) -
         assert meeting == spans
         assert args.max_seqlen_q == max(*np.diff(cu_q), 2)
         assert args.max_seqlen_kv == max(np.diff(cu_kv)) and args.causal == p.causal
+        if made is first:
+            continue
         assert (made.queries, made.keys) == (slice(p.q_begin, p.q_end), slice(p.kv_begin, p.kv_end))
         for rows, spans_of, n in (
             (made.q_rows, p.q_spans, cu_q[-1]),

@@ -120,7 +120,8 @@ def test_rows_equal_the_whole_group(backend, groups, heads) -> None:
     assert_close("dv", got[3], leaves[2].grad, 1e-12)
 
 
-def test_gradients_of_a_bf16_prefix_add_up_in_fp32() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradients_of_a_bf16_prefix_add_up_in_fp32(backend: str) -> None:
     tree = PrefixTree.from_group(5, [3]).without_prefix([4, 0])
     spans = ResidentSpans(0, np.array([[0, 4]]), np.array([[0, 4]]))
     layout = pack_trees([tree], 1, [spans])
@@ -128,7 +129,7 @@ def test_gradients_of_a_bf16_prefix_add_up_in_fp32() -> None:
     for _ in range(3):
         q, k, v = torch.randn(3, 4, 1, DIM).bfloat16()
         q.requires_grad_()
-        out = prefix_grouped_attention(q, k, v, layout, resident=[kept])
+        out = prefix_grouped_attention(q, k, v, layout, backend=backend, resident=[kept])
         out.float().sum().backward()
     assert kept.dk is not None and kept.dk.dtype == torch.float32
     assert kept.dk.abs().max() > 0 and kept.k.grad is None

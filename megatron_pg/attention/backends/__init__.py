@@ -3,6 +3,7 @@
 from .base import AttentionBackend, AttentionInputs, MergingBackend
 from .cpu import CpuBackend
 from .cpu_fused import CpuFusedBackend
+from .flash3 import Flash3Backend
 from .flash_attn import FlashAttnBackend
 from .reference import ReferenceBackend
 from .torch_cuda import TorchFlashBackend
@@ -11,8 +12,9 @@ from .torch_cuda import TorchFlashBackend
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
-        FlashAttnBackend(),
+        Flash3Backend(),
         TorchFlashBackend(),
+        FlashAttnBackend(),
         CpuFusedBackend(),
         CpuBackend(),
         ReferenceBackend(),

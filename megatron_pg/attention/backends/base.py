@@ -76,6 +76,10 @@ class AttentionBackend(ABC):
         unknown = [words for feature, words in wanted if feature not in self.features]
         return f"does not compute {' or '.join(unknown)}" if unknown else None
 
+    def kernels(self) -> str | None:
+        """Which kernels run under the name, where that is not always the same."""
+        return None
+
     @abstractmethod
     def prepare(self, plan: AttentionPlan, device: torch.device) -> Any:
         """What the calls on one row share, made once: it is kept with the row's layout.
@@ -112,6 +116,10 @@ class MergingBackend(AttentionBackend, VarlenKernel):
 
     features = frozenset({"has_sink", "value_dim"})
     merges = True
+
+    def takes_value_dim(self, head_dim: int, value_dim: int) -> bool:
+        """See ``VarlenKernel``: none, unless a backend says otherwise."""
+        return False
 
     def prepare(self, plan: AttentionPlan, device: torch.device) -> KernelPasses:
         """The passes with the kernel's arguments."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...tree import to_device
 from ..plan import AttentionPass
 from .base import AttentionInputs, MergingBackend
 
@@ -31,8 +33,8 @@ class VarlenArguments:
     def of(cls, attention_pass: AttentionPass, device: torch.device) -> VarlenArguments:
         """The spans of a pass; gaps become sequences without keys or without queries.
 
-        For q spans [2, 5), [9, 11) and kv spans [0, 2), [7, 9), relative to the slices, the
-        cumulative lengths are q ``0 2 2 5 9 9 11`` and kv ``0 0 0 2 2 7 9``.
+        For q spans [2, 5), [9, 11) of 12 rows and kv spans [0, 2), [7, 9) of 9, relative to the
+        slices, the cumulative lengths are q ``0 2 2 5 9 9 11 12`` and kv ``0 0 0 2 2 7 9 9``.
         """
         ends = [(0, 0)]
         for (q_start, q_end), (kv_start, kv_end) in zip(
@@ -40,12 +42,15 @@ class VarlenArguments:
         ):
             last_kv_end = ends[-1][1]
             ends += [(q_start, last_kv_end), (q_start, kv_start), (q_end, kv_end)]
+        num_rows = attention_pass.q_end - attention_pass.q_begin
+        num_keys = attention_pass.kv_end - attention_pass.kv_begin
+        ends += [(num_rows, ends[-1][1]), (num_rows, num_keys)]
         table = np.array(ends, dtype=np.int32)
         # Drop sequences that have neither queries nor keys.
         keep = np.append(True, (np.diff(table, axis=0) != 0).any(axis=1))
         table = table[keep]
         max_seqlen_q, max_seqlen_kv = np.diff(table, axis=0).max(axis=0).tolist()
-        on_device = torch.from_numpy(table.T.copy()).to(device, non_blocking=True)
+        (on_device,) = to_device([torch.from_numpy(table.T.copy())], device)
         # FlashAttention-2 takes 1 for decoding, where every sequence has one query, and swaps
         # sequences and grouped heads; gaps have none.
         max_seqlen_q = max(max_seqlen_q, 2)
@@ -65,7 +70,7 @@ class VarlenArguments:
 
 
 class CudaFlashBackend(MergingBackend):
-    """A backend on FlashAttention-2 for CUDA, whose kernels all have the same limits."""
+    """A backend on FlashAttention for CUDA, whose kernels all have the same limits."""
 
     dtypes = (torch.bfloat16, torch.float16)
     device_type = "cuda"
@@ -92,6 +97,6 @@ class CudaFlashBackend(MergingBackend):
             return f"takes head_dim up to 192, or 232 to 256, on this GPU, got {head_dim}"
         return None
 
-    def arguments(self, attention_pass: AttentionPass, device: torch.device) -> VarlenArguments:
-        """See ``VarlenKernel``."""
+    def arguments(self, attention_pass: AttentionPass, device: torch.device) -> Any:
+        """See ``VarlenKernel``; for kernels that take nothing but cumulative lengths."""
         return VarlenArguments.of(attention_pass, device)

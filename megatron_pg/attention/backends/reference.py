@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class ReferenceBackend(AttentionBackend):
             lens[s.row] = max(lens[s.row], int(s.kv_spans.max()))
         masks = [resident_mask(layout, i, n, plan.window) for i, n in enumerate(lens)]
         mask = torch.cat([dense_mask(layout, plan.window), *masks], dim=1)
-        return Visibility(mask.to(device), tuple(lens), layout.unique_tokens)
+        return Visibility(mask.to(device, non_blocking=True), tuple(lens), layout.unique_tokens)
 
     def __call__(
         self,
@@ -81,6 +82,10 @@ def _leaves(kept: ResidentKV, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a prefix row whose gradients go to ``kept``."""
     k, v = kept.k.detach(), kept.v.detach()
     if torch.is_grad_enabled():
-        k.requires_grad_().register_hook(lambda grad: kept.grads()[0].add_(grad))
-        v.requires_grad_().register_hook(lambda grad: kept.grads()[1].add_(grad))
+        for i, leaf in enumerate((k, v)):
+            leaf.requires_grad_().register_hook(partial(_add, kept, i))
     return k[:num_tokens], v[:num_tokens]
+
+
+def _add(kept: ResidentKV, place: int, grad: Tensor) -> None:
+    kept.grads()[place].add_(grad)

@@ -82,7 +82,7 @@ class _FusedTreeAttention(torch.autograd.Function):
         ctx.factors = scores.scale, scores.softcap or 0.0
         operators().tree_forward(q, keys, values, tiles.tables, *ctx.factors, out, lse)
         if sink is not None:
-            lse = add_sink(out[:tokens], lse, sink)
+            add_sink(out[:tokens], lse, sink)
         out[tokens:] = padding_out(v[tokens:], q.shape[1])
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.tiles, ctx.kept = tiles, kept
