@@ -10,11 +10,12 @@ from .advantage import (
 )
 from .aggregate import AGGREGATION_MODES, aggregation_weights
 from .grpo import grpo_loss, metric_means
+from .head_memory import head_bytes
 from .importance import IMPORTANCE_BOUNDS, importance_weights
 from .kl import KL_KINDS, kl_in_reward, kl_of_samples, kl_penalty
 from .logprobs import vocab_parallel_logprobs
 from .policy import POLICY_LOSSES, PolicyLossConfig, register_policy_loss
-from .predictors import gather_predictors
+from .predictors import PredictorPlan, gather_predictors, plan_predictors
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
@@ -24,17 +25,20 @@ __all__ = [
     "KL_KINDS",
     "POLICY_LOSSES",
     "PolicyLossConfig",
+    "PredictorPlan",
     "RewardGroups",
     "aggregation_weights",
     "gather_predictors",
     "group_advantages",
     "grpo_loss",
+    "head_bytes",
     "importance_weights",
     "kl_in_reward",
     "kl_of_samples",
     "kl_penalty",
     "metric_means",
     "overlong_penalty",
+    "plan_predictors",
     "register_advantage_estimator",
     "register_policy_loss",
     "vocab_parallel_logprobs",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_indices
+from .head_memory import default_chunk_tokens
+from .kernels import logits_plain
+
+# Columns of a block are a multiple of it, so that products run in whole tiles.
+_TILE = 128
 
 
 def vocab_parallel_logprobs(
@@ -23,20 +29,23 @@ def vocab_parallel_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     with_entropy: bool = False,
+    weight_grad: Tensor | None = None,
+    device_targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of every target token and, on request, the entropy of its distribution.
 
     Equals ``log_softmax(rows @ full_weight.T / temperature)`` at ``target_tokens``, where
-    ``full_weight`` joins the shards of all tp ranks. Logits exist for ``chunk_tokens`` rows at a
-    time, in the forward and again in the backward, which recomputes them; what is kept between
-    the two is a few numbers per row. Matrix products run in the dtype of ``rows``, everything
-    after them in fp32 (fp64 for fp64 input).
+    ``full_weight`` joins the shards of all tp ranks. As many logits as ``chunk_tokens`` rows have
+    exist at a time: of a chunk of rows in the forward and, recomputed, of all rows and a block of
+    the vocabulary in the backward, so that no gradient of the whole weight is summed over chunks.
+    What is kept between the two is a few numbers per row. Matrix products run in the dtype of
+    ``rows``, everything after them in fp32 (fp64 for fp64 input).
 
     Both results are differentiable in ``rows`` and ``weight``. The gradient of ``rows`` is this
     rank's part (``gather_predictors`` sums it over tp), the gradient of ``weight`` is complete
-    for this rank's shard and accumulated over chunks in fp32 (fp64).
+    for this rank's shard and rounded once; without rows ``weight`` has none.
 
     Args:
         rows: ``[E, H]`` hidden states, the same on every tp rank.
@@ -46,8 +55,11 @@ def vocab_parallel_logprobs(
         temperature: positive number, or ``[E]`` CPU tensor with one per row; a constant.
         vocab_size: number of real vocabulary entries; later columns are padding and take no part
             in the softmax. None means that there is no padding.
-        chunk_tokens: rows whose logits exist at one time.
+        chunk_tokens: rows whose logits exist at one time; None for ``default_chunk_tokens``.
         with_entropy: whether to return the entropy of the softmax over the vocabulary, in nats.
+        weight_grad: shaped as ``weight``; the backward adds the gradient of ``weight`` to it, in
+            its dtype, and returns none.
+        device_targets: ``target_tokens`` on the device of ``rows``; copied there when None.
 
     Returns:
         ``(logprobs [E], entropy [E] or None)`` in fp32 (fp64 for fp64 input); E may be 0.
@@ -64,7 +76,11 @@ def vocab_parallel_logprobs(
         raise ValueError(
             f"rows ({rows.dtype}) and weight ({weight.dtype}) must have one floating dtype"
         )
-    if chunk_tokens < 1:
+    if weight_grad is not None and weight_grad.shape != weight.shape:
+        raise ValueError(
+            f"weight_grad {tuple(weight_grad.shape)} must be shaped as weight {tuple(weight.shape)}"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
     padded_vocab = len(weight) * tp_size
@@ -78,29 +94,31 @@ def vocab_parallel_logprobs(
         raise ValueError(f"{len(target_tokens)} target_tokens for {len(rows)} rows")
     dtype = torch.promote_types(rows.dtype, torch.float32)
     first = len(weight) * (0 if tp_group is None else dist.get_rank(tp_group))
-    temperatures = _as_temperature(temperature, len(rows), dtype)
-    local_targets = target_tokens - first
+    temperatures = _as_temperature(temperature, len(rows), dtype, rows.device)
+    if device_targets is None:
+        device_targets = target_tokens.to(rows.device, non_blocking=True)
     num_columns = min(max(vocab_size - first, 0), len(weight))
-    is_owned = (local_targets >= 0) & (local_targets < num_columns)
     shard = _Shard(
         num_columns=num_columns,
-        targets=torch.where(is_owned, local_targets, 0).to(rows.device, non_blocking=True),
-        is_owned=is_owned.to(rows.device, non_blocking=True),
-        temperature=temperatures.to(rows.device, non_blocking=True),
-        chunk_tokens=chunk_tokens,
-        dtype=dtype,
+        targets=device_targets - first,
+        temperature=temperatures,
+        chunk_tokens=chunk_tokens or default_chunk_tokens(num_columns, rows.dtype, rows.device),
+        weight_grad=weight_grad,
         group=tp_group if tp_size > 1 else None,
+        kernels=_logits_kernels(rows.device),
     )
     logprobs, entropy = _VocabParallelLogprobs.apply(rows, weight, shard, with_entropy)
     return logprobs, entropy
 
 
-def _as_temperature(temperature: float | Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """``[num_rows]`` tensor of temperatures, checked on the host."""
+def _as_temperature(
+    temperature: float | Tensor, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``[num_rows]`` tensor of temperatures on the device, checked on the host."""
     if not isinstance(temperature, Tensor):
         if not math.isfinite(temperature) or temperature <= 0:
             raise ValueError(f"temperature={temperature} must be finite and above 0")
-        return torch.full((num_rows,), temperature, dtype=dtype)
+        return torch.full((num_rows,), temperature, dtype=dtype, device=device)
     if temperature.shape != (num_rows,) or temperature.device.type != "cpu":
         raise ValueError(
             f"temperature has shape {tuple(temperature.shape)} on {temperature.device}, it must "
@@ -108,7 +126,41 @@ def _as_temperature(temperature: float | Tensor, num_rows: int, dtype: torch.dty
         )
     if not bool((torch.isfinite(temperature) & (temperature > 0)).all()):
         raise ValueError("every temperature must be finite and above 0")
-    return temperature.detach().to(dtype)
+    return temperature.detach().to(dtype).to(device, non_blocking=True)
+
+
+class LogitsKernels(Protocol):
+    """What ``logits_plain``, the definition, and ``logits_triton`` both offer."""
+
+    def product(self, rows: Tensor, weight: Tensor, columns: slice) -> Tensor:
+        """A new ``[E, V]`` tensor of logits of V rows of ``weight``, in the dtype of ``rows``."""
+
+    def statistics(
+        self, logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Largest logit, sum of exponentials, their weighted sum or None, logit at the target."""
+
+    def gradient(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        targets: Tensor,
+        maxima: Tensor,
+        log_sums: Tensor,
+        grad_logprobs: Tensor,
+        entropy: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """Gradient of the logits, which it may be written over; columns of zeros may follow."""
+
+
+def _logits_kernels(device: torch.device) -> LogitsKernels:
+    """Triton's on CUDA where Triton is installed, PyTorch's operators else."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from .kernels import logits_triton
+
+        return logits_triton
+    return logits_plain
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -117,31 +169,68 @@ class _Shard:
 
     Attributes:
         num_columns: real vocabulary entries of the shard; 0 when it holds padding only.
-        targets: ``[E]`` column of the target in this shard, 0 when another rank owns it.
-        is_owned: ``[E]`` whether this shard holds the target.
-        temperature: ``[E]``.
+        targets: ``[E]`` column of the target in this shard, outside of it when another rank's.
+        temperature: ``[E]``, its dtype that of everything after the matrix product.
         chunk_tokens: rows whose logits exist at one time.
-        dtype: dtype of everything after the matrix product.
+        weight_grad: what the weight's gradient is added to; None returns it.
         group: tp process group, None for one rank.
+        kernels: of the logits' device.
     """
 
     num_columns: int
     targets: Tensor
-    is_owned: Tensor
     temperature: Tensor
     chunk_tokens: int
-    dtype: torch.dtype
+    weight_grad: Tensor | None
     group: dist.ProcessGroup | None
+    kernels: LogitsKernels
 
-    def chunks(self, num_rows: int) -> Iterator[slice]:
+    def row_chunks(self) -> Iterator[slice]:
+        """Rows whose logits over the whole shard exist at one time."""
         if self.num_columns:
-            for start in range(0, num_rows, self.chunk_tokens):
+            for start in range(0, len(self.targets), self.chunk_tokens):
                 yield slice(start, start + self.chunk_tokens)
 
-    def logits(self, rows: Tensor, weight: Tensor, chunk: slice) -> Tensor:
-        """A new ``[chunk_tokens, num_columns]`` tensor: logits over temperature."""
-        logits = (rows[chunk] @ weight[: self.num_columns].t()).to(self.dtype)
-        return logits.div_(self.temperature[chunk, None])
+    def column_blocks(self) -> Iterator[slice]:
+        """Columns whose logits of all rows exist at one time: no more than those of a chunk."""
+        if self.num_columns and len(self.targets):
+            width = self.chunk_tokens * self.num_columns // len(self.targets)
+            if width >= _TILE:
+                width = width // _TILE * _TILE
+            for start in range(0, self.num_columns, max(width, 1)):
+                yield slice(start, min(start + max(width, 1), self.num_columns))
+
+    def statistics(
+        self, rows: Tensor, weight: Tensor, chunk: slice, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Of a chunk of rows, over the columns of this shard."""
+        logits = self.kernels.product(rows[chunk], weight, slice(0, self.num_columns))
+        return self.kernels.statistics(
+            logits, self.temperature[chunk], self.targets[chunk], with_entropy
+        )
+
+    def add_gradients(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        columns: slice,
+        of_rows: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+        grad_rows: Tensor | None,
+        grad_weight: Tensor | None,
+    ) -> None:
+        """Add what a block of columns gives to ``grad_rows``, and the block's ``grad_weight``."""
+        logits = self.kernels.product(rows, weight, columns)
+        targets = self.targets - columns.start
+        grad = self.kernels.gradient(logits, self.temperature, targets, *of_rows)
+        # Columns of zeros meet the padding of the vocabulary, as far as there is some.
+        stop = min(columns.start + grad.shape[1], len(weight))
+        columns, grad = slice(columns.start, stop), grad[:, : stop - columns.start]
+        if grad_rows is not None:
+            _add_product(grad_rows, grad, weight[columns])
+        if self.weight_grad is not None:
+            _add_product(self.weight_grad[columns], grad.t(), rows)
+        elif grad_weight is not None:
+            torch.mm(grad.t(), rows, out=grad_weight[columns])
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -150,31 +239,27 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, shard: _Shard, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        # Of the columns of this shard: max, sum of exp(logit - max), sum of exp times logit - max.
-        maxima = rows.new_full((len(rows),), torch.finfo(shard.dtype).min, dtype=shard.dtype)
-        sums, weighted, target_logits = rows.new_zeros(3, len(rows), dtype=shard.dtype)
-        for chunk in shard.chunks(len(rows)):
-            logits = shard.logits(rows, weight, chunk)
-            at_target = logits.gather(1, shard.targets[chunk, None]).squeeze(1)
-            target_logits[chunk] = torch.where(shard.is_owned[chunk], at_target, 0)
-            maxima[chunk] = logits.amax(1)
-            logits.sub_(maxima[chunk, None])
-            if with_entropy:
-                exp = logits.exp()
-                weighted[chunk] = logits.mul_(exp).sum(1)
-            else:
-                exp = logits.exp_()
-            sums[chunk] = exp.sum(1)
+        # Of the columns of this shard: the largest logit, sum of exp((logit - largest) / T), sum of
+        # that times its exponent.
+        dtype = shard.temperature.dtype
+        maxima = rows.new_full((len(rows),), torch.finfo(dtype).min, dtype=dtype)
+        sums, weighted, target_logits = rows.new_zeros(3, len(rows), dtype=dtype)
+        for chunk in shard.row_chunks():
+            found = shard.statistics(rows, weight, chunk, with_entropy)
+            maxima[chunk], sums[chunk], target_logits[chunk] = found[0], found[1], found[3]
+            if found[2] is not None:
+                weighted[chunk] = found[2]
         if shard.group is not None and len(rows) > 0:
             local_maxima = maxima.clone()
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=shard.group)
-            shift = local_maxima - maxima
+            # No less than one whose exponential is 0: a shard of padding is infinitely far.
+            shift = ((local_maxima - maxima) / shard.temperature).clamp(min=-1e4)
             weighted = (weighted + shift * sums) * shift.exp()
             reduced = torch.stack([sums * shift.exp(), weighted, target_logits])
             dist.all_reduce(reduced, group=shard.group)
             sums, weighted, target_logits = reduced
         log_sums = sums.log()
-        logprobs = (target_logits - maxima) - log_sums
+        logprobs = (target_logits - maxima) / shard.temperature - log_sums
         entropy = log_sums - weighted / sums if with_entropy else None
         ctx.shard = shard
         ctx.save_for_backward(rows, weight, maxima, log_sums, entropy)
@@ -187,30 +272,28 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, weight, maxima, log_sums, entropy = ctx.saved_tensors
         shard: _Shard = ctx.shard
-        grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+        grad_rows = torch.zeros_like(rows, dtype=maxima.dtype) if needs_rows else None
         grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=shard.dtype)
+        if needs_weight and shard.weight_grad is None and len(rows):
+            grad_weight = torch.empty_like(weight)
+            grad_weight[shard.num_columns :] = 0
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(maxima)
-        for chunk in shard.chunks(len(rows)):
-            grad = shard.logits(rows, weight, chunk)
-            grad.sub_(maxima[chunk, None]).sub_(log_sums[chunk, None])
-            grad_target = grad_logprobs[chunk]
-            # d logprob = onehot - p;  d entropy = -p (log p + entropy)
-            if grad_entropy is None:
-                grad.exp_().mul_(-grad_target[:, None])
-            else:
-                factor = (grad + entropy[chunk, None]).mul_(-grad_entropy[chunk, None])
-                grad.exp_().mul_(factor.sub_(grad_target[:, None]))
-            index = torch.arange(len(grad), device=grad.device), shard.targets[chunk]
-            at_target = torch.where(shard.is_owned[chunk], grad_target, 0)
-            grad.index_put_(index, at_target, accumulate=True)
-            grad = grad.div_(shard.temperature[chunk, None]).to(rows.dtype)
-            if grad_rows is not None:
-                grad_rows[chunk] = grad @ weight[: shard.num_columns]
-            if grad_weight is not None:
-                grad_weight[: shard.num_columns] += grad.t() @ rows[chunk]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_rows, grad_weight, None, None
+        of_rows = maxima, log_sums, grad_logprobs, entropy, grad_entropy
+        for columns in shard.column_blocks():
+            shard.add_gradients(rows, weight, columns, of_rows, grad_rows, grad_weight)
+        return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in place, summed in the dtype of ``total``."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cpu":
+        total += a @ b
+    elif torch.__version__ >= "2.10":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        # Which adds to a total of the products' dtype only.
+        total += torch.mm(a, b, out_dtype=total.dtype)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pg.loss import gather_predictors, vocab_parallel_logprobs
+from megatron_pg.loss import gather_predictors, logprobs, vocab_parallel_logprobs
+from tests.loss.triton_kernels import kernels_on
 from tests.ranks import process_group
 
 T, H, V_LOCAL = 24, 10, 8
@@ -25,6 +29,13 @@ def pairs(
     with process_group():
         vocab_size = V_LOCAL * dist.get_world_size() - num_padded
         return _pairs(PREDICTORS[predictors], vocab_size, sequence_parallel, with_entropy)
+
+
+def triton_pairs(*args: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """As ``pairs``, by the Triton kernels in their interpreter."""
+    with kernels_on("cpu") as kernels, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "_logits_kernels", lambda device: kernels)
+        return pairs(*args)
 
 
 def _pairs(
@@ -55,7 +66,7 @@ def _pairs(
         my_hidden, predictor_ids, tp_group=group, sequence_parallel=sequence_parallel
     )
     assert torch.equal(rows, hidden[:, 0][predictor_ids])
-    logprobs, entropy = vocab_parallel_logprobs(
+    predicted, entropy = vocab_parallel_logprobs(
         rows,
         my_weight,
         targets,
@@ -65,8 +76,8 @@ def _pairs(
         chunk_tokens=5,
         with_entropy=with_entropy,
     )
-    found = {"logprobs": (logprobs, want[0])}
-    total = (logprobs * cotangents[0]).sum()
+    found = {"logprobs": (predicted, want[0])}
+    total = (predicted * cotangents[0]).sum()
     if with_entropy:
         found["entropy"] = (entropy, want[1])
         total = total + (entropy * cotangents[1]).sum()
@@ -76,4 +87,7 @@ def _pairs(
     if num:
         assert dhidden.abs().max() > 0.1
         assert len(predictor_ids.unique()) < num or num == T
+    else:
+        assert my_weight.grad is None
+        del found["dweight"]
     return {name: (ours.detach(), theirs.detach()) for name, (ours, theirs) in found.items()}

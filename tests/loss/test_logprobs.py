@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_pg.loss import vocab_parallel_logprobs
+from megatron_pg.loss import head_bytes, vocab_parallel_logprobs
+from megatron_pg.loss.head_memory import default_chunk_tokens
+from megatron_pg.loss.kernels import logits_plain
+from megatron_pg.loss.logprobs import _Shard
 from tests.loss.parallel_logprobs import PREDICTORS, V_LOCAL, T, pairs
+from tests.loss.traffic import Traffic
 from tests.utils import assert_close, assert_close_to_control
 
 E, H, V = 37, 12, 29
@@ -161,7 +165,10 @@ def test_empty():
     assert logprobs.shape == entropy.shape == (0,)
     (logprobs.sum() + entropy.sum()).backward()
     assert torch.equal(rows.grad, torch.zeros_like(rows))
-    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    assert weight.grad is None
+
+
+PRODUCTS = torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default
 
 
 class LargestTensor(TorchDispatchMode):
@@ -176,7 +183,7 @@ class LargestTensor(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
-        self.products += func is torch.ops.aten.mm.default
+        self.products += func in PRODUCTS
         return out
 
 
@@ -194,12 +201,102 @@ def test_logits_exist_for_one_chunk_only():
     assert chunked.numel == chunk * vocab
     assert whole.numel == num_rows * vocab
     # One product a chunk in the forward; the logits again and two gradients in the backward.
-    assert chunked.products == 4 * num_rows // chunk
+    num_blocks = math.ceil(vocab / (chunk * vocab // num_rows))
+    assert chunked.products == num_rows // chunk + 3 * num_blocks
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "dtype", "device", "want"),
+    [
+        (151_936, torch.bfloat16, "cuda", 4096),
+        (151_936, torch.float32, "cuda", 2208),
+        (262_144, torch.bfloat16, "cuda", 2560),
+        (0, torch.bfloat16, "cuda", 4096),
+        (1 << 40, torch.bfloat16, "cuda", 1),
+        (151_936, torch.bfloat16, "cpu", 1024),
+    ],
+)
+def test_default_chunk_tokens(num_columns, dtype, device, want):
+    assert default_chunk_tokens(num_columns, dtype, torch.device(device)) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_tokens", [16, 300])
+@pytest.mark.parametrize("into", ["autograd", "buffer"])
+def test_head_bytes_are_those_of_a_backward(dtype, chunk_tokens, into):
+    num_rows, hidden, vocab = 128, 32, 2048
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(num_rows, hidden, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, hidden, generator=generator).to(dtype).requires_grad_()
+    buffer = torch.zeros(vocab, hidden) if into == "buffer" else None
+    targets = torch.randint(0, vocab, (num_rows,), generator=generator)
+    with Traffic() as traffic:
+        out = vocab_parallel_logprobs(
+            rows, weight, targets, chunk_tokens=chunk_tokens, with_entropy=True, weight_grad=buffer
+        )
+        (out[0].sum() + out[1].sum()).backward()
+    told = head_bytes(
+        *(num_rows, hidden, vocab), dtype=dtype, device=torch.device("cpu"),
+        chunk_tokens=chunk_tokens, has_weight_grad=into == "buffer",
+    )  # fmt: skip
+    # On the CPU a bf16 product is made before it is added to an fp32 buffer.
+    more = dtype.itemsize * vocab * hidden if into == "buffer" else 0
+    assert 0.8 * told < traffic.peak_bytes < 1.1 * told + more
+
+
+@pytest.mark.parametrize("num_columns", [1, 29, 1000])
+@pytest.mark.parametrize("num_rows", [1, 7, 300])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 4000])
+def test_blocks_of_columns_hold_no_more_than_a_chunk(num_columns, num_rows, chunk_tokens):
+    shard = _Shard(
+        num_columns=num_columns,
+        targets=torch.zeros(num_rows, dtype=torch.int64),
+        temperature=torch.ones(num_rows),
+        chunk_tokens=chunk_tokens,
+        weight_grad=None,
+        group=None,
+        kernels=logits_plain,
+    )
+    blocks = list(shard.column_blocks())
+    widths = [block.stop - block.start for block in blocks]
+    assert [i for block in blocks for i in range(block.start, block.stop)] == [*range(num_columns)]
+    assert max(widths) == 1 or max(widths) * num_rows <= chunk_tokens * num_columns
+    if max(widths) >= 128 and len(widths) > 1:
+        assert all(width % 128 == 0 for width in widths[:-1])
+
+
+def test_weight_grad_takes_the_gradient():
+    rows, weight, targets, grads = make_case()
+    start = torch.randn(V, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    buffer = start.clone()
+    (logprobs, _) = vocab_parallel_logprobs(
+        rows, weight, targets, chunk_tokens=5, vocab_size=V - 4, weight_grad=buffer
+    )
+    (logprobs * grads[0]).sum().backward()
+    want = backward(dense(rows, weight, targets, 1.0, V - 4)[:1], grads, [rows, weight])
+    assert weight.grad is None
+    assert_close("dweight", buffer - start, want[1], 1e-12)
+    assert torch.equal(buffer[V - 4 :], start[V - 4 :])
+    assert_close("drows", rows.grad, want[0], 1e-12)
+
+
+def test_weight_grad_in_fp32_of_bf16_products():
+    # 300 more would be lost in a bf16 buffer of 1e5; the products are summed in fp32 over blocks.
+    rows = torch.ones(512, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    buffer = torch.full((8, 4), 1e5)
+    targets = torch.zeros(512, dtype=torch.int64)
+    logprobs, _ = vocab_parallel_logprobs(
+        rows, weight, targets, chunk_tokens=64, weight_grad=buffer
+    )
+    logprobs.sum().backward()
+    assert torch.equal(buffer[0], torch.full((4,), 1e5 + 512 * 7 / 8))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"weight_grad": torch.zeros(V, H + 1)}, r"weight_grad \(29, 13\) must be shaped"),
         ({"rows": torch.zeros(E, H + 1).double()}, r"\[E, H\] and \[V, H\]"),
         ({"rows": torch.zeros(E, 1, H).double()}, r"\[E, H\] and \[V, H\]"),
         ({"rows": torch.zeros(E, H)}, "one floating dtype"),
@@ -246,6 +343,6 @@ def test_tensor_parallel_ranks(
     assert predictors != "unbalanced" or not (owners == tp_size - 1).any()
     settings = (predictors, padding, sequence_parallel, with_entropy)
     for found in ranks.run(tp_size, pairs, *settings):
-        assert len(found) == 3 + with_entropy
+        assert len(found) == 2 + with_entropy + (predictors != "empty")
         for name, (ours, theirs) in found.items():
             assert_close(name, ours, theirs, 1e-10)

@@ -1,0 +1,1 @@
+"""What reads logits and makes their gradient, as PyTorch operators and as Triton kernels."""
