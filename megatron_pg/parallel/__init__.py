@@ -1,14 +1,22 @@
 """Where tokens and weights live: every parallel size and its rules; what fails on all ranks."""
 
-from .collective import attempt, on_all_ranks, on_first_rank, told_error
+from .collective import attempt, from_all_ranks, on_all_ranks, on_first_rank, told_error
+from .context import ContextPart, exchanged_values, kv_head_copies, own_tokens
 from .sizes import MEGATRON_NAMES, ModelSizes, ParallelSizes
+from .split import PipelineSplit
 
 __all__ = [
     "MEGATRON_NAMES",
+    "ContextPart",
     "ModelSizes",
     "ParallelSizes",
+    "PipelineSplit",
     "attempt",
+    "exchanged_values",
+    "from_all_ranks",
+    "kv_head_copies",
     "on_all_ranks",
     "on_first_rank",
+    "own_tokens",
     "told_error",
 ]

@@ -28,6 +28,22 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def from_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What ``action`` returned on every rank of a group, on each of them.
+
+    Raises:
+        ValueError: or whatever the first rank that failed raised, on all of them, as
+            ``on_all_ranks``.
+    """
+    result, error = attempt(action)
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, (result, told_error(error)), group=group)
+    for rank, (_, told) in enumerate(parts):
+        if told is not None:
+            raise error if rank == dist.get_rank(group) and error is not None else told
+    return [value for value, _ in parts]
+
+
 def on_first_rank(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on every rank; its error is raised on every rank.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+from .split import PipelineSplit
+
 # What Megatron's configurations and arguments call the fields of ``ParallelSizes``; a name that
 # holds another one stands before it.
 MEGATRON_NAMES = {
@@ -18,14 +20,6 @@ MEGATRON_NAMES = {
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
 }
-# With one of these Megatron deals the layers out by a rule of its own.
-_OWN_STAGES = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +54,14 @@ class ModelSizes:
                 widths = {}
             if shared := config.moe_shared_expert_intermediate_size:
                 widths["moe_shared_expert_intermediate_size"] = shared
-        has_own_stages = any(getattr(config, name, None) for name in _OWN_STAGES)
+        # A hybrid deals its layers out by the marks in its pattern.
+        is_even = PipelineSplit.from_config(config).is_even and not getattr(
+            config, "is_hybrid_model", False
+        )
         return cls(
             num_attention_heads=config.num_attention_heads,
             num_query_groups=config.num_query_groups or config.num_attention_heads,
-            num_layers=None if has_own_stages else config.num_layers,
+            num_layers=config.num_layers if is_even else None,
             widths=widths,
             expert_widths=expert_widths,
             num_moe_experts=config.num_moe_experts,
@@ -181,13 +178,7 @@ class ParallelSizes:
         if sizes.vpp is not None and self.pp == 1:
             problems.append(
                 f"virtual_pipeline_model_parallel_size={self.vpp} needs "
-                "pipeline_model_parallel_size above 1; set it to None"
-            )
-        if sizes.cp > 1:
-            problems.append(
-                f"context_parallel_size={self.cp}: packed rows are not split over "
-                "context-parallel ranks; set context_parallel_size=1 and use tensor parallelism "
-                "with sequence_parallel, or resident prefixes for samples longer than a row"
+                "pipeline_model_parallel_size above 1; leave it out"
             )
         return problems
 
@@ -214,6 +205,13 @@ class ParallelSizes:
         s = self._in_range()
         heads, groups = model.num_attention_heads, model.num_query_groups
         problems = list(_remainders({"num_attention_heads": heads, **model.widths}, tp=s.tp))
+        if s.cp > 1 and heads % (s.tp * s.cp):
+            largest = math.gcd(heads // s.tp, s.cp) if heads % s.tp == 0 else 1
+            problems.append(
+                f"num_attention_heads={heads} is no multiple of {_product(tp=s.tp, cp=s.cp)}, and "
+                "attention of packed rows is divided by heads; the largest context_parallel_size "
+                f"below that fits is {largest}"
+            )
         if heads % groups:
             problems.append(
                 f"num_attention_heads={heads} is no multiple of num_query_groups={groups}; choose "
@@ -226,7 +224,11 @@ class ParallelSizes:
             )
         if model.num_layers is not None:
             stages = _remainders({"num_layers": model.num_layers}, pp=s.pp, vpp=s.vpp or 1)
-            problems += stages
+            own = (
+                "or give stages unequal numbers (num_layers_in_first_pipeline_stage, "
+                "num_layers_in_last_pipeline_stage, pipeline_model_parallel_layout)"
+            )
+            problems += [f"{problem}, {own}" for problem in stages]
         return [*problems, *s._expert_problems(model)]
 
     def training_problems(self, model: ModelSizes) -> list[str]:

@@ -39,9 +39,14 @@ BROKEN_ALONE: dict[str, tuple[ParallelSizes, str, ParallelSizes]] = {
     "one chunk": (ParallelSizes(pp=2, vpp=1), "=1 must be at least 2", ParallelSizes(pp=2)),
     "sp": (ParallelSizes(sp=True), "sequence_parallel=True needs", ParallelSizes()),
     "vpp": (ParallelSizes(vpp=2), "virtual_pipeline_model_parallel_size=2 needs", ParallelSizes()),
-    "cp": (ParallelSizes(cp=2), "context_parallel_size=2: packed rows", ParallelSizes()),
 }
 BROKEN_OF_A_MODEL: dict[str, tuple[ModelSizes, ParallelSizes, str, ParallelSizes]] = {
+    "heads of a context": (
+        DENSE,
+        ParallelSizes(tp=2, cp=8),
+        "the largest context_parallel_size below that fits is 4",
+        ParallelSizes(tp=2, cp=4),
+    ),
     "heads": (
         replace(DENSE, num_query_groups=1),
         ParallelSizes(tp=3),
@@ -69,7 +74,7 @@ BROKEN_OF_A_MODEL: dict[str, tuple[ModelSizes, ParallelSizes, str, ParallelSizes
     "layers": (
         DENSE,
         ParallelSizes(pp=5),
-        "num_layers=12 is no multiple of pipeline_model_parallel_size=5",
+        "or give stages unequal numbers (num_layers_in_first_pipeline_stage, num_layers_in_last_",
         ParallelSizes(pp=4),
     ),
     "chunks": (
