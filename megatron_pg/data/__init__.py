@@ -1,19 +1,44 @@
 """Which groups go together: reading, costing, packing and balancing them."""
 
-from .balance import balance_costs, balance_groups, equalize_num_microbatches, with_num_rows
 from .checksum import content_checksum
-from .cost import CostModel, active_ffn_hidden_size
-from .heads import AttentionSizes
-from .memory import MemoryModel
+from .cost import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    CostModel,
+    FlopWeights,
+)
+from .model import (
+    HYBRID_SYMBOLS,
+    AttentionSizes,
+    ExpertSizes,
+    LayerKind,
+    LayerSizes,
+    LinearSizes,
+    MemoryModel,
+    ModuleKinds,
+    RankShare,
+    layer_kinds,
+    linear_pattern,
+)
 from .pack import carried_fields, make_microbatches, make_wave, pack_groups, token_values
-from .plan import (
+from .planning import (
     PackPlan,
+    ResidencyConfig,
     RowPart,
+    balance_costs,
+    balance_groups,
+    equalize_num_microbatches,
+    group_cost,
     part_shape,
+    part_tokens,
     part_tree,
     plan_rows,
+    plan_waves,
     row_budget,
     split_group,
+    step_cost,
+    with_num_rows,
+    with_rows_for_stages,
 )
 from .reading import (
     Problems,
@@ -24,7 +49,18 @@ from .reading import (
     read_rollouts,
     write_rollouts,
 )
-from .residency import ResidencyConfig, plan_waves, step_cost
+from .roofline import (
+    CARDS,
+    Card,
+    StepTime,
+    StepWork,
+    card_here,
+    card_or_here,
+    merge_bytes,
+    predict_step,
+    product_flops_on,
+    seconds_on,
+)
 from .route_forms import decode_routes, encode_routes
 from .routes import RouteShape, route_problem, routes_of_samples, without_routes
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
@@ -34,41 +70,63 @@ from .values import response_problems, reward_problem, shorten, show
 
 __all__ = [
     "AttentionSizes",
+    "CARDS",
+    "Card",
     "CostModel",
+    "ExpertSizes",
+    "FORWARD",
+    "FORWARD_BACKWARD",
+    "FlopWeights",
     "Group",
     "GroupShape",
+    "HYBRID_SYMBOLS",
+    "LayerKind",
+    "LayerSizes",
+    "LinearSizes",
     "MemoryModel",
     "Microbatch",
+    "ModuleKinds",
     "PackPlan",
     "PackedRow",
     "PrefixRow",
     "Problems",
+    "RankShare",
     "ResidencyConfig",
     "RouteShape",
     "RowPart",
     "Sample",
     "Status",
+    "StepTime",
+    "StepWork",
     "TokenValues",
     "UNKNOWN_ROUTE",
     "Wave",
-    "active_ffn_hidden_size",
     "balance_costs",
     "balance_groups",
+    "card_here",
+    "card_or_here",
     "carried_fields",
     "check_prompt",
     "content_checksum",
     "decode_routes",
     "encode_routes",
     "equalize_num_microbatches",
+    "group_cost",
     "group_shape",
     "group_tree",
+    "layer_kinds",
+    "linear_pattern",
     "make_microbatches",
     "make_wave",
+    "merge_bytes",
     "pack_groups",
     "part_shape",
+    "part_tokens",
     "part_tree",
     "plan_rows",
     "plan_waves",
+    "predict_step",
+    "product_flops_on",
     "read_json_records",
     "read_jsonl_records",
     "read_parquet_records",
@@ -78,6 +136,7 @@ __all__ = [
     "route_problem",
     "routes_of_samples",
     "row_budget",
+    "seconds_on",
     "select_samples",
     "shorten",
     "show",
@@ -85,6 +144,7 @@ __all__ = [
     "step_cost",
     "token_values",
     "with_num_rows",
+    "with_rows_for_stages",
     "without_aborted",
     "without_routes",
     "write_rollouts",

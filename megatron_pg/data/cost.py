@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..tree import PrefixTree, pairs_within
-from .heads import AttentionSizes
+from ..tree import BoolArray, PrefixTree, pairs_within
+from .model import AttentionSizes, LinearSizes, active_ffn_hidden_size, layer_kinds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +107,8 @@ class CostModel:
         """Forward FLOPs of layers with such attention; two per multiply-add.
 
         Args:
-            attention: of every layer.
-            num_layers: decoder layers.
+            attention: of a layer.
+            num_layers: that have it.
             hidden_size: width of the residual stream.
             mlp_parameters: of all layers' MLPs, as far as one token goes through them.
             vocab_size: rows of the output layer.
@@ -122,23 +122,53 @@ class CostModel:
         )
 
     @classmethod
-    def from_config(cls, config: Any, vocab_size: int, windows: Sequence[int | None]) -> CostModel:
+    def from_config(
+        cls,
+        config: Any,
+        vocab_size: int,
+        windows: Sequence[int | None],
+        hybrid_layer_pattern: str | None = None,
+    ) -> CostModel:
         """Of the model of a ``TransformerConfig``, whose vocabulary is not padded.
 
         Args:
             config: of the model.
             vocab_size: rows of the output layer.
-            windows: as in ``within_windows``.
+            windows: as in ``within_windows``; None for layers that do not attend.
+            hybrid_layer_pattern: of a ``HybridModel``.
+
+        Raises:
+            NotImplementedError: as ``layer_kinds`` does.
         """
+        kinds, hidden = layer_kinds(config, hybrid_layer_pattern), config.hidden_size
         matrices = 3 if config.gated_linear_unit else 2
+        widths = sum(active_ffn_hidden_size(config, kind) for kind in kinds)
+        seen = [window for window, kind in zip(windows, kinds, strict=True) if kind.attends]
         model = cls.from_attention(
             AttentionSizes.from_config(config),
-            config.num_layers,
-            config.hidden_size,
-            config.num_layers * matrices * config.hidden_size * active_ffn_hidden_size(config),
+            len(seen),
+            hidden,
+            matrices * hidden * widths,
             vocab_size,
-        )
-        return model.within_windows(windows)
+        ).within_windows(seen)
+        for rule in {rule for kind in kinds if (rule := kind.rule) is not None}:
+            number = sum(kind.rule == rule for kind in kinds)
+            linear = LinearSizes.from_config(config, rule)
+            model = model.with_linear_layers(linear, number, hidden)
+        return model
+
+    def with_linear_layers(
+        self, linear: LinearSizes, num_layers: int, hidden_size: int
+    ) -> CostModel:
+        """The same model with so many layers more that carry a state: they cost no pairs.
+
+        Args:
+            linear: of these layers, whose MLPs are counted already.
+            num_layers: how many.
+            hidden_size: width of the residual stream.
+        """
+        each = 2.0 * linear.parameters(hidden_size) + linear.scan_flops
+        return replace(self, per_token=self.per_token + num_layers * each)
 
     def within_windows(self, windows: Sequence[int | None]) -> CostModel:
         """The same model, some layers of which have a window.
@@ -146,6 +176,8 @@ class CostModel:
         Args:
             windows: of every layer, keys that a token sees before itself; None sees all.
         """
+        if not windows:
+            return self
         per_layer, numbers = self.per_attention_pair / len(windows), Counter(windows)
         return replace(
             self,
@@ -157,32 +189,41 @@ class CostModel:
             ),
         )
 
-    def attention(self, tree: PrefixTree) -> float:
-        """Cost of the visible pairs of a tree in all layers."""
+    def attention(self, tree: PrefixTree, segments: BoolArray | None = None) -> float:
+        """Cost of the visible pairs of a tree, or of some ``segments`` of it, in all layers."""
         costs = ((None, self.per_attention_pair), *self.per_window_pair)
-        return sum(cost * pairs_within(tree, window) for window, cost in costs if cost)
+        return sum(cost * pairs_within(tree, window, segments) for window, cost in costs if cost)
 
-    def estimate(self, tree: PrefixTree, loss_tokens: int = 0) -> float:
-        """Cost of a tree whose samples train ``loss_tokens`` tokens; several trees add up."""
+    def estimate(
+        self, tree: PrefixTree, loss_tokens: int = 0, segments: BoolArray | None = None
+    ) -> float:
+        """Cost of a tree whose samples train ``loss_tokens`` tokens; several trees add up.
+
+        Args:
+            tree: what is shared.
+            loss_tokens: that are trained.
+            segments: ``[num_segments]`` that stand in the row, with all before them on their paths;
+                None takes all.
+        """
+        lens = tree.segment_lens
+        tokens = int((lens if segments is None else lens[segments]).sum())
         return (
-            self.per_token * tree.unique_tokens
-            + self.attention(tree)
+            self.per_token * tokens
+            + self.attention(tree, segments)
             + self.per_loss_token * loss_tokens
         )
 
 
-def active_ffn_hidden_size(config: Any) -> int:
-    """Width of the MLP that one token goes through: of all its experts, the shared ones too.
+@dataclass(frozen=True)
+class FlopWeights:
+    """FLOPs of a pass relative to the forward FLOPs of ``CostModel``."""
 
-    The mean over layers, where only some have experts.
+    per_token: float
+    per_attention_pair: float
+    per_loss_token: float
 
-    Args:
-        config: ``TransformerConfig``.
-    """
-    if not config.num_moe_experts:
-        return int(config.ffn_hidden_size)
-    experts = config.moe_router_topk * (config.moe_ffn_hidden_size or config.ffn_hidden_size)
-    experts += config.moe_shared_expert_intermediate_size or 0
-    pattern, layers = config.moe_layer_freq, config.num_layers
-    count = len(range(0, layers, pattern)) if isinstance(pattern, int) else sum(pattern)
-    return int((count * experts + (layers - count) * config.ffn_hidden_size) // layers)
+
+FORWARD = FlopWeights(1, 1, 1)
+# The backward of a matrix product costs twice its forward; that of attention 2.5 times, since
+# scores are computed anew; that of the chunked output layer 3 times, since logits are.
+FORWARD_BACKWARD = FlopWeights(3, 3.5, 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tree import PackedLayout
 from .cost import CostModel
-from .plan import PackPlan, RowPart, plan_rows
+from .planning import PackPlan, RowPart, plan_rows
 from .routes import pack_routes
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape

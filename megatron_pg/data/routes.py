@@ -73,16 +73,37 @@ class RouteShape:
                 f"layers, {len(places)} of them with experts, and {self.topk} of these to a token: "
                 f"give [tokens, {self.num_layers}, {self.topk}]"
             )
-        own = routes
-        if len(places) < self.num_layers:
-            own = routes if routes.shape[1] == len(places) else routes[:, places]
-        if wrong := route_problem(own, self.num_experts):
+        if wrong := self.problem(routes):
             raise ValueError(f"routed_experts {wrong}")
         if len(places) == self.num_layers:
             return routes
         whole = routes.new_zeros(len(routes), self.num_layers, self.topk)
-        whole[:, places] = own
+        whole[:, places] = routes if routes.shape[1] == len(places) else routes[:, places]
         return whole
+
+    def of_group(self, group: Group) -> Group:
+        """The group with the routes that a step compares and replays.
+
+        Raises:
+            ValueError: naming the sample whose routes are not those of such a model.
+        """
+
+        def routed(number: int, sample: Sample) -> Sample:
+            own = sample.routed_experts
+            try:
+                own = None if own is None else self.of_model(own)
+            except ValueError as error:
+                raise ValueError(f"sample {number} of group {group.group_id!r}: {error}") from error
+            return sample if own is sample.routed_experts else replace(sample, routed_experts=own)
+
+        return replace(group, samples=tuple(routed(i, s) for i, s in enumerate(group.samples)))
+
+    def problem(self, routes: Tensor) -> str | None:
+        """``route_problem`` of routes as ``of_model`` takes them."""
+        if routes.shape[1] == self.num_layers and not all(self.has_experts):
+            is_read = torch.tensor(self.has_experts)[:, None]
+            routes = torch.where(is_read, routes, UNKNOWN_ROUTE)
+        return route_problem(routes, self.num_experts)
 
 
 def route_problem(routes: Tensor, num_experts: int | None = None) -> str | None:
@@ -222,7 +243,9 @@ def _with_last_routes(
     found = list(labels)
     for i, own in enumerate(tokens):
         end = len(own) - 1
-        if (labels[i][end] != UNKNOWN_ROUTE).any():
+        # Layers without experts have zeros whatever is reported.
+        is_known = labels[i][end] != UNKNOWN_ROUTE
+        if is_known.all():
             continue
         for j, other in enumerate(tokens):
             # Most differ in the one token that is looked at first.
@@ -231,6 +254,7 @@ def _with_last_routes(
                 goes_on
                 and np.array_equal(other[:end], own[:end])
                 and np.array_equal(labels[j][:end], labels[i][:end])
+                and np.array_equal(labels[j][end][is_known], labels[i][end][is_known])
             ):
                 found[i] = np.concatenate([labels[i][:end], labels[j][end : end + 1]])
                 break

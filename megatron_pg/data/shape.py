@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tree import IntArray, PrefixTree
+from ..tree import BoolArray, IntArray, PrefixTree
 from .cost import CostModel
 from .routes import prompts_agree, route_labels, without_routes
 from .types import Group, Sample
@@ -90,7 +90,13 @@ class GroupShape:
         if samples is None or len(samples) == self.num_samples:
             return cost_model.estimate(self.tree, self.loss_tokens)
         loss_tokens = int(self.loss_lens[list(samples)].sum())
-        return cost_model.estimate(select_samples(self.tree, samples), loss_tokens)
+        return cost_model.estimate(self.tree, loss_tokens, path_segments(self.tree, samples))
+
+    def tokens(self, samples: Sequence[int]) -> int:
+        """Unique tokens of some ``samples`` standing alone."""
+        if len(samples) == self.num_samples:
+            return self.tree.unique_tokens
+        return int(self.tree.segment_lens[path_segments(self.tree, samples)].sum())
 
 
 def group_tree(group: Group, min_shared: int | None = None) -> PrefixTree:
@@ -154,7 +160,8 @@ def group_shape(group: Group, min_shared: int | None = None) -> GroupShape:
     alike = without_routes(group)
     split_tokens = 0
     if alike is not group:
-        split_tokens = tree.unique_tokens - group_tree(alike, min_shared).unique_tokens
+        # Groups whose prompts are split share more of their responses.
+        split_tokens = max(0, tree.unique_tokens - group_tree(alike, min_shared).unique_tokens)
     return GroupShape(group.group_id, tree, loss_lens, untrained_lens, split_tokens)
 
 
@@ -165,17 +172,23 @@ def _untrained_len(sample: Sample) -> int:
     return len(sample.prompt_ids) + int(sample.loss_mask.int().argmax())
 
 
+def path_segments(tree: PrefixTree, samples: Sequence[int]) -> BoolArray:
+    """``[num_segments]`` those that stand on the path of one of ``samples``."""
+    kept = np.zeros(tree.num_segments, dtype=bool)
+    segments = tree.sample_segments[list(samples)]
+    while len(segments):
+        kept[segments] = True
+        segments = tree.segment_parents[segments]
+        segments = segments[segments >= 0]
+        segments = segments[~kept[segments]]
+    return kept
+
+
 def select_samples(tree: PrefixTree, samples: Sequence[int]) -> PrefixTree:
     """Lengths of the part of ``tree`` on the paths of ``samples``, which keep the order given."""
     if list(samples) == list(range(tree.num_samples)):
         return tree
-    ends = tree.sample_segments[list(samples)]
-    kept = np.zeros(tree.num_segments, dtype=bool)
-    segments = np.unique(ends)
-    while len(segments):
-        kept[segments] = True
-        parents = tree.segment_parents[segments]
-        segments = np.unique(parents[parents >= 0])
+    ends, kept = tree.sample_segments[list(samples)], path_segments(tree, samples)
     number = np.cumsum(kept) - 1
     parents = tree.segment_parents[kept]
     return PrefixTree(

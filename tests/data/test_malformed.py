@@ -287,7 +287,7 @@ def test_parquet_with_a_column_twice(tmp_path):
 
 def test_text_needs_a_tokenizer_and_eos_one_that_has_it(tmp_path):
     path = write_lines(tmp_path / "r.jsonl", [TEXT])
-    with pytest.raises(ValueError, match="line 1: field 'prompt' is text; pass tokenizer="):
+    with pytest.raises(ValueError, match="line 1: field 'prompt' is text, and there is no"):
         read_rollouts(path)
     with pytest.raises(ValueError, match="append_eos=True concerns rows of text"):
         read_rollouts(path, append_eos=True)

@@ -89,6 +89,32 @@ def test_split_repeats_only_the_prompt_and_fills_the_rows():
     assert [plan.row_layout(row).unique_tokens for row in (0, 1)] == [70, 70]
 
 
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), budget=st.integers(12, 30))
+def test_no_runs_of_neighbours_repeat_less(seed, budget):
+    """Against all of them, samples being in the order of their segments."""
+    (group,) = random_groups(seed, 1, max_samples=8, max_len=6, vocab_size=2)
+    shape = group_shape(group, 1)
+    order = np.argsort(shape.tree.sample_segments, kind="stable")
+    runs = (
+        np.split(order, [i + 1 for i, cut in enumerate(cuts) if cut])
+        for cuts in product((False, True), repeat=len(order) - 1)
+    )
+    sizes = [[select_samples(shape.tree, sorted(r)).unique_tokens for r in runs] for runs in runs]
+    least = min(sum(each) for each in sizes if max(each) <= budget)
+    assert sum(shape.tokens(part) for part in split_group(shape, budget)) <= least
+
+
+def test_turns_of_an_agent_stay_beside_those_that_share_their_history():
+    """Two agents of four turns, each turn a sample; long samples first would part the longest."""
+    history = [[[a] * 4 * turn for turn in range(1, 5)] for a in (1, 2)]
+    said = [[9, a, turn] * 4 for a in (1, 2) for turn in range(1, 5)]
+    rows = [make_sample([0] + h, s) for h, s in zip(sum(history, []), said)]
+    shape = group_shape(Group("g", tuple(rows)), 1)
+    assert shape.tree.unique_tokens == 1 + 2 * (16 + 4 * 12)
+    assert split_group(shape, 65) == ((0, 1, 2, 3), (4, 5, 6, 7))
+
+
 def test_split_keeps_samples_of_one_deep_segment_together():
     a = [make_sample([1], [2] * 8 + [i]) for i in (3, 4)]
     b = [make_sample([1], [5] * 8 + [i]) for i in (3, 4)]
@@ -186,3 +212,19 @@ def test_shape_counts_trained_tokens():
     shape = group_shape(group)
     assert shape.loss_lens.tolist() == [1, 1] and shape.loss_tokens == 2
     assert shapes_of([group], 1)[0].tree.token_ids is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), is_resident=st.booleans())
+def test_parts_are_counted_as_the_trees_that_stand_in_rows(seed, is_resident):
+    """Of deep trees, with windows too, and after a resident prefix."""
+    (group,) = random_groups(seed, 1, max_samples=8, max_len=6, vocab_size=2)
+    shape = group_shape(group, 1)
+    shape = shape.suffixes if is_resident else shape
+    model = CostModel(per_window_pair=((0, 3.0), (2, 0.7)))
+    rng = np.random.default_rng(seed)
+    for size in range(1, shape.num_samples + 1):
+        samples = sorted(rng.choice(shape.num_samples, size, replace=False).tolist())
+        tree, trained = select_samples(shape.tree, samples), int(shape.loss_lens[samples].sum())
+        assert shape.tokens(samples) == tree.unique_tokens
+        assert shape.cost(model, samples) == model.estimate(tree, trained)

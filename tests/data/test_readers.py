@@ -290,7 +290,7 @@ def test_verl(tmp_path):
     groups = read_rollouts(path, tokenizer=LetterTokenizer())
     assert [g.rewards.tolist() for g in groups] == [[1.0, 0.0], [1.0]]
     assert groups[0].samples[0].metadata["verl"] == {"gts": "4", "step": 1, "acc": 1.0}
-    with pytest.raises(ValueError, match="is text; pass tokenizer="):
+    with pytest.raises(ValueError, match="is text, and there is no tokenizer"):
         read_rollouts(path)
 
 

@@ -86,6 +86,9 @@ def test_layers_without_experts_are_not_read(freq):
     found = shape.of_model(garbage)
     assert torch.equal(found[:, ~dense], whole[:, ~dense]) and (found[:, dense] == 0).all()
     assert torch.equal(shape.of_model(whole[:, ~dense]), found)
+    garbage[3, 3 - wanted[::-1].index(1)] = 2
+    with pytest.raises(ValueError, match=f"token 3 in layer {3 - wanted[::-1].index(1)} are "):
+        shape.of_model(garbage)
     config.num_moe_experts = None
     assert RouteShape.from_config(config) is None
 
@@ -139,6 +142,19 @@ def test_a_prompt_is_shared_whole_or_up_to_the_first_other_route():
     assert group_tree(two([one, other]), min_shared=1).unique_tokens == 9
 
 
+def test_no_less_than_nothing_is_split_where_responses_are_shared_instead():
+    routes, other = routes_of(9), routes_of(9)
+    other[2, 1] = (other[2, 1] + 1) % 4
+    samples = [
+        replace(make_sample([1, 2, 3, 4], [5, 6, 7, 8, last]), routed_experts=own)
+        for last, own in enumerate([routes] * 4 + [other])
+    ]
+    group = Group("g", tuple(samples))
+    # Without routes the prompt is shared, and responses stand apart.
+    assert group_tree(group).unique_tokens == 8 + 4 + 9 < 4 + 5 * 5
+    assert group_shape(group).split_tokens == 0
+
+
 def test_an_equal_last_token_without_a_route_is_shared_with_what_goes_on():
     """A turn ends with a token that was not fed back; the next one begins with all of it."""
     routes = routes_of(8)
@@ -149,6 +165,9 @@ def test_an_equal_last_token_without_a_route_is_shared_with_what_goes_on():
     for samples in (turns, turns[::-1]):
         group = Group("g", tuple(samples))
         assert group_tree(group, min_shared=1).unique_tokens == 8
+        # As a model has them that has no experts in its first layer.
+        of_model = RouteShape(4, 2, (False, True, True)).of_group(group)
+        assert group_tree(of_model, min_shared=1).unique_tokens == 8
         (row,) = pack_groups([group], 20, advantages=torch.ones(2), min_shared=1)
         assert torch.equal(row.routed_experts[:7], routes[:7])
     other = routes.clone()

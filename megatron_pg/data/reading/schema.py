@@ -57,6 +57,10 @@ from .text import TextEncoder, check_prompt
 
 # (field, what is wrong with it)
 Errors = list[tuple[str, str]]
+_NO_TOKENIZER = (
+    "is text, and there is no tokenizer: pass tokenizer= (a run takes that of model.hf's folder, "
+    "tools/plan_sharing.py --tokenizer)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,7 @@ def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
     errors += [(name, "is missing") for name in form if name not in row]
     if has_text:
         if not has_encoder:
-            errors.append((has_text[0], "is text; pass tokenizer="))
+            errors.append((has_text[0], _NO_TOKENIZER))
         message = "belongs to tokens that text does not determine; give prompt_ids and response_ids"
         lists = [name for name in PER_TOKEN if isinstance(row.get(name), list)]
         lists += [name for name in ("routed_experts",) if name in row]

@@ -8,10 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tree import IntArray, PackedLayout, PrefixTree, ResidentSpans, pack_trees
-from .bins import fill_bins, level_bins
-from .cost import CostModel
-from .shape import GroupShape, select_samples
+from ...tree import IntArray, PackedLayout, PrefixTree, ResidentSpans, pack_trees, reached_rows
+from ..cost import CostModel
+from ..shape import GroupShape, select_samples
+from .bins import fill_bins, level_bins, rise_and_fall
+from .split import split_group
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -27,6 +28,9 @@ class RowPart:
     group: int
     samples: tuple[int, ...]
     is_resident: bool = False
+
+
+Row = tuple[RowPart, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +49,7 @@ class PackPlan:
     """
 
     shapes: tuple[GroupShape, ...]
-    rows: tuple[tuple[RowPart, ...], ...]
+    rows: tuple[Row, ...]
     pad_to_multiple: int = 1
     prefix_rows: tuple[tuple[int, ...], ...] = ()
 
@@ -77,10 +81,32 @@ class PackPlan:
         return int(self.loss_offsets[-1])
 
     @cached_property
+    def most_segments(self) -> int:
+        """Segments of the row that has most; each begins from a state in layers that have one."""
+        trees = ([part_tree(self.shapes, part) for part in row] for row in self.rows)
+        return max((sum(tree.num_segments for tree in row) for row in trees), default=0)
+
+    @cached_property
     def prefix_tokens(self) -> int:
         """Tokens of the prefix rows, padding included."""
         layouts = [self.prefix_layout(number) for number in range(len(self.prefix_rows))]
         return sum(layout.total_tokens for layout in layouts)
+
+    @property
+    def num_resident_prefixes(self) -> int:
+        """Prefixes in the prefix rows, one for each root of a group that has one."""
+        return sum(self.shapes[g].prefixes.num_segments for row in self.prefix_rows for g in row)
+
+    def kept_share(self, window: int | None) -> float:
+        """Share of the prefix tokens that a layer keeps: those that its window reaches."""
+        if window is None or not self.prefix_rows:
+            return 1.0
+        rows = [self.prefix_layout(number) for number in range(len(self.prefix_rows))]
+        reached = [reached_rows(row, window) for row in rows]
+        if all(kept is None for kept in reached):
+            return 1.0
+        lens = [row.total_tokens if x is None else len(x) for row, x in zip(rows, reached)]
+        return sum(lens) / self.prefix_tokens
 
     def row_layout(self, row: int) -> PackedLayout:
         """Where every token of ``row`` stands, and what it sees of the prefix rows."""
@@ -157,6 +183,11 @@ def part_tree(shapes: Sequence[GroupShape], part: RowPart) -> PrefixTree:
     return select_samples(part_shape(shapes, part).tree, part.samples)
 
 
+def part_tokens(shapes: Sequence[GroupShape], part: RowPart) -> int:
+    """Unique tokens of what stands in a row for ``part``."""
+    return part_shape(shapes, part).tokens(part.samples)
+
+
 def row_cost(shapes: Sequence[GroupShape], row: Sequence[RowPart], cost_model: CostModel) -> float:
     """Cost of the parts of one row."""
     return sum(part_shape(shapes, part).cost(cost_model, part.samples) for part in row)
@@ -217,15 +248,25 @@ def row_budget(max_tokens: int, pad_to_multiple: int) -> int:
 
 def fill_rows(
     shapes: Sequence[GroupShape], parts: Sequence[RowPart], budget: int, cost_model: CostModel
-) -> tuple[tuple[RowPart, ...], ...]:
+) -> tuple[Row, ...]:
     """Few rows of at most ``budget`` tokens that hold the parts, with even costs where they can."""
-    lens = [part_tree(shapes, part).unique_tokens for part in parts]
+    lens = [part_tokens(shapes, part) for part in parts]
     costs = [part_shape(shapes, part).cost(cost_model, part.samples) for part in parts]
     bins = level_bins(fill_bins(lens, budget), lens, costs, budget)
-    return tuple(sorted(_joined(parts[i] for i in members) for members in bins))
+    rows = [_joined(parts[i] for i in members) for members in bins]
+    return in_order(rows, [sum(costs[i] for i in members) for members in bins])
 
 
-def _joined(parts: Iterable[RowPart]) -> tuple[RowPart, ...]:
+def in_order(rows: Sequence[Row], costs: Sequence[float]) -> tuple[Row, ...]:
+    """Rows as stages take them: cheap ones first and last, neighbours alike.
+
+    A stage that runs a cheap row forward while its neighbour runs a dear one back waits for it.
+    """
+    by_row = sorted(range(len(rows)), key=rows.__getitem__)
+    return tuple(rows[by_row[i]] for i in rise_and_fall([costs[i] for i in by_row]))
+
+
+def _joined(parts: Iterable[RowPart]) -> Row:
     """Parts of one row, ascending, with parts of one group made one."""
     samples: dict[tuple[int, bool], list[int]] = {}
     for part in parts:
@@ -234,44 +275,3 @@ def _joined(parts: Iterable[RowPart]) -> tuple[RowPart, ...]:
         RowPart(group, tuple(sorted(members)), is_resident)
         for (group, is_resident), members in sorted(samples.items())
     )
-
-
-def split_group(shape: GroupShape, budget: int) -> tuple[tuple[int, ...], ...]:
-    """The samples of every part, ascending: one part when the group fits into ``budget`` tokens.
-
-    A part repeats the segments that its samples need. Long samples come first, each into the part
-    where it adds the fewest tokens, so that samples that share deep segments stay together.
-
-    Raises:
-        ValueError: if one sample alone is longer than the budget.
-    """
-    tree = shape.tree
-    if tree.unique_tokens <= budget:
-        return (tuple(range(tree.num_samples)),)
-    sample_lens = tree.sample_lens
-    longest = int(sample_lens.argmax())
-    if sample_lens[longest] > budget:
-        raise ValueError(
-            f"sample {longest} of group {shape.group_id!r} has {sample_lens[longest]} tokens, a "
-            f"row holds {budget}; raise max_tokens or truncate the sample"
-        )
-    lens = tree.segment_lens.tolist()
-    parts: list[list[int]] = []
-    held: list[set[int]] = []
-    free: list[int] = []
-    for sample in np.argsort(-sample_lens, kind="stable").tolist():
-        path = tree.segment_path(int(tree.sample_segments[sample])).tolist()
-        added = [sum(lens[s] for s in path if s not in segments) for segments in held]
-        fitting = [i for i, tokens in enumerate(added) if tokens <= free[i]]
-        if fitting:
-            best = min(fitting, key=added.__getitem__)
-        else:
-            best = len(parts)
-            parts.append([])
-            held.append(set())
-            free.append(budget)
-            added.append(int(sample_lens[sample]))
-        parts[best].append(sample)
-        held[best].update(path)
-        free[best] -= added[best]
-    return tuple(sorted(tuple(sorted(part)) for part in parts))

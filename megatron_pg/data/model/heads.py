@@ -19,6 +19,7 @@ class AttentionSizes:
         kv_lora_rank: width of the latent that keys and values are projected from; None where they
             come from the hidden states.
         rotary_dim: part of a key that all heads share; latent attention only.
+        has_output_gate: whether a gate for what attention returns is projected with the queries.
     """
 
     num_heads: int
@@ -28,6 +29,7 @@ class AttentionSizes:
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
     rotary_dim: int = 0
+    has_output_gate: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -48,6 +50,7 @@ class AttentionSizes:
             num_kv_heads=config.num_query_groups or heads,
             head_dim=config.kv_channels,
             value_dim=config.kv_channels,
+            has_output_gate=bool(getattr(config, "attention_output_gate", False)),
         )
 
     @property
@@ -78,6 +81,7 @@ class AttentionSizes:
     def parameters(self, hidden_size: int) -> int:
         """Parameters of all projections of one layer, norms between them left out."""
         q = self.num_heads * self.head_dim * (self.q_lora_rank or hidden_size)
+        q *= 2 if self.has_output_gate else 1
         out = self.num_heads * self.value_dim * hidden_size
         per_head = self.head_dim - self.rotary_dim + self.value_dim
         kv = self.num_kv_heads * per_head * (self.kv_lora_rank or hidden_size)

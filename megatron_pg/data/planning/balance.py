@@ -7,13 +7,16 @@ from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 import numpy as np
+import numpy.typing as npt
 
-from .cost import CostModel
-from .plan import PackPlan, RowPart, part_shape, row_cost
-from .shape import GroupShape, group_shape
-from .types import Group
+from ..cost import CostModel
+from ..shape import GroupShape, group_shape
+from ..types import Group
+from .plan import PackPlan, Row, RowPart, in_order, row_cost
 
-Row = tuple[RowPart, ...]
+FloatArray = npt.NDArray[np.float64]
+# A rank that takes so much longer than the mean is not worth the search for a better place.
+_EVEN = 0.002
 
 
 def balance_groups(
@@ -25,9 +28,9 @@ def balance_groups(
 ) -> list[list[int]]:
     """Indices of the groups that each data-parallel rank trains, of nearly equal cost.
 
-    Whole groups only. Karmarkar and Karp's differencing method in its k-way form; deterministic, so
-    every rank computes the same answer from the same shapes. Ranks get nothing when there are fewer
-    groups than ranks.
+    Whole groups only. Karmarkar and Karp's differencing method in its k-way form, then exchanges
+    between the dearest rank and others; deterministic, so every rank computes the same answer from
+    the same shapes. Ranks get nothing when there are fewer groups than ranks.
 
     Args:
         groups: groups of the global batch, or their shapes.
@@ -77,7 +80,37 @@ def balance_costs(costs: Sequence[float], dp_size: int) -> list[list[int]]:
         heappush(heap, (least - merged[0][0], serial, merged))
         serial += 1
     loads = heap[0][2]
-    return [sorted(members) for _, members in loads] + [[]] * (dp_size - len(loads))
+    ranks = [members for _, members in loads] + [[] for _ in range(dp_size - len(loads))]
+    return [sorted(members) for members in _exchanged(ranks, np.array(costs, dtype=np.float64))]
+
+
+def _exchanged(ranks: list[list[int]], costs: FloatArray) -> list[list[int]]:
+    """Groups of the dearest rank moved, or exchanged for another's, while that makes it cheaper.
+
+    Differencing leaves a few hundredths where ranks have a handful of groups.
+    """
+    owner = np.empty(len(costs), dtype=np.int64)
+    for rank, members in enumerate(ranks):
+        owner[members] = rank
+    # Behind the groups stands what a group is exchanged for when it is only moved.
+    given, owner = np.append(costs, np.zeros(len(ranks))), np.append(owner, range(len(ranks)))
+    loads: FloatArray = np.bincount(owner, given).astype(np.float64)
+    enough = loads.mean() * (1 + _EVEN)
+    while loads[rank := int(loads.argmax())] > enough:
+        own = np.nonzero(owner[: len(costs)] == rank)[0]
+        lost = given[own, None] - given
+        dearer = np.maximum(loads[rank] - lost, loads[owner] + lost)
+        dearer[:, owner == rank] = np.inf
+        group, other = np.unravel_index(dearer.argmin(), dearer.shape)
+        if len(own) == 1 or not dearer[group, other] < loads[rank]:
+            break
+        taker, moved = owner[other], lost[group, other]
+        loads[rank] -= moved
+        loads[taker] += moved
+        owner[own[group]] = taker
+        if other < len(costs):
+            owner[other] = rank
+    return [np.nonzero(owner[: len(costs)] == rank)[0].tolist() for rank in range(len(ranks))]
 
 
 def equalize_num_microbatches(
@@ -87,10 +120,10 @@ def equalize_num_microbatches(
 
     Prefix rows likewise, but they are never divided.
 
-    A rank that has too few rows divides its dearest rows: first rows that hold several parts,
-    which repeats nothing, then parts that hold several samples, which repeats what they share. Only
-    when every row holds one sample does it get fillers, rows that contribute nothing;
-    ``PackPlan.num_fillers`` tells how many.
+    A rank that has too few rows divides its dearest rows that hold several parts, which repeats
+    nothing. When none is left it gets fillers, rows that contribute nothing:
+    ``PackPlan.num_fillers`` tells how many. Dividing a part would encode once more what its samples
+    share, and a filler takes next to no time.
 
     Args:
         plans: one plan per data-parallel rank. Every rank can make them all, since a plan needs
@@ -135,35 +168,25 @@ def with_num_rows(
 
 
 def _divided(plan: PackPlan, num_rows: int, cost_model: CostModel) -> tuple[Row, ...]:
-    fillers = [row for row in plan.rows if not row]
-    heap: list[tuple[bool, float, Row]] = []
-
-    def push(row: Row) -> None:
-        heappush(heap, (len(row) == 1, -row_cost(plan.shapes, row, cost_model), row))
-
-    for row in plan.rows:
-        if row:
-            push(row)
-    indivisible: list[Row] = []
-    while heap and len(heap) + len(indivisible) + len(fillers) < num_rows:
-        row = heappop(heap)[2]
-        if len(row) > 1:
-            halves = _halve_row(plan, row, cost_model)
-        elif len(row[0].samples) > 1:
-            halves = _halve_part(plan, row[0])
-        else:
-            indivisible.append(row)
+    num_fillers = plan.num_fillers
+    whole: list[tuple[float, Row]] = []
+    heap = [(-row_cost(plan.shapes, row, cost_model), row) for row in plan.rows if row]
+    heapify(heap)
+    while heap and len(heap) + len(whole) + num_fillers < num_rows:
+        cost, row = heappop(heap)
+        if len(row) == 1:
+            whole.append((cost, row))
             continue
-        for half in halves:
-            push(half)
-    rows = sorted([row for _, _, row in heap] + indivisible)
-    fillers += [()] * (num_rows - len(rows) - len(fillers))
-    return tuple(rows + fillers)
+        for half in halve_row(plan.shapes, row, cost_model):
+            heappush(heap, (-row_cost(plan.shapes, half, cost_model), half))
+    heap += whole
+    rows = in_order([row for _, row in heap], [-cost for cost, _ in heap])
+    return rows + ((),) * max(num_rows - len(rows), num_fillers)
 
 
-def _halve_row(plan: PackPlan, row: Row, cost_model: CostModel) -> tuple[Row, Row]:
+def halve_row(shapes: Sequence[GroupShape], row: Row, cost_model: CostModel) -> tuple[Row, Row]:
     """Two rows that hold the parts of ``row``, each part in the one that is cheaper so far."""
-    costs = {part: row_cost(plan.shapes, (part,), cost_model) for part in row}
+    costs = {part: row_cost(shapes, (part,), cost_model) for part in row}
     halves: tuple[list[RowPart], list[RowPart]] = ([], [])
     loads = [0.0, 0.0]
     for part in sorted(row, key=lambda part: (-costs[part], part)):
@@ -171,13 +194,3 @@ def _halve_row(plan: PackPlan, row: Row, cost_model: CostModel) -> tuple[Row, Ro
         halves[side].append(part)
         loads[side] += costs[part]
     return tuple(sorted(halves[0])), tuple(sorted(halves[1]))
-
-
-def _halve_part(plan: PackPlan, part: RowPart) -> tuple[Row, Row]:
-    """Two rows with neighbours in the tree kept together, cut where half of the tokens stand."""
-    tree = part_shape(plan.shapes, part).tree
-    order = sorted(part.samples, key=lambda sample: (tree.sample_segments[sample], sample))
-    before = np.cumsum(tree.sample_lens[order])[:-1]
-    cut = 1 + int(np.abs(2 * before - tree.sample_lens[order].sum()).argmin())
-    first, second = tuple(sorted(order[:cut])), tuple(sorted(order[cut:]))
-    return (replace(part, samples=first),), (replace(part, samples=second),)

@@ -1,4 +1,4 @@
-"""Which items go together, by their lengths and costs."""
+"""Which items go together and in which order, by their lengths and costs."""
 
 from __future__ import annotations
 
@@ -50,3 +50,9 @@ def level_bins(
         return max((sum(costs[i] for i in members) for members in filled), default=0.0)
 
     return level if greatest(level) < greatest(bins) else bins
+
+
+def rise_and_fall(costs: Sequence[float]) -> list[int]:
+    """Every item once: from the cheapest to the dearest by every second one, and back."""
+    ranked = sorted(range(len(costs)), key=lambda i: (costs[i], i))
+    return ranked[::2] + ranked[1::2][::-1]

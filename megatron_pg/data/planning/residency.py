@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..cost import CostModel
+from ..shape import GroupShape
 from .bins import fill_bins
-from .cost import CostModel
-from .plan import PackPlan, RowPart, fill_rows, plan_rows, row_budget, split_group
-from .shape import GroupShape
+from .plan import PackPlan, RowPart, fill_rows, plan_rows, row_budget
+from .split import split_group
 
 RESIDENCY_CHOICES = ("auto", "always", "never")
 RESIDENT_MODES = ("retain", "recompute")
@@ -123,6 +124,35 @@ def plan_waves(
     return waves
 
 
+def group_cost(
+    shape: GroupShape,
+    max_tokens: int,
+    residency: ResidencyConfig,
+    cost_model: CostModel,
+    pad_to_multiple: int = 1,
+) -> float:
+    """Forward cost of a group in rows, with what is encoded once more where it is cut.
+
+    The third part of forward and backward; of a group that fits in no way, as if it stood whole.
+
+    Args:
+        shape: of the group.
+        max_tokens: as in ``plan_waves``.
+        residency: as in ``plan_waves``.
+        cost_model: as in ``plan_waves``.
+        pad_to_multiple: as in ``plan_waves``.
+    """
+    budget = row_budget(max_tokens, pad_to_multiple)
+    if shape.tree.unique_tokens <= budget:
+        return shape.cost(cost_model)
+    can_stay = residency.choice != "never" and _refusal(shape, budget, residency) is None
+    ways = [_resident_cost(shape, budget, residency, cost_model)] if can_stay else []
+    is_free = residency.choice != "always" or not can_stay
+    if is_free and shape.tree.sample_lens.max() <= budget:
+        ways.append(_cut_cost(shape, budget, cost_model))
+    return min(ways, default=shape.cost(cost_model))
+
+
 def step_cost(
     waves: Sequence[PackPlan], residency: ResidencyConfig, cost_model: CostModel
 ) -> float:
@@ -176,13 +206,22 @@ def _saves(
     """Whether a resident prefix costs less than repeating it, idle time left out."""
     if shape.tree.sample_lens.max() > budget:
         return True
+    resident = _resident_cost(shape, budget, residency, cost_model)
+    return resident < _cut_cost(shape, budget, cost_model)
 
-    def chunks(form: GroupShape) -> float:
-        return sum(form.cost(cost_model, part) for part in split_group(form, budget))
 
+def _cut_cost(shape: GroupShape, budget: int, cost_model: CostModel) -> float:
+    """Forward cost of the parts of a group."""
+    return sum(shape.cost(cost_model, part) for part in split_group(shape, budget))
+
+
+def _resident_cost(
+    shape: GroupShape, budget: int, residency: ResidencyConfig, cost_model: CostModel
+) -> float:
+    """The same with its prefix resident; a second forward pass is shared out."""
     again = _FORWARD if residency.mode == "recompute" else 0.0
-    once = cost_model.estimate(shape.prefixes) * (_FORWARD + again + _BACKWARD)
-    return once + (_FORWARD + _BACKWARD) * (chunks(shape.suffixes) - chunks(shape)) < 0
+    once = cost_model.estimate(shape.prefixes) * (1 + again / (_FORWARD + _BACKWARD))
+    return once + _cut_cost(shape.suffixes, budget, cost_model)
 
 
 def _prefix_budget(lens: Sequence[int], budget: int, residency: ResidencyConfig) -> int:
