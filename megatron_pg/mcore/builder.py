@@ -9,7 +9,6 @@ import importlib.util
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -19,6 +18,7 @@ from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from .linear_specs import decoder_block_spec
 from .norm import with_sequence_parallel_norms
 from .sharing import PrefixSharingGPTModel
 from .spec import with_prefix_grouped_attention
@@ -163,14 +163,8 @@ def _stock_spec(args: Any, config: TransformerConfig, vp_stage: int | None) -> A
             "or 'local'"
         )
     use_te = implementation == "transformer_engine"
-    if config.num_moe_experts:
-        spec: Any = get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=use_te,
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-            vp_stage=vp_stage,
-        )
+    if config.num_moe_experts or config.experimental_attention_variant is not None:
+        spec: Any = decoder_block_spec(config, use_te=use_te, vp_stage=vp_stage)
     elif getattr(args, "heterogeneous_layers_config_path", None) is not None:
         return get_gpt_heterogeneous_layer_spec(config, use_te)
     else:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .decoder import with_decoder_layers
+from .hybrid import build_hybrid_chunks
 from .layers import with_mended_latent_attention
-from .model import PrefixGroupedGPTModel
+from .linear_specs import decoder_block_spec
+from .model import PrefixGroupedGPTModel, PrefixGroupedModel
 from .norm import with_sequence_parallel_norms
 from .spec import with_prefix_grouped_attention
 
@@ -24,7 +25,7 @@ def build_gpt_chunks(
     gpt: Mapping[str, Any],
     use_te: bool = False,
     attention_backend: str = "auto",
-) -> list[PrefixGroupedGPTModel]:
+) -> list[PrefixGroupedModel]:
     """This rank's model chunks, randomly initialised, in the dtype of their parameters.
 
     Equals the stock ``GPTModel`` of the same settings; its layers run packed groups too. Which
@@ -35,23 +36,20 @@ def build_gpt_chunks(
 
     Args:
         config: of the whole model; its pipeline sizes are those of Megatron's process groups.
-        gpt: keyword arguments of ``GPTModel`` beside configuration, spec and place.
+        gpt: keyword arguments of ``GPTModel`` beside configuration, spec and place; of
+            ``HybridModel`` where they name a ``hybrid_layer_pattern``.
         use_te: layers of Transformer Engine; local ones with PyTorch's norms otherwise.
         attention_backend: see ``with_prefix_grouped_attention``.
 
     Returns:
         One chunk, or one for every virtual stage under an interleaved schedule.
     """
+    if "hybrid_layer_pattern" in gpt:
+        return build_hybrid_chunks(config, gpt, use_te, attention_backend)
     vpp = config.virtual_pipeline_model_parallel_size
-    chunks = []
+    chunks: list[PrefixGroupedModel] = []
     for vp_stage in [None] if vpp is None else range(vpp):
-        spec = get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=use_te,
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-            vp_stage=vp_stage,
-        )
+        spec = decoder_block_spec(config, use_te=use_te, vp_stage=vp_stage)
         if not use_te:
             spec = with_sequence_parallel_norms(spec, config, vp_stage=vp_stage)
         spec = with_decoder_layers(spec, config)

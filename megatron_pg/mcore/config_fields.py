@@ -27,14 +27,19 @@ PROVEN_MODEL = {
     *("qk_pos_emb_head_dim", "v_head_dim", "rotary_base", "rotary_percent"),
     *("rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim"),
+    # Of state-space layers; of linear attention, and which layers have it.
+    *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+    *("linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim"),
+    *("linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
 }
 # How the same model is run; which sizes are, ``parallel.ParallelSizes`` says.
 PROVEN_RUN = {
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"),
-    *("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"),
-    *("expert_tensor_parallel_size", "num_layers_in_first_pipeline_stage"),
-    *("num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("virtual_pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+    *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
+    "account_for_loss_in_pipeline_split",
     *("variable_seq_lengths", "overlap_p2p_comm", "batch_p2p_comm", "calculate_per_token_loss"),
     *("params_dtype", "pipeline_dtype", "recompute_num_layers", "apply_query_key_layer_scaling"),
     *("init_method_std", "microbatch_group_size_per_vp_stage", "moe_shared_expert_overlap"),
@@ -46,10 +51,10 @@ HARMLESS_MODEL = {
     # Of ``DecoderConfig``.
     *("embedding_multiplier", "has_post_layernorms", "window_rotary_base"),
     *("has_norms_over_heads", "has_pre_layernorms"),
+    # How the weights of layers without an MLP begin; ``GPTModel`` has none.
+    "is_hybrid_model",
 }
 HARMLESS_RUN = {
-    # No other than 1, by the same sizes.
-    "context_parallel_size",
     # Where and in which precision tensors live; how weights begin.
     *("fp16", "bf16", "fp32_residual_connection", "autocast_dtype"),
     *("perform_initialization", "use_cpu_initialization", "init_model_with_meta_device"),
@@ -76,8 +81,8 @@ HARMLESS_RUN = {
     *("moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm"),
     *("use_te_activation_func", "clone_scatter_output_in_embedding"),
     *("disable_parameter_transpose_cache", "mla_down_proj_fusion"),
-    # Of ordinary batches, whose attention is not ours.
-    *("attention_backend", "flash_attention_version"),
+    # Of ordinary batches, whose attention, exchanges and scans are not ours.
+    *("attention_backend", "flash_attention_version", "cp_comm_type", "use_mamba_mem_eff_path"),
     # Deprecated spelling of a recomputed module.
     "moe_layer_recompute",
     # Of a provider that is its model's configuration too (Megatron-Bridge): outside the layers.
@@ -99,8 +104,7 @@ INERT = {
     *("inference_disable_triton_nvls_kernels", "inference_grouped_gemm_backend"),
     *("inference_moe_disable_fused_quant_kernels", "inference_moe_token_dispatcher_type"),
     *("inference_cuda_graph_scope", "moe_pad_experts_for_cuda_graph_inference"),
-    # context parallelism, user buffers,
-    "cp_comm_type",
+    # user buffers,
     *("tp_comm_bulk_wgrad", "tp_comm_bulk_dgrad", "tp_comm_overlap_ag", "tp_comm_overlap_rs"),
     *("tp_comm_overlap_rs_dgrad", "tp_comm_split_ag", "tp_comm_atomic_ag", "tp_comm_split_rs"),
     *("tp_comm_atomic_rs", "tp_comm_overlap_disable_qkv", "tp_comm_overlap_disable_fc1"),
@@ -132,24 +136,24 @@ INERT = {
     *("mtp_loss_scaling_factor", "mtp_use_repeated_layer", "mtp_hybrid_override_pattern"),
     *("mtp_detach_heads", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult"),
     *("mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power"),
-    # linear and sparse attention, state-space layers, blocks of their own.
+    # sparse attention, blocks of their own.
     *("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_loss_coeff"),
     *("dsa_indexer_use_sparse_loss", "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"),
     *("dsa_kernel_backend", "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation"),
     *("dsa_indexer_scoring_relu", "dsa_indexer_k_norm_epsilon", "dsa_indexer_k_norm_fp32"),
-    *("linear_attention_freq", "linear_conv_kernel_dim", "linear_key_head_dim"),
-    *("linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
-    *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
-    *("use_mamba_mem_eff_path", "mamba_training_ssm_states_dtype"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
     "per_block_parameters",
 }
 
 _BALANCE = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
-_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+_MODULES = (
+    *("core_attn", "gdn_norm_out", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act"),
+    "shared_experts",
+)
 # field -> (values that are proven; one or a list of them, does it change the model?)
 PROVEN_VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
     "normalization": (("LayerNorm", "RMSNorm"), True),
+    "experimental_attention_variant": ((None, "gated_delta_net"), True),
     "rope_type": (("rope", "yarn"), True),
     "softmax_type": (("vanilla", "off-by-one", "learnable"), True),
     "moe_router_score_function": (("softmax", "sigmoid"), True),
@@ -207,6 +211,7 @@ _ZERO = (None, 0, 0.0)
 _ONE_MASK = "a shared prefix would get one mask where written-out samples get one each"
 _LAYOUTS = "every microbatch has its own layout"
 _NOT_PROVEN = "it has not been proven exact with packed rows"
+_DIVIDED = "context_parallel_size ranks divide every packed row evenly, whatever samples it holds"
 _PRECISION = "scaling factors of a packed row differ from those of written-out rows"
 _LENGTHS = "its buffers are made for rows of one length"
 _WEIGHTS = "weights in that layout have not been proven exact with packed rows"
@@ -215,15 +220,10 @@ _WEIGHTS = "weights in that layout have not been proven exact with packed rows"
 REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     "attention_dropout": ((0, 0.0), _ONE_MASK, False),
     "hidden_dropout": ((0, 0.0), _ONE_MASK, False),
-    "hierarchical_context_parallel_sizes": (_NONE, "it belongs to context parallelism", False),
-    "max_seqlen_per_dp_cp_rank": (_NONE, "it belongs to context parallelism", False),
-    "hybrid_context_parallel": (_OFF, "it belongs to context parallelism", False),
-    "experimental_attention_variant": (
-        _NONE,
-        "linear and sparse attention carry state across the row",
-        True,
-    ),
-    "is_hybrid_model": (_OFF, "state-space layers carry state across the row", True),
+    "hierarchical_context_parallel_sizes": (_NONE, _DIVIDED, False),
+    "max_seqlen_per_dp_cp_rank": (_NONE, _DIVIDED, False),
+    "hybrid_context_parallel": (_OFF, _DIVIDED, False),
+    "mamba_training_ssm_states_dtype": (_NONE, _NOT_PROVEN, False),
     "heterogeneous_block_specs": (_OFF, _NOT_PROVEN, True),
     "mrope_section": (_NONE, "positions of a packed row are one number per token", True),
     # Megatron-Core declares no such field; models that read it off the config do.
@@ -284,7 +284,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, bool]] = {
     "expert_gtp_weight_remat_size": ((1,), _WEIGHTS, False),
     "moe_router_load_balancing_type": (
         _BALANCE,
-        "sinkhorn and quantile balancing choose the experts of a token by all tokens of its row",
+        "it is none of 'none', 'aux_loss', 'seq_aux_loss', or, as sinkhorn and quantile balancing, "
+        "chooses the experts of a token by all tokens of its row",
         False,
     ),
     "moe_expert_capacity_factor": (

@@ -68,6 +68,18 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
         return normed.to(x.dtype)
 
 
+def norm_class(config: TransformerConfig) -> type[torch.nn.Module]:
+    """The norm of these that ``config.normalization`` names.
+
+    Raises:
+        ValueError: if it is neither "RMSNorm" nor "LayerNorm".
+    """
+    norms = {"RMSNorm": SequenceParallelRMSNorm, "LayerNorm": SequenceParallelLayerNorm}
+    if config.normalization not in norms:
+        raise ValueError(f"normalization={config.normalization!r}: use 'RMSNorm' or 'LayerNorm'")
+    return norms[config.normalization]
+
+
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
     """Mark parameters that see a slice of the sequence on each tensor-parallel rank."""
     for parameter in module.parameters():
@@ -93,11 +105,7 @@ def with_sequence_parallel_norms(
     Raises:
         ValueError: if ``config.normalization`` is neither "RMSNorm" nor "LayerNorm".
     """
-    norm = {"RMSNorm": SequenceParallelRMSNorm, "LayerNorm": SequenceParallelLayerNorm}.get(
-        config.normalization
-    )
-    if norm is None:
-        raise ValueError(f"normalization={config.normalization!r}: use 'RMSNorm' or 'LayerNorm'")
+    norm = norm_class(config)
     if isinstance(spec, ModuleSpec):
         layers = [spec] * get_num_layers_to_build(config, vp_stage=vp_stage)
     else:
@@ -111,12 +119,12 @@ def with_sequence_parallel_norms(
 def _with_norms(spec: ModuleSpec, norm: type, has_qk_norms: bool) -> ModuleSpec:
     layer = spec.submodules
     attention = layer.self_attention
-    names = ("q_layernorm", "k_layernorm", "kv_layernorm")
-    qk_norms = {
+    qk_norms = ("q_layernorm", "k_layernorm", "kv_layernorm") if has_qk_norms else ()
+    own_norms = {
         name: norm
-        for name in names
-        if has_qk_norms and getattr(attention.submodules, name, None) not in (None, IdentityOp)
+        for name in (*qk_norms, "out_norm")
+        if getattr(attention.submodules, name, None) not in (None, IdentityOp)
     }
-    attention = replace(attention, submodules=replace(attention.submodules, **qk_norms))
+    attention = replace(attention, submodules=replace(attention.submodules, **own_norms))
     layer = replace(layer, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
     return replace(spec, submodules=layer)

@@ -2,148 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..parallel import ParallelSizes
-from ..tree import PackedLayout, within_window
+from ..linear import of_layout
+from ..parallel import ContextPart, ParallelSizes
+from ..tree import PackedLayout, to_device, within_window
+from .positioned import PositionedSeqParams, StatesOfRow
 from .predictions import Predictions
-from .prefix_kv import PrefixKV
-from .router_row import membership, multiplicity_digits
-from .routes import RouteRecorder, check_routes
-
-
-class _NotOfARow:
-    """A field of ``PackedSeqParams`` that a row of shared tokens cannot have; reading it raises."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, row: Any, owner: type | None = None) -> Any:
-        if row is None:
-            return self
-        raise NotImplementedError(
-            f"a layer read {self.name} of a packed row, whose samples share tokens and have no "
-            f"{self.name}; the layer does not know such rows: build the model from a spec of which "
-            "with_prefix_grouped_attention wrapped every layer (see the layer in the traceback)"
-        )
-
-    def __set__(self, row: Any, value: object) -> None:
-        if value is not None:
-            raise ValueError(f"{self.name}={value!r}: a packed row has its layout instead")
-
-
-@dataclass(kw_only=True, repr=False, eq=False)
-class PositionedSeqParams(PackedSeqParams):
-    """A row whose tokens stand at logical positions of their own; base of what layers accept.
-
-    It is a ``thd`` row whose samples are no runs of tokens. A layer that knows packed rows asks
-    for their ``cu_seqlens``, ``seq_idx`` or lengths; reading those here raises, so that one which
-    is not wrapped cannot run across samples. ``max_seqlen_q`` bounds the positions of the row.
-
-    Attributes:
-        position_ids: ``[tokens of the row]`` int64 logical positions on the device.
-        routed_experts: experts that its tokens go through; None leaves them to the routers.
-        record_routes: where routers write down the experts that they took.
-    """
-
-    routed_experts: ClassVar[Tensor | None] = None
-    record_routes: ClassVar[RouteRecorder | None] = None
-    # Whether losses of every sequence take the row for one, as stock routers do a thd row.
-    is_one_sequence: ClassVar[bool] = False
-
-    qkv_format: str = field(default="thd", init=False)
-    position_ids: Tensor
-    _rotary_source: Tensor | None = field(default=None, init=False, repr=False)
-    _rotary_gathered: Tensor | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Nothing: Megatron-Core's derives fields from ``cu_seqlens``."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self.position_ids)} tokens)"
-
-    @property
-    def row_mask(self) -> Tensor | None:
-        """What layers get in the place of a padding mask: None for rows that nothing shares."""
-        return None
-
-    @property
-    def has_whole_samples(self) -> bool:
-        """Whether every sample stands in the row with all its tokens."""
-        return True
-
-    @property
-    def multiplicity_digits(self) -> Tensor | None:
-        """What routers count tokens by: None for rows whose tokens they count once each."""
-        return None
-
-    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of the row's tokens in one layer.
-
-        Args:
-            core: the layer's ``PrefixGroupedCoreAttention``.
-            query: ``[tokens, num_heads, head_dim]`` of this rank, positions encoded.
-            key: ``[tokens, num_query_groups, head_dim]``.
-            value: as key.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its tokens attend to")
-
-    def gather_rotary(self, table: Any) -> Any:
-        """Rows of a rotary table ``[max_seqlen_q, 1, 1, D]`` by logical position.
-
-        Megatron's ``rope`` and ``yarn`` make one row per position and ignore ``position_ids``.
-        The result is kept for the next layer, which is handed the same table.
-
-        Raises:
-            ValueError: if the table is not indexed by position (``mrope``).
-        """
-        if table is None:
-            return None
-        if isinstance(table, tuple):
-            gathered = tuple(self.gather_rotary(part) for part in dict.fromkeys(table))
-            return gathered * 2 if len(gathered) == 1 else gathered
-        if table.shape[0] != self.max_seqlen_q or table.shape[1] != 1:
-            raise ValueError(
-                f"the rotary table has shape {tuple(table.shape)}, expected one row for each of "
-                f"{self.max_seqlen_q} positions; use position_embedding_type 'rope', 'yarn', "
-                "'learned_absolute' or 'none' ('mrope' is not supported)"
-            )
-        # Recompute hands in detached copies, so storage decides what is the same table.
-        source = self._rotary_source
-        if source is None or source.data_ptr() != table.data_ptr() or source.dtype != table.dtype:
-            self._rotary_source = table.detach()
-            self._rotary_gathered = self._rotary_source.index_select(0, self.position_ids)
-        return self._rotary_gathered
-
-
-# What models and layers read of every row; all else that a Megatron-Core may have is refused.
-_READ_OF_EVERY_ROW = {"qkv_format", "max_seqlen_q", "max_seqlen_kv", "cp_group"}
-_READ_OF_EVERY_ROW.add("tokens_per_sample")  # by layers with experts
-for _name in {f.name for f in fields(PackedSeqParams)} - _READ_OF_EVERY_ROW:
-    setattr(PositionedSeqParams, _name, _NotOfARow(_name))
-
-
-@dataclass(frozen=True)
-class WrappedRow:
-    """A row as wrapped self-attention hands it to its core attention: ``[T, 1, heads, dim]``.
-
-    Megatron-Core's ``Attention.forward`` between the two reads ``qkv_format`` alone. Core attention
-    takes nothing else for a packed row, so neither runs one without the other.
-    """
-
-    params: PositionedSeqParams
-    qkv_format: str = "sbhd"
-
-    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See ``PositionedSeqParams``."""
-        return self.params.attend(core, query, key, value)
+from .resident import PrefixKV, RowStates
+from .routers import RouteRecorder, check_routes, membership, multiplicity_digits
+from .row_rotary import RowRotary
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -168,6 +45,8 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             read. Replayed in every pass, recomputed ones included; the probabilities of the experts
             stay the router's own.
         record_routes: where routers write down the experts that they took.
+        context: what this rank runs of the row under context parallelism. ``position_ids`` are
+            those of its tokens then, all else is of the whole row.
     """
 
     layout: PackedLayout
@@ -177,6 +56,8 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
     sample_counts: tuple[int, ...] | None = None
     routed_experts: Tensor | None = None  # type: ignore[misc]
     record_routes: RouteRecorder | None = None  # type: ignore[misc]
+    context: ContextPart | None = field(default=None, init=False)  # type: ignore[misc]
+    is_divided: ClassVar[bool] = True
 
     @classmethod
     def from_layout(
@@ -220,7 +101,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             device = torch.device("cuda", torch.cuda.current_device())
         if routed_experts is not None:
             check_routes(routed_experts, layout.total_tokens, config)
-            routed_experts = routed_experts.to(device, non_blocking=True)
+            (routed_experts,) = to_device([routed_experts], device)
         if sample_counts is not None:
             sample_counts = tuple(sample_counts)
             if len(sample_counts) != layout.num_samples or min(sample_counts, default=0) < 0:
@@ -235,7 +116,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             layout=layout,
             position_ids=layout.derived(
                 ("position_ids", device),
-                lambda: layout.position_ids.to(device, non_blocking=True),
+                lambda: to_device([layout.position_ids], device)[0],
             ),
             predictions=predictions,
             prefix_kv=prefix_kv,
@@ -245,6 +126,31 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
             record_routes=record_routes,
             **own_fields,
         )
+
+    def on_context_ranks(self, group: dist.ProcessGroup) -> Self:
+        """The row as one of these ranks runs it; the model makes it so itself."""
+        part = copy(self)
+        part.context = ContextPart(group, self.layout.total_tokens)
+        part.position_ids = self.position_ids[part.context.tokens]
+        part.rotary = RowRotary(part.position_ids, self.max_seqlen_q)
+        return part
+
+    def cut(self, tokens: Tensor | None) -> Tensor | None:
+        """This rank's part of ``[1, total_tokens]``; stages that embed nothing may be fed None.
+
+        Raises:
+            ValueError: on every rank, if it is not of the whole row.
+        """
+        assert self.context is not None
+        if tokens is None:
+            return None
+        if tokens.shape[-1] != self.context.total_tokens:
+            raise ValueError(
+                f"the model was given {tokens.shape[-1]} tokens, the layout describes one row of "
+                f"{self.context.total_tokens}; under context parallelism feed every rank the "
+                "whole row, which the model divides"
+            )
+        return tokens[:, self.context.tokens]
 
     @property
     def row_mask(self) -> Tensor:
@@ -258,7 +164,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         device = self.position_ids.device
         return self.layout.derived(
             ("row_mask", device, self.sample_counts),
-            lambda: membership(self.layout, self.sample_counts).to(device, non_blocking=True),
+            lambda: to_device([membership(self.layout, self.sample_counts)], device)[0],
         )
 
     @property
@@ -268,18 +174,42 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
 
     @property
     def multiplicity_digits(self) -> Tensor:
-        """``[digits, total_tokens]`` bool on the device: see ``router_row``."""
+        """``[digits, total_tokens]`` bool on the device: see ``routers.row``."""
         device = self.position_ids.device
-
         return self.layout.derived(
             ("multiplicity_digits", device, self.sample_counts),
-            lambda: multiplicity_digits(self.layout, self.sample_counts).to(
-                device, non_blocking=True
-            ),
+            lambda: to_device([multiplicity_digits(self.layout, self.sample_counts)], device)[0],
         )
+
+    def states(self, layer: Any, width: int) -> StatesOfRow:
+        """See the base; indices are made once a row."""
+        keeps_states = self.prefix_kv is not None
+        forks = of_layout(self.layout, width, self.position_ids.device, keeps_states)
+        return RowStates(layer, self.layout, forks, self.prefix_kv, self.resident)
 
     def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See the base; the row's keys and values are kept if it is a prefix row."""
+        return self.on_whole_row(partial(self._attend, core), query, key, value)
+
+    def on_whole_row(
+        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """``attend(query, key, value, heads)`` of all tokens; ``heads`` are those of this rank.
+
+        Args:
+            attend: given all tokens of the row, and a part of the heads under context parallelism.
+            query: of this rank's tokens, as what comes back.
+            key: see ``query``.
+            value: see ``query``.
+        """
+        context, num_heads = self.context, query.shape[1]
+        if context is None:
+            return attend(query, key, value, slice(None))
+        kv = context.spread(key, num_heads), context.spread(value, num_heads)
+        out = attend(*context.heads_from_tokens(query, *kv), context.heads(num_heads))
+        return context.tokens_from_heads(out)
+
+    def _attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
         window = core.kind.window
         if self.prefix_kv is not None:
             key, value = self.prefix_kv.keep(core, key, value, self.layout, window)
@@ -287,7 +217,7 @@ class PrefixGroupedSeqParams(PositionedSeqParams):
         layout = self.layout
         if resident and window is not None:
             layout = self._within(window) or layout
-        out: Tensor = core.attend(query, key, value, layout, resident)
+        out: Tensor = core.attend(query, key, value, layout, resident, heads)
         return out
 
     def _within(self, window: int) -> PackedLayout | None:
@@ -306,6 +236,6 @@ def check_row_length(total_tokens: int, config: TransformerConfig) -> None:
     if total_tokens % multiple:
         raise ValueError(
             f"total_tokens={total_tokens} must be a multiple of {multiple} "
-            "(tensor_model_parallel_size under sequence_parallel); call "
-            f"pack_trees(trees, pad_to_multiple={multiple})"
+            "(context_parallel_size, times tensor_model_parallel_size under sequence_parallel); "
+            f"call pack_trees(trees, pad_to_multiple={multiple})"
         )

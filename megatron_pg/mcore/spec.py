@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from inspect import signature
@@ -10,6 +11,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from megatron.core.extensions import transformer_engine
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,14 +25,26 @@ from ..attention import check_backend_name
 from .layers import (
     PrefixGroupedCoreAttention,
     PrefixGroupedLayer,
+    PrefixGroupedLinearAttention,
+    PrefixGroupedMamba,
     PrefixGroupedSelfAttention,
     latent_core_attention,
     prefix_grouped_core_attention,
     prefix_grouped_latent_attention,
     prefix_grouped_layer,
+    prefix_grouped_linear_attention,
+    prefix_grouped_mamba,
     prefix_grouped_router,
     prefix_grouped_self_attention,
 )
+from .versions import HAS_HYBRID_MODEL
+
+_STACKS: tuple[type, ...] = ()
+if HAS_HYBRID_MODEL:
+    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+    from megatron.core.ssm.mamba_mixer import MambaMixer
+
+    _STACKS = (HybridStackSubmodules,)
 
 # Without Transformer Engine its attention is no class.
 _SOFTMAX_ATTENTION = tuple(
@@ -39,7 +53,13 @@ _SOFTMAX_ATTENTION = tuple(
     if isinstance(cls, type)
 )
 
-Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
+# Layers of a hybrid's stack; the others mix tokens in ways that no packed row knows.
+_WRAPPED_KINDS = (
+    *("attention_layer", "mla_layer", "gdn_layer", "mamba_layer"),
+    *("mlp_layer", "moe_layer"),
+)
+
+Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules, "HybridStackSubmodules")
 
 
 def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spec:
@@ -50,10 +70,13 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
     or your own), and so is the router of experts, so norms, projections, MLP and experts stay what
     they were. The layer's class is replaced too where its MLP or router reads which samples hold
     a token: one of your own says so by a true ``reads_row_mask``, and gets its microbatch's
-    ``row_mask`` as ``padding_mask``.
+    ``row_mask`` as ``padding_mask``. Layers of a hybrid's stack that cannot be wrapped stay as they
+    are: whether the model has such layers its pattern says, and ``PrefixGroupedHybridModel`` then
+    refuses to be built.
 
     Args:
-        spec: a layer's ``ModuleSpec``, a block's ``ModuleSpec`` or ``TransformerBlockSubmodules``.
+        spec: a layer's ``ModuleSpec``, a block's ``ModuleSpec`` or ``TransformerBlockSubmodules``,
+            a hybrid stack's ``ModuleSpec`` or ``HybridStackSubmodules``.
         backend: attention backend by name, or "auto" for the fastest that takes the inputs. None:
             "auto", or the one of a spec that is wrapped already.
 
@@ -63,8 +86,8 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
     Raises:
         ValueError: if the object is no such spec, or is wrapped already with another backend.
         NotImplementedError: if a layer's attention is not Megatron-Core's ``SelfAttention`` or
-            ``MLASelfAttention`` over plain softmax attention, another part of it mixes tokens, or
-            its router is one that is not known.
+            ``MLASelfAttention`` over plain softmax attention, nor its ``GatedDeltaNet``; if another
+            part of it mixes tokens, or its router is one that is not known.
     """
     if backend is not None:
         check_backend_name(backend)
@@ -73,18 +96,24 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
             raise ValueError("TransformerBlockSubmodules.layer_specs is None: nothing to wrap")
         layers = [with_prefix_grouped_attention(layer, backend) for layer in spec.layer_specs]
         return replace(spec, layer_specs=layers)
+    if isinstance(spec, _STACKS):
+        return _wrap_stack(spec, backend)
     if not isinstance(spec, ModuleSpec):
         raise ValueError(
             f"expected a ModuleSpec or TransformerBlockSubmodules, got {type(spec).__name__}; "
             "pass what get_gpt_layer_local_spec(), get_gpt_layer_with_transformer_engine_spec() "
             "or get_gpt_decoder_block_spec() returns"
         )
-    if isinstance(spec.submodules, TransformerBlockSubmodules):
+    if isinstance(spec.submodules, (TransformerBlockSubmodules, *_STACKS)):
         return replace(spec, submodules=with_prefix_grouped_attention(spec.submodules, backend))
+    if HAS_HYBRID_MODEL and hasattr(spec.submodules, "mixer"):
+        mixer = _wrap_mixer(spec.submodules.mixer)
+        return replace(spec, submodules=replace(spec.submodules, mixer=mixer))
     if not hasattr(spec.submodules, "self_attention"):
         raise NotImplementedError(
             f"{get_module(spec).__name__} has no self_attention submodule; prefix grouping "
-            "supports transformer layers, not state-space or linear-attention layers"
+            "supports transformer layers, and hybrids of them since megatron-core 0.18 "
+            "(PrefixGroupedHybridModel)"
         )
     spec = replace(spec, submodules=replace(spec.submodules, mlp=_wrap_router(spec.submodules.mlp)))
     parts = {part.name: getattr(spec.submodules, part.name) for part in fields(spec.submodules)}
@@ -98,6 +127,25 @@ def with_prefix_grouped_attention(spec: Spec, backend: str | None = None) -> Spe
         if any(getattr(cls, "reads_row_mask", False) for cls in classes):
             spec = _wrap_layer(spec)
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+
+def is_wrapped(spec: Any) -> bool:
+    """Whether ``with_prefix_grouped_attention`` would leave a layer's spec as it is.
+
+    Raises:
+        NotImplementedError: if it cannot be wrapped.
+    """
+    return list(_classes(spec)) == list(_classes(with_prefix_grouped_attention(spec)))
+
+
+def _wrap_stack(stack: Any, backend: str | None) -> Any:
+    layers = {name: getattr(stack, name, IdentityOp) for name in _WRAPPED_KINDS}
+    wrapped = {}
+    for name, layer in layers.items():
+        if layer is not IdentityOp:
+            with suppress(NotImplementedError):
+                wrapped[name] = with_prefix_grouped_attention(layer, backend)
+    return replace(stack, **wrapped)
 
 
 def _classes(spec: Any) -> Iterator[type]:
@@ -157,15 +205,33 @@ def _class_of(name: str, spec: Any) -> type:
     return cls
 
 
+def _wrap_mixer(spec: Any) -> Any:
+    """Of a state-space layer."""
+    cls: Any = _class_of("mixer", spec)
+    if not issubclass(cls, MambaMixer):
+        raise NotImplementedError(
+            f"mixer is {cls.__name__}; prefix grouping supports MambaMixer and its subclasses"
+        )
+    return (
+        spec
+        if issubclass(cls, PrefixGroupedMamba)
+        else replace(spec, module=prefix_grouped_mamba(cls))
+    )
+
+
 def _wrap_attention(spec: Any, backend: str | None) -> Any:
     cls: Any = _class_of("self_attention", spec)
     if cls is IdentityOp:
         return spec
+    if issubclass(cls, GatedDeltaNet):
+        if not issubclass(cls, PrefixGroupedLinearAttention):
+            cls = prefix_grouped_linear_attention(cls)
+        return replace(spec, module=cls) if isinstance(spec, ModuleSpec) else cls
     is_latent = issubclass(cls, MLASelfAttention)
     if not (is_latent or issubclass(cls, SelfAttention)):
         raise NotImplementedError(
             f"self_attention is {cls.__name__}; prefix grouping supports SelfAttention, "
-            "MLASelfAttention and their subclasses (no linear or sparse attention)"
+            "MLASelfAttention, GatedDeltaNet and their subclasses (no sparse attention)"
         )
     core = spec.submodules.core_attention
     core_cls: Any = _class_of("core_attention", core)

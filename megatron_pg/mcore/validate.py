@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..parallel import ModelSizes, ParallelSizes
 from . import config_fields
+from .versions import DIVIDES_GATES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,16 +38,23 @@ def field_verdict(name: str) -> FieldVerdict | None:
     return _VERDICTS.get(name)
 
 
-def validate_config(config: TransformerConfig) -> None:
+def validate_config(config: TransformerConfig, *, has_linear_layers: bool = False) -> None:
     """Refuse a configuration under which packed groups would differ from written-out samples.
 
     Called by every wrapped layer when the model is built, before any work is done. A field of which
     nothing is known, of a newer Megatron-Core or a subclass, must have its default.
 
+    Args:
+        config: of the model.
+        has_linear_layers: whether the model has them, whatever ``experimental_attention_variant``
+            says.
+
     Raises:
         ValueError: listing every unsupported setting, its value and the remedy.
     """
     problems = list(_problems(config))
+    if has_linear_layers or config.experimental_attention_variant == "gated_delta_net":
+        problems += _linear_problems(config)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(
@@ -95,6 +103,22 @@ def _parallel_problems(config: TransformerConfig) -> Iterator[str]:
             f"variable_seq_lengths=False with pipeline_model_parallel_size={sizes.pp}: packed rows "
             "differ in length between microbatches; set variable_seq_lengths=True"
         )
+    if sizes.cp > 1:
+        for name in ("yarn_original_max_position_embeddings", "original_max_position_embeddings"):
+            if (length := getattr(config, name, None) or 0) % (2 * sizes.cp):
+                yield (
+                    f"{name}={length} with context_parallel_size={sizes.cp}: Megatron-Core cuts "
+                    f"YaRN's table into {2 * sizes.cp} parts when it makes it; choose a "
+                    "context_parallel_size of which twice divides it"
+                )
+    groups = config.num_query_groups or config.num_attention_heads
+    if config.attention_output_gate and groups < sizes.tp and not DIVIDES_GATES:
+        yield (
+            f"attention_output_gate=True with num_query_groups={groups} and "
+            f"tensor_model_parallel_size={sizes.tp}: this Megatron-Core gives every rank the gates "
+            f"of a whole group; set tensor_model_parallel_size={groups}, or install megatron-core "
+            "0.17"
+        )
     chunk = config.microbatch_group_size_per_vp_stage
     if sizes.vpp is not None and chunk not in (None, sizes.pp):
         yield (
@@ -114,6 +138,35 @@ def _latent_problems(config: TransformerConfig) -> Iterator[str]:
             f"num_query_groups={config.num_query_groups} with multi_latent_attention: each of "
             f"num_attention_heads={config.num_attention_heads} heads has its own keys; set "
             "num_query_groups=None"
+        )
+
+
+def _linear_problems(config: TransformerConfig) -> Iterator[str]:
+    sizes = ParallelSizes.from_config(config)
+    if sizes.tp > 1 and not sizes.sp:
+        yield (
+            f"sequence_parallel=False with tensor_model_parallel_size={sizes.tp} and linear "
+            "attention: a rank's output norm sees its heads alone, and its gradient is not summed "
+            "over the ranks; set sequence_parallel=True"
+        )
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):
+        if (heads := getattr(config, name)) % (sizes.tp * sizes.cp):
+            yield (
+                f"{name}={heads} is no multiple of tensor_model_parallel_size={sizes.tp} x "
+                f"context_parallel_size={sizes.cp}, which divide linear attention by heads; choose "
+                "sizes that divide it"
+            )
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    # Megatron-Core asks by the variant, which hybrid models do not name.
+    if keys < 1 or values % keys:
+        yield (
+            f"linear_num_value_heads={values} is no multiple of linear_num_key_heads={keys}, each "
+            "of which serves equally many; choose sizes that are"
+        )
+    if config.linear_conv_kernel_dim < 2:
+        yield (
+            f"linear_conv_kernel_dim={config.linear_conv_kernel_dim}: a convolution over one token "
+            "is none; set linear_conv_kernel_dim=2 or more"
         )
 
 

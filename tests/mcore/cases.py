@@ -3,7 +3,14 @@
 from typing import Any
 
 import torch
+from megatron.core.activations import squared_relu
 
+from megatron_pg.mcore.versions import (
+    DIVIDES_GATES,
+    DIVIDES_LINEAR_ATTENTION,
+    HAS_HYBRID_MODEL,
+    RECOMPUTES_GATED_NORM,
+)
 from tests.mcore.harness import Case
 from tests.mcore.router_steps import RouterCase
 
@@ -15,6 +22,8 @@ BLOCK_RECOMPUTE = dict(
 )
 SELECTIVE_RECOMPUTE = dict(recompute_granularity="selective")
 MODULES_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
+# Activations that have been sent on.
+FREED = dict(deallocate_pipeline_outputs=True)
 
 MOE: dict[str, Any] = dict(
     config=dict(
@@ -68,9 +77,40 @@ UP_AND_CORE = dict(
 )
 
 
+def gated(**settings: Any) -> dict[str, Any]:
+    """Attention with an output gate, norms around one, and positions in a quarter of a head."""
+    config = dict(
+        attention_output_gate=True,
+        qk_layernorm=True,
+        layernorm_zero_centered_gamma=True,
+        kv_channels=16,
+        **settings,
+    )
+    # Megatron computes the gate in fp32 whatever the model's dtype.
+    return dict(
+        config=config, spec=dict(qk_layernorm=True), model=dict(rotary_percent=0.25), bound=1e-6
+    )
+
+
 def window(size: int, **config: Any) -> dict[str, Any]:
     """Layers whose queries see ``size`` keys before themselves, with further settings."""
     return dict(config=dict(window_size=(size, 0)) | config)
+
+
+# Of linear attention: two value heads of every key head.
+DELTA_NET = dict(
+    linear_conv_kernel_dim=3,
+    linear_key_head_dim=6,
+    linear_value_head_dim=5,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+# A layer of softmax attention at the end.
+LINEAR: dict[str, Any] = dict(
+    config=dict(
+        experimental_attention_variant="gated_delta_net", linear_attention_freq=2, **DELTA_NET
+    )
+)
 
 
 EQUIVALENCE = {
@@ -98,7 +138,8 @@ EQUIVALENCE = {
     ),
     # Megatron computes these two in fp32 whatever the model's dtype.
     "qk_l2_norm": Case(config=dict(qk_l2_norm=True), spec=dict(qk_l2_norm=True), bound=1e-6),
-    "output_gate": Case(config=dict(attention_output_gate=True), bound=1e-6),
+    "output_gate": Case(**gated()),
+    "output_gate_mqa_selective": Case(num_query_groups=1, **gated(**SELECTIVE_RECOMPUTE)),
     "no_rope": Case(config=dict(no_rope_freq=[0, 1])),
     "learned_absolute": Case(position_embedding_type="learned_absolute"),
     "no_positions": Case(position_embedding_type="none"),
@@ -157,7 +198,14 @@ EQUIVALENCE = {
             LATENT, **window(3, softmax_type="learnable", window_attn_skip_freq=2)["config"]
         )
     ),
+    "linear": Case(**LINEAR),
+    "linear_alone": Case(**recomputed(LINEAR, linear_attention_freq=[1, 1])),
+    "linear_full": Case(**recomputed(LINEAR, **FULL_RECOMPUTE)),
     # Two ranks.
+    "linear_tp2_sp": Case(tp=2, sp=True, **LINEAR),
+    "linear_pp2": Case(pp=2, **LINEAR),
+    "linear_pp2_vpp2": Case(pp=2, vpp=2, num_layers=4, **LINEAR),
+    "linear_tp2_sp_pp2_vpp2": Case(tp=2, sp=True, pp=2, vpp=2, num_layers=4, **LINEAR),
     "tp2": Case(tp=2),
     "tp2_sp": Case(tp=2, sp=True),
     "tp2_sp_logits": Case(tp=2, sp=True, predictions=False),
@@ -166,12 +214,22 @@ EQUIVALENCE = {
     "tp2_sp_full": Case(tp=2, sp=True, config=FULL_RECOMPUTE),
     "tp2_sp_selective": Case(tp=2, sp=True, config=SELECTIVE_RECOMPUTE),
     "tp2_mqa": Case(tp=2, num_query_groups=1),
+    "tp2_sp_output_gate": Case(tp=2, sp=True, **gated(**FULL_RECOMPUTE)),
     # One head on every rank.
     "latent_tp2": Case(tp=2, **latent(**LATENT_ROPE, num_attention_heads=2)),
     "latent_tp2_sp": Case(tp=2, sp=True, **LATENT),
     "latent_tp2_sp_up": Case(tp=2, sp=True, **recomputed(LATENT, **UP_AND_CORE)),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),
-    "latent_pp2_vpp2": Case(pp=2, vpp=2, num_layers=4, **LATENT),
+    "latent_pp2_vpp2_window": Case(
+        pp=2,
+        vpp=2,
+        num_layers=4,
+        **recomputed(
+            LATENT,
+            **window(3, softmax_type="learnable", window_attn_skip_freq=[1, 0, 0, 1])["config"],
+            **UP_AND_CORE,
+        ),
+    ),
     "moe_tp2_sp": Case(tp=2, sp=True, **MOE),
     "moe_tp2_sp_etp1": Case(tp=2, sp=True, ep=2, etp=1, **MOE),
     "moe_ep2": Case(dp=2, ep=2, **MOE),
@@ -179,13 +237,7 @@ EQUIVALENCE = {
     "pp2_first": Case(pp=2, num_layers=3, config=dict(num_layers_in_first_pipeline_stage=1)),
     "pp2_last": Case(pp=2, num_layers=3, config=dict(num_layers_in_last_pipeline_stage=1)),
     "pp2_layout": Case(pp=2, num_layers=3, config=dict(pipeline_model_parallel_layout="Et|ttL")),
-    "pp2_accounted": Case(
-        pp=2,
-        num_layers=4,
-        config=dict(
-            account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
-        ),
-    ),
+    "pp2_loss_alone": Case(pp=2, config=dict(pipeline_model_parallel_layout="Ett|L")),
     "pp2_tied": Case(pp=2, tied=True),
     "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),
     "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),
@@ -196,10 +248,52 @@ EQUIVALENCE = {
     "pp2_vpp2_window": Case(
         pp=2, vpp=2, num_layers=4, **window(3, window_attn_skip_freq=[1, 0, 0, 1])
     ),
+    # Context parallelism: key heads for every rank, one for two ranks, one for all.
+    "cp2": Case(cp=2),
+    "cp2_mqa": Case(cp=2, num_query_groups=1),
+    "cp2_mha_tied": Case(cp=2, num_query_groups=4, tied=True),
+    "cp2_qk": Case(cp=2, config=dict(qk_layernorm=True), spec=dict(qk_layernorm=True)),
+    "cp2_output_gate": Case(cp=2, **gated()),
+    "cp2_yarn": Case(cp=2, position_embedding_type="yarn"),
+    "cp2_learned": Case(cp=2, position_embedding_type="learned_absolute"),
+    "cp2_full": Case(cp=2, config=FULL_RECOMPUTE),
+    "cp2_selective": Case(cp=2, config=SELECTIVE_RECOMPUTE),
+    "cp2_window": Case(cp=2, **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0])),
+    "cp2_latent": Case(cp=2, **LATENT),
+    "cp2_latent_up": Case(cp=2, **recomputed(LATENT_PLAIN, **UP_AND_CORE)),
+    "cp2_moe_ep2": Case(cp=2, ep=2, **MOE),
     # Four ranks.
+    "cp4": Case(cp=4),
+    "cp4_mqa": Case(cp=4, num_query_groups=1),
+    "cp2_tp2": Case(cp=2, tp=2),
+    "cp2_tp2_sp": Case(cp=2, tp=2, sp=True),
+    "cp2_tp2_sp_latent": Case(cp=2, tp=2, sp=True, **LATENT),
+    "cp2_tp2_sp_moe": Case(cp=2, tp=2, sp=True, ep=2, etp=1, **MOE),
+    "cp2_pp2": Case(cp=2, pp=2),
+    "cp2_pp2_first": Case(
+        cp=2, pp=2, num_layers=3, config=dict(num_layers_in_first_pipeline_stage=1)
+    ),
+    "cp2_pp2_vpp2": Case(cp=2, pp=2, vpp=2, num_layers=4),
+    "cp2_dp2": Case(cp=2, dp=2),
+    # A head on every rank, and experts over all ranks that see tokens.
+    "cp4_mha_selective": Case(cp=4, num_query_groups=4, config=SELECTIVE_RECOMPUTE),
+    "cp2_dp2_moe_ep4": Case(cp=2, dp=2, ep=4, **MOE),
+    # Eight ranks.
+    "cp2_tp2_sp_pp2_vpp2": Case(cp=2, tp=2, sp=True, pp=2, vpp=2, num_layers=4),
+    "cp4_pp2": Case(cp=4, pp=2),
+    "cp4_tp2_sp": Case(cp=4, tp=2, sp=True, config=dict(num_attention_heads=8, kv_channels=8)),
+    "cp2_pp2_dp2": Case(cp=2, pp=2, dp=2),
     "tp4": Case(tp=4, num_query_groups=4),
     "tp4_sp": Case(tp=4, sp=True, num_query_groups=2),
     "pp4": Case(pp=4, num_layers=4),
+    # Stages of 1, 2, 2 and 1 layers.
+    "pp4_counted": Case(
+        pp=4,
+        num_layers=6,
+        config=dict(
+            account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+        ),
+    ),
     "pp4_vpp2": Case(pp=4, vpp=2, num_layers=8),
     "tp2_sp_pp2": Case(tp=2, sp=True, pp=2),
     "tp2_sp_pp2_tied_full": Case(tp=2, sp=True, pp=2, tied=True, config=FULL_RECOMPUTE),
@@ -209,17 +303,42 @@ EQUIVALENCE = {
     "pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, num_layers=4),
 }
 
-# Twenty optimizer steps, in fp32 because Megatron's clipping takes nothing else.
+GATED_NORM = dict(
+    recompute_granularity="selective", recompute_modules=["core_attn", "gdn_norm_out"]
+)
+# Cases that not every Megatron-Core can run, and whether the installed one can.
+NEWER = {
+    "tp2_output_gate_mqa": (DIVIDES_GATES, Case(tp=2, num_query_groups=1, **gated())),
+    "linear_cp2": (DIVIDES_LINEAR_ATTENTION, Case(cp=2, **LINEAR)),
+    "linear_cp2_tp2_sp": (
+        DIVIDES_LINEAR_ATTENTION,
+        Case(
+            cp=2,
+            tp=2,
+            sp=True,
+            **recomputed(LINEAR, linear_num_key_heads=4, linear_num_value_heads=8),
+        ),
+    ),
+    "linear_selective": (RECOMPUTES_GATED_NORM, Case(**recomputed(LINEAR, **GATED_NORM))),
+}
+EQUIVALENCE |= {name: case for name, (is_known, case) in NEWER.items() if is_known}
+
+# Optimizer steps, in fp32 because Megatron's clipping takes nothing else.
 TRAINING = {
     "tp2_sp": Case(tp=2, sp=True, dtype=torch.float32, bound=1e-4),
     "pp2": Case(pp=2, dtype=torch.float32, bound=1e-4),
     "pp2_tied_full": Case(pp=2, tied=True, dtype=torch.float32, config=FULL_RECOMPUTE, bound=1e-4),
     "dp2_distributed": Case(dp=2, dtype=torch.float32, distributed_optimizer=True, bound=1e-4),
+    "cp2_distributed": Case(cp=2, dtype=torch.float32, distributed_optimizer=True, bound=1e-4),
+    "linear_dp2_distributed": Case(
+        dp=2, dtype=torch.float32, distributed_optimizer=True, num_steps=3, bound=1e-4, **LINEAR
+    ),
 }
 
 # Resident prefixes, each in both modes.
 SCHEDULE = {
     "plain": Case(),
+    "output_gate": Case(**gated()),
     "tied": Case(tied=True),
     "selective": Case(config=SELECTIVE_RECOMPUTE),
     "full": Case(config=FULL_RECOMPUTE),
@@ -240,6 +359,16 @@ SCHEDULE = {
         trains=lambda stage, chunk, name: "kv_up_proj" in name or "output_layer" in name,
     ),
     "latent_pp2": Case(pp=2, **LATENT_PLAIN),
+    "linear": Case(**LINEAR),
+    "linear_full": Case(**recomputed(LINEAR, **FULL_RECOMPUTE)),
+    "linear_frozen_projections": Case(
+        **LINEAR, trains=lambda stage, chunk, name: "A_log" in name or "output_layer" in name
+    ),
+    "linear_tp2_sp": Case(tp=2, sp=True, **LINEAR),
+    "linear_pp2": Case(pp=2, **LINEAR),
+    "linear_tp2_sp_pp2_vpp2_full": Case(
+        tp=2, sp=True, pp=2, vpp=2, num_layers=4, **recomputed(LINEAR, **FULL_RECOMPUTE)
+    ),
     # Prefixes of 6 to 11 tokens, of which layers with a window keep the last.
     "window": Case(
         **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0], **SELECTIVE_RECOMPUTE)
@@ -250,9 +379,12 @@ SCHEDULE = {
     "tp2_sp": Case(tp=2, sp=True),
     "pp2": Case(pp=2),
     "pp2_tied": Case(pp=2, tied=True),
-    "pp2_full": Case(pp=2, config=FULL_RECOMPUTE),
+    "pp2_full_freed": Case(pp=2, config=FULL_RECOMPUTE | FREED),
     "pp2_window": Case(pp=2, **window(3, softmax_type="learnable", window_attn_skip_freq=2)),
     "pp2_vpp2": Case(pp=2, vpp=2, num_layers=4),
+    "pp2_vpp2_ends_tied": Case(
+        pp=2, vpp=2, tied=True, config=dict(pipeline_model_parallel_layout="E|t|t|L")
+    ),
     "dp2": Case(dp=2),
     "moe_ep2": Case(dp=2, ep=2, **MOE),
     "pp4": Case(pp=4, num_layers=4),
@@ -263,6 +395,18 @@ SCHEDULE = {
     "pp2_dp2": Case(pp=2, dp=2),
     "pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, num_layers=4),
     "tp2_sp_pp2_dp2": Case(tp=2, sp=True, pp=2, dp=2),
+    "cp2": Case(cp=2),
+    "cp2_mqa_full": Case(cp=2, num_query_groups=1, config=FULL_RECOMPUTE),
+    "cp2_window": Case(cp=2, **window(4, softmax_type="learnable", window_attn_skip_freq=[1, 0])),
+    "cp2_latent": Case(cp=2, **LATENT),
+    "cp2_latent_full": Case(cp=2, **recomputed(LATENT_PLAIN, **FULL_RECOMPUTE)),
+    "cp2_moe_ep2": Case(cp=2, ep=2, **MOE),
+    "cp2_tp2_sp": Case(cp=2, tp=2, sp=True),
+    "cp2_tp2_sp_latent": Case(cp=2, tp=2, sp=True, **LATENT),
+    "cp2_pp2": Case(cp=2, pp=2),
+    "cp2_pp2_vpp2": Case(cp=2, pp=2, vpp=2, num_layers=4),
+    "cp2_dp2_selective": Case(cp=2, dp=2, config=SELECTIVE_RECOMPUTE),
+    "cp4": Case(cp=4),
     # Parameters that are not trained, as in adapter tuning.
     "frozen_all": Case(trains=lambda stage, chunk, name: False),
     "frozen_embedding": Case(trains=lambda stage, chunk, name: "embedding" not in name),
@@ -299,6 +443,73 @@ SCHEDULE = {
     "pp4_frozen_lower": Case(pp=4, num_layers=4, trains=lambda stage, chunk, name: stage > 1),
     "pp2_dp2_frozen_first": Case(pp=2, dp=2, trains=lambda stage, chunk, name: stage == 1),
 }
+
+if DIVIDES_LINEAR_ATTENTION:
+    SCHEDULE["linear_cp2_pp2"] = Case(cp=2, pp=2, **LINEAR)
+
+
+MAMBA = dict(mamba_head_dim=8, mamba_num_heads=4, mamba_num_groups=2, mamba_state_dim=6)
+
+
+def linear_hybrid(pattern: str, **config: Any) -> dict[str, Any]:
+    """A hybrid with layers that carry a state."""
+    layers = pattern.replace("|", "")
+    config = dict(is_hybrid_model=True) | MAMBA | DELTA_NET | config
+    if "E" in layers:
+        config["moe_layer_freq"] = [int(symbol == "E") for symbol in layers]
+    return dict(pattern=pattern, num_layers=len(layers), config=config)
+
+
+if HAS_HYBRID_MODEL:
+    SCHEDULE["hybrid_tp2_sp_pp2"] = Case(tp=2, sp=True, pp=2, **linear_hybrid("G*|-M"))
+
+# Layers of several kinds, by the pattern of a HybridModel.
+HYBRID = {
+    "learned_positions": Case(
+        pattern="-*", position_embedding_type="learned_absolute", config=dict(is_hybrid_model=True)
+    ),
+    "moe_full": Case(
+        pattern="*E-*",
+        num_layers=4,
+        bound=1e-6,
+        config=MOE["config"] | FULL_RECOMPUTE | dict(moe_layer_freq=[0, 1, 0, 0]),
+    ),
+    "tp2_sp": Case(tp=2, sp=True, pattern="*-*-", num_layers=4, config=SELECTIVE_RECOMPUTE),
+    "pp2_tied": Case(
+        pp=2, pattern="*-|*", num_layers=3, tied=True, config=dict(is_hybrid_model=True)
+    ),
+    "pp2_vpp2": Case(
+        pp=2, vpp=2, pattern="*|-|*-|*", num_layers=5, config=dict(is_hybrid_model=True)
+    ),
+    "cp2": Case(cp=2, pattern="*-*", num_layers=3),
+    "gdn_tp2_sp": Case(tp=2, sp=True, **linear_hybrid("G-*-G")),
+    "gdn_pp2": Case(pp=2, **linear_hybrid("G-|*G")),
+    "mamba_full": Case(**linear_hybrid("M*-ME", **MOE["config"], **FULL_RECOMPUTE), bound=1e-6),
+    "mamba_groups": Case(**linear_hybrid("MM", mamba_num_groups=4, mamba_state_dim=3)),
+    "mamba_tp2_sp": Case(tp=2, sp=True, **linear_hybrid("M-*M")),
+    "mamba_tp2": Case(tp=2, **linear_hybrid("M*")),
+    "mamba_pp2_vpp2": Case(pp=2, vpp=2, **linear_hybrid("M|*|-|M")),
+    "mamba_cp2": Case(cp=2, **linear_hybrid("M*M")),
+    "mamba_cp4": Case(cp=4, **linear_hybrid("M*")),
+}
+
+if HAS_HYBRID_MODEL:
+    SCHEDULE |= {
+        "mamba_full": Case(**linear_hybrid("M*M", **FULL_RECOMPUTE)),
+        # Nothing that the first layer scans has a gradient, but its decays.
+        "mamba_frozen_projections": Case(
+            **linear_hybrid("M*M"),
+            trains=lambda stage, chunk, name: "A_log" in name or "output_layer" in name,
+        ),
+        "mamba_tp2_sp_pp2_vpp2_full": Case(
+            tp=2, sp=True, pp=2, vpp=2, **linear_hybrid("M|*|-M|M", **FULL_RECOMPUTE)
+        ),
+        "mamba_tp4_sp": Case(
+            tp=4, sp=True, num_query_groups=4, **linear_hybrid("M*M", mamba_num_groups=4)
+        ),
+        "mamba_cp2_pp2": Case(cp=2, pp=2, **linear_hybrid("M*|M-")),
+        "mamba_pp2_vpp2_dp2": Case(pp=2, vpp=2, dp=2, **linear_hybrid("M|*|-M|M")),
+    }
 
 
 def router(*parts: dict[str, Any], **layout: Any) -> RouterCase:
@@ -337,6 +548,17 @@ DEEPSEEK = dict(
     **SHARED_EXPERTS,
 )
 MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"])
+# Of experts in one module, the only ones for which Megatron has it.
+ACT_RECOMPUTE = dict(
+    moe_grouped_gemm=True, recompute_granularity="selective", recompute_modules=["moe_act"]
+)
+
+
+def hybrid_router(pattern: str, *parts: dict[str, Any], **layout: Any) -> RouterCase:
+    """A router in some layers of a hybrid; the stock Mamba-2 layer takes a batch alone."""
+    own = linear_hybrid(pattern, activation_func=squared_relu, gated_linear_unit=False)
+    return router(own.pop("config"), *parts, **own, equal=True, **layout)
+
 
 # Statistics, routes and placement of experts.
 ROUTERS = {
@@ -348,7 +570,11 @@ ROUTERS = {
     "seq": router(SEQ, equal=True),
     "both_mixed_layers": router(BOTH, dict(moe_layer_freq=[0, 1]), equal=True),
     "fp32_router": router(AUX, Z, dict(moe_router_dtype="fp32")),
+    "pre_softmax_groups": router(
+        AUX, Z, DEEPSEEK, dict(moe_router_dtype="fp32", moe_shared_expert_intermediate_size=None)
+    ),
     "moe": router(AUX, Z, BIAS, MOE_RECOMPUTE),
+    "moe_act": router(AUX, Z, BIAS, ACT_RECOMPUTE),
     "shared_experts": router(
         AUX,
         Z,
@@ -358,11 +584,22 @@ ROUTERS = {
     "full": router(AUX, Z, BIAS, FULL_RECOMPUTE),
     "block": router(AUX, Z, BIAS, BLOCK_RECOMPUTE, num_layers=3),
     "replay": router(AUX, Z, replay=True),
+    "replay_groups": router(
+        *(AUX, Z, BIAS, DEEPSEEK, dict(moe_router_pre_softmax=False)), replay=True
+    ),
     # Two ranks.
     "all_tp2_sp": router(AUX, Z, BIAS, tp=2, sp=True),
     "seq_z_tp2_sp": router(SEQ, Z, equal=True, tp=2, sp=True),
     "all_ep2": router(AUX, Z, BIAS, dp=2, ep=2),
+    "all_cp2": router(AUX, Z, BIAS, cp=2),
+    "seq_z_cp2": router(SEQ, Z, equal=True, cp=2),
+    "averaged_cp2_ep2": router(AUX, AVERAGED, DEEPSEEK, cp=2, ep=2),
+    "replay_cp2": router(AUX, Z, replay=True, cp=2),
+    "all_cp2_tp2_sp": router(AUX, Z, BIAS, cp=2, tp=2, sp=True),
     "all_tp2_sp_ep2_etp1": router(AUX, Z, BIAS, tp=2, sp=True, ep=2, etp=1),
+    "both_tp2_sp_ep2_etp1": router(
+        BOTH, Z, BIAS, MOE_RECOMPUTE, equal=True, tp=2, sp=True, ep=2, etp=1
+    ),
     "all_tp2_sp_ep2_etp1_allgather": router(
         *(AUX, Z, BIAS, dict(moe_token_dispatcher_type="allgather", variable_seq_lengths=False)),
         tp=2,
@@ -371,6 +608,18 @@ ROUTERS = {
         etp=1,
     ),
     "all_pp2_vpp2": router(AUX, Z, BIAS, MOE_RECOMPUTE, pp=2, vpp=2, num_layers=4),
+    "seq_pp2_vpp2": router(SEQ, Z, BIAS, equal=True, pp=2, vpp=2, num_layers=4),
+    # One stage has all the routers.
+    "both_pp2_vpp2_bare": router(
+        *(BOTH, Z, BIAS, dict(moe_layer_freq=[1, 0, 1, 0]), FULL_RECOMPUTE),
+        equal=True,
+        pp=2,
+        vpp=2,
+        num_layers=4,
+    ),
+    "replay_moe_act_tp2_sp_ep2_etp1": router(
+        *(AUX, Z, BIAS, ACT_RECOMPUTE), replay=True, tp=2, sp=True, ep=2, etp=1
+    ),
     "replay_tp2_sp": router(AUX, Z, BIAS, MOE_RECOMPUTE, replay=True, tp=2, sp=True),
     "replay_pp2_vpp2": router(
         *(AUX, Z, dict(moe_layer_freq=[0, 1, 1, 1]), FULL_RECOMPUTE),
@@ -386,4 +635,17 @@ ROUTERS = {
     "all_tp2_sp_pp2_ep2_etp1": router(
         AUX, Z, BIAS, MOE_RECOMPUTE, tp=2, sp=True, pp=2, ep=2, etp=1
     ),
+    # Eight ranks.
+    "replay_cp2_tp2_sp_dp2_ep4_etp1": router(
+        AUX, Z, BIAS, replay=True, cp=2, tp=2, sp=True, dp=2, ep=4, etp=1
+    ),
+    # Of a HybridModel.
+    "hybrid": hybrid_router("ME*E", AUX, Z, BIAS, DEEPSEEK),
+    "hybrid_replay_full": hybrid_router("ME*E", AUX, Z, FULL_RECOMPUTE, replay=True),
+    "hybrid_cp2": hybrid_router("ME*E", AUX, Z, BIAS, cp=2),
+    "hybrid_tp2_sp_ep2_etp1": hybrid_router(
+        "ME*E", AUX, Z, BIAS, MOE_RECOMPUTE, tp=2, sp=True, ep=2, etp=1
+    ),
+    "hybrid_seq_pp2": hybrid_router("ME|*E", SEQ, Z, pp=2),
+    "hybrid_replay_pp2_vpp2": hybrid_router("E|M|*|E", AUX, Z, replay=True, pp=2, vpp=2),
 }

@@ -20,6 +20,7 @@ from tests.mcore import harness  # noqa: E402
 def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
@@ -30,5 +31,3 @@ def one_rank(process_group: None) -> Iterator[None]:
     with cpu.emulate_cuda():
         harness.initialize(harness.Case())
         yield
-        # Later tests of this process lay out groups of their own.
-        parallel_state.destroy_model_parallel()

@@ -16,13 +16,18 @@ from megatron_pg.mcore import (
     PrefixGroupedSeqParams,
     generate,
 )
-from tests.mcore import harness
+from megatron_pg.mcore.generation import Sampler, sample_uniforms
+from megatron_pg.mcore.versions import DIVIDES_LINEAR_ATTENTION, HAS_HYBRID_MODEL
+from tests.mcore import cases, harness
 from tests.utils import assert_close
 
 VOCAB = harness.VOCAB - 4  # the model's last columns are padding
 STOP_TOKENS = [7, 23, 41]
-# Names in cases.EQUIVALENCE: models on one rank, and layouts of several.
-MODELS = (
+# What everything here is sampled with.
+TEMPERATURE, SEED, NUM_GENERATIONS = 0.8, 5, 4
+CASES = cases.EQUIVALENCE | {f"hybrid_{name}": case for name, case in cases.HYBRID.items()}
+# Names of them: models on one rank, and layouts of several.
+MODELS: tuple[str, ...] = (
     "plain",
     "tied",
     "mqa",
@@ -38,28 +43,45 @@ MODELS = (
     "moe",
     "latent",
     "full",
+    "output_gate",
+    "linear",
+    "linear_alone",
     "window",
     "window_none",
     "window_wide",
     "window_selective",
 )
-LAYOUTS = (
+LAYOUTS: tuple[str, ...] = (
     "tp2",
     "tp2_sp",
     "tp2_sp_tied",
     "tp2_mqa",
     "pp2",
     "pp2_tied",
+    "pp2_loss_alone",
     "pp2_vpp2",
     "pp2_vpp2_window",
     "tp2_sp_window",
     "latent_tp2_sp",
+    "linear_tp2_sp",
+    "linear_pp2_vpp2",
+    "latent_pp2_vpp2_window",
     "dp2",
     "tp4_sp",
     "tp2_sp_pp2",
     "tp2_sp_pp2_vpp2",
     "pp2_dp2",
 )
+if DIVIDES_LINEAR_ATTENTION:
+    LAYOUTS += ("linear_cp2",)
+if HAS_HYBRID_MODEL:
+    MODELS += ("hybrid_learned_positions", "hybrid_mamba_full", "hybrid_mamba_groups")
+    LAYOUTS += (
+        "hybrid_mamba_tp2_sp",
+        "hybrid_mamba_pp2_vpp2",
+        "hybrid_mamba_cp2",
+        "hybrid_gdn_pp2",
+    )
 Groups = list[tuple[GeneratedResponse, ...]]
 
 
@@ -70,7 +92,9 @@ def make_prompts(lens: tuple[int, ...] = (9, 1, 5, 14)) -> list[Tensor]:
 
 def make_model(case: harness.Case) -> list[Any]:
     harness.initialize(case)
-    return harness.build(case, harness.make_config(case), packed=True)
+    chunks = harness.build(case, harness.make_config(case), packed=True)
+    harness.make_states_reach_far(chunks)
+    return chunks
 
 
 def make_stock(case: harness.Case, chunks: list[Any]) -> Any:
@@ -81,10 +105,10 @@ def make_stock(case: harness.Case, chunks: list[Any]) -> Any:
 
 def sample(chunks: list[Any], prompts: list[Tensor] | None = None, **changes: Any) -> Groups:
     settings: dict[str, Any] = dict(
-        num_generations=4,
+        num_generations=NUM_GENERATIONS,
         max_response_tokens=12,
-        seed=5,
-        temperature=0.8,
+        seed=SEED,
+        temperature=TEMPERATURE,
         stop_token_ids=STOP_TOKENS,
         vocab_size=VOCAB,
     )
@@ -128,7 +152,21 @@ def stock_greedy(stock: Any, prompt: Tensor, stop_tokens: list[int]) -> Generate
     )
 
 
-def packed_logprobs(chunk: Any, prompt: Tensor, group: Any, temperature: float) -> list[Tensor]:
+def assert_drawn(stock: Any, prompts: list[Tensor], groups: Groups, bound: float) -> None:
+    """Every sampled token is what the stock model, on all that is before it, would have drawn."""
+    sampler = Sampler(temperature=TEMPERATURE, top_k=0, top_p=1.0, vocab_size=VOCAB)
+    longest = max(lengths(groups))
+    uniforms = sample_uniforms(SEED, range(len(prompts)), NUM_GENERATIONS, longest)
+    for prompt, group, of_group in zip(prompts, groups, uniforms, strict=True):
+        for response, drawn in zip(group, of_group, strict=True):
+            ids = response.response_ids
+            logits = stock_logits(stock, torch.cat([prompt, ids]))[len(prompt) - 1 : -1]
+            tokens, logprobs = sampler(logits, drawn[: len(ids), None])
+            assert tokens.flatten().tolist() == ids.tolist()
+            assert_close("logprobs", response.logprobs, logprobs.flatten(), bound)
+
+
+def packed_logprobs(chunk: Any, prompt: Tensor, group: Any) -> list[Tensor]:
     """What the trainer computes for the responses of one group."""
     responses = [response.response_ids for response in group]
     layout = pack_trees([PrefixTree.from_group(len(prompt), [len(r) for r in responses])])
@@ -136,7 +174,7 @@ def packed_logprobs(chunk: Any, prompt: Tensor, group: Any, temperature: float) 
     predictions = Predictions(
         predictor_ids=layout.predictor_ids,
         target_tokens=tokens[layout.target_ids],
-        temperature=temperature,
+        temperature=TEMPERATURE,
         vocab_size=VOCAB,
     )
     params = PrefixGroupedSeqParams.from_layout(layout, predictions=predictions)
@@ -149,6 +187,7 @@ def packed_logprobs(chunk: Any, prompt: Tensor, group: Any, temperature: float) 
 def load_full_state(chunks: list[Any], full: dict[str, Tensor]) -> None:
     """Give the chunks of this rank their part of a one-rank model's weights."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
 
     def part(x: Tensor, shape: torch.Size) -> Tensor:
         dim = next(d for d in range(x.dim()) if x.shape[d] != shape[d])
@@ -167,9 +206,31 @@ def load_full_state(chunks: list[Any], full: dict[str, Tensor]) -> None:
                 # Gate and up projection are split each by itself.
                 half = torch.Size([parameter.shape[0] // 2, *parameter.shape[1:]])
                 value = torch.cat([part(x, half) for x in value.chunk(2)])
+            elif value.shape != parameter.shape and re.search("in_proj|conv1d", name):
+                # So is every kind of heads.
+                value = torch.cat(
+                    [x.chunk(tp_size)[tp_rank] for x in value.split(_sections(chunk, name))]
+                )
             elif value.shape != parameter.shape:
                 value = part(value, parameter.shape)
             parameter.data.copy_(value)
+
+
+def _sections(chunk: Any, name: str) -> list[int]:
+    """Rows of the parts of a weight that are divided each by its heads."""
+    config = chunk.config
+    if ".mixer." in name:  # gates, inputs, what is written and read by groups, steps
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        state = config.mamba_num_groups * config.mamba_state_dim
+        convolved = [inner, state, state]
+        return [inner, *convolved, config.mamba_num_heads] if "in_proj" in name else convolved
+    # Queries, keys, values, gates and two numbers a head.
+    heads = config.linear_num_value_heads
+    key, value = (
+        config.linear_num_key_heads * config.linear_key_head_dim,
+        heads * config.linear_value_head_dim,
+    )
+    return [key, key, value, value, heads, heads] if "in_proj" in name else [key, key, value]
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -24,18 +25,25 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.mcore import (
     Predictions,
     PrefixGroupedGPTModel,
+    PrefixGroupedHybridModel,
     PrefixGroupedSeqParams,
     cpu,
+    hybrid_stack_local_spec,
     make_transformer_config,
+    with_local_linear_layers,
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
+from tests.mcore.grouped_experts import with_grouped_experts
+from tests.mcore.linear_rules import uncompiled
+from tests.mcore.mamba_rules import step_by_step
 from tests.ranks import process_group
 
 VOCAB = 64
@@ -66,6 +74,8 @@ class Case:
     tied: bool = False
     predictions: bool = True
     distributed_optimizer: bool = False
+    num_steps: int = 20
+    cp: int = 1
     ep: int = 1
     etp: int | None = None
     position_embedding_type: str = "rope"
@@ -77,16 +87,38 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
+    # Of a HybridModel, whose layers its symbols name.
+    pattern: str | None = None
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether layers carry a state."""
+        has_variant = self.config.get("experimental_attention_variant") is not None
+        return has_variant or bool(set("GM") & set(self.pattern or ""))
+
+    @property
+    def row_multiple(self) -> int:
+        """What ranks divide a row into."""
+        return self.cp * (self.tp if self.sp else 1)
+
+    @property
+    def without_context(self) -> Case:
+        """The same ranks, replicas in the place of those that divide a row."""
+        return replace(self, cp=1, dp=self.dp * self.cp)
 
 
 @contextmanager
-def on_cpu() -> Iterator[None]:
+def on_cpu(case: Case | None = None) -> Iterator[None]:
     """The ranks of a case, with Megatron-Core's stand-ins for CUDA."""
-    with process_group(), cpu.emulate_cuda():
+    eager: Any = nullcontext()
+    if case is not None and case.is_linear:
+        eager = uncompiled(in_fp64=case.dtype == torch.float64)
+    mamba = step_by_step() if case is not None and "M" in (case.pattern or "") else nullcontext()
+    with process_group(), cpu.emulate_cuda(), eager, mamba:
         try:
             yield
         finally:
@@ -94,17 +126,35 @@ def on_cpu() -> Iterator[None]:
 
 
 def initialize(case: Case) -> None:
-    """Lay model-parallel groups over the running process group."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        case.tp,
-        case.pp,
-        virtual_pipeline_model_parallel_size=case.vpp,
-        expert_model_parallel_size=case.ep,
-        expert_tensor_parallel_size=case.etp,
-    )
+    """Lay model-parallel groups over the running process group, unless they lie so already.
+
+    Groups of gloo last as long as the process group, and each has a thread that never sleeps long.
+    """
+    if not _is_laid_out(case):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            case.tp,
+            case.pp,
+            virtual_pipeline_model_parallel_size=case.vpp,
+            context_parallel_size=case.cp,
+            expert_model_parallel_size=case.ep,
+            expert_tensor_parallel_size=case.etp,
+        )
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def _is_laid_out(case: Case) -> bool:
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    ) == (case.tp, case.pp, case.vpp, case.cp, case.ep, case.tp if case.etp is None else case.etp)
 
 
 def make_config(case: Case) -> TransformerConfig:
@@ -120,6 +170,7 @@ def make_config(case: Case) -> TransformerConfig:
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vpp,
         sequence_parallel=case.sp,
+        context_parallel_size=case.cp,
         expert_model_parallel_size=case.ep,
         expert_tensor_parallel_size=case.etp,
         variable_seq_lengths=True,
@@ -150,8 +201,26 @@ def make_config(case: Case) -> TransformerConfig:
 def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.Module]:
     """The chunks of this rank: ours on the wrapped spec, or the stock model on the stock spec."""
     chunks = []
+    if not packed and config.recompute_modules:
+        # The stock layer asks Transformer Engine for it.
+        config.recompute_modules = [m for m in config.recompute_modules if m != "gdn_norm_out"]
     for stage in range(case.vpp or 1):
         vp_stage = stage if case.vpp else None
+        place = dict(
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            position_embedding_type=case.position_embedding_type,
+            share_embeddings_and_output_weights=case.tied,
+            vp_stage=vp_stage,
+            **case.model,
+        )
+        if case.pattern is not None:
+            chunks.append(build_hybrid(case, config, packed, place))
+            continue
         layer = get_gpt_layer_local_spec(normalization=config.normalization, **case.spec)
         block: Any = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
         if isinstance(config.moe_layer_freq, list):
@@ -159,6 +228,9 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
                 config, False, normalization=config.normalization, vp_stage=vp_stage
             )
             block = with_sequence_parallel_norms(block, config, vp_stage=vp_stage)
+        block = with_local_linear_layers(block, config, vp_stage)
+        if config.moe_grouped_gemm:
+            block = with_grouped_experts(block)
         if packed:
             block = with_prefix_grouped_attention(block, case.backend)
         elif config.multi_latent_attention:
@@ -169,19 +241,49 @@ def build(case: Case, config: TransformerConfig, packed: bool) -> list[torch.nn.
                 block,
                 vocab_size=VOCAB,
                 max_sequence_length=MAX_LEN,
-                pre_process=parallel_state.is_pipeline_first_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                post_process=parallel_state.is_pipeline_last_stage(
-                    ignore_virtual=False, vp_stage=vp_stage
-                ),
-                position_embedding_type=case.position_embedding_type,
-                share_embeddings_and_output_weights=case.tied,
-                vp_stage=vp_stage,
-                **case.model,
+                **place,
             ).to(case.dtype)  # Megatron makes position embeddings in fp32
         )
     return chunks
+
+
+def build_hybrid(
+    case: Case, config: TransformerConfig, packed: bool, place: dict[str, Any]
+) -> torch.nn.Module:
+    """A chunk of a HybridModel: ours on the wrapped stack, or the stock model on the stock one."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    stack = hybrid_stack_local_spec(config)
+    if packed:
+        stack = with_prefix_grouped_attention(stack, case.backend)
+    return (PrefixGroupedHybridModel if packed else HybridModel)(
+        config,
+        stack,
+        vocab_size=VOCAB,
+        max_sequence_length=MAX_LEN,
+        hybrid_layer_pattern=case.pattern,
+        **place,
+    ).to(case.dtype)
+
+
+def make_states_reach_far(chunks: list[torch.nn.Module]) -> None:
+    """Decays from fast to slow: as they begin, states are forgotten within a few tokens."""
+    gen = torch.Generator().manual_seed(7)
+    for name, weight in (p for c in chunks for p in c.named_parameters()):
+        if name.endswith(("A_log", "dt_bias")):
+            low, high = (-5.0, 0.5) if name.endswith("A_log") else (-2.0, 1.0)
+            draw = torch.rand(weight.shape, generator=gen, dtype=weight.dtype)
+            weight.data.copy_(low + (high - low) * draw)
+
+
+def make_experts_differ(chunks: list[torch.nn.Module]) -> None:
+    """On the CPU every expert-parallel rank draws the same ones, which no router tells apart."""
+    rank = parallel_state.get_expert_model_parallel_rank()
+    for i, (name, weight) in enumerate(p for c in chunks for p in c.named_parameters()):
+        if ".experts." in name:
+            generator = torch.Generator().manual_seed(1000 * rank + i)
+            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            weight.data.add_(noise, alpha=0.3)
 
 
 class SizedDotProductAttention(DotProductAttention):
@@ -228,7 +330,7 @@ class Rows:
 
 
 def make_rows(seed: int, pad_to_multiple: int, shared_length: int = 0) -> Rows:
-    """Ragged star, a deeper tree with an equal pair and a prefix sample, and a lone sample."""
+    """Ragged star, a deeper tree with an equal pair and a prefix sample, and two lone turns."""
     g = torch.Generator().manual_seed(seed)
 
     def tokens(n: int) -> list[int]:
@@ -242,7 +344,8 @@ def make_rows(seed: int, pad_to_multiple: int, shared_length: int = 0) -> Rows:
     deep += [deep[0]]
     lone = [tokens(6)]
     star_tree = PrefixTree.from_group(len(prompt), [len(s) - len(prompt) for s in star])
-    trees = [star_tree, PrefixTree.from_sequences(deep), PrefixTree.from_sequences(lone)]
+    turns = PrefixTree(np.array([4, 2]), np.array([-1, 0]), np.array([1]))
+    trees = [star_tree, PrefixTree.from_sequences(deep), turns]
     sequences = [torch.tensor(s) for s in star + deep + lone]
     weights = [torch.randn(len(s) - 1, generator=g, dtype=torch.float64) for s in sequences]
     return Rows(pack_trees(trees, pad_to_multiple), sequences, weights)
@@ -288,9 +391,22 @@ def packed_step(batch_iterator: Any, model: Any) -> Any:
             ]
         loss = -(logprobs * batch["weights"]).sum()
         num_tokens = int(layout.sample_lens.sum()) - layout.num_samples
-        return loss, torch.tensor(num_tokens, dtype=torch.int), {"loss": loss.detach().clone()}
+        return *counted(model, loss, num_tokens), {"loss": loss.detach().clone()}
 
     return output, loss_func
+
+
+def counted(model: Any, loss: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Loss and tokens as a rank returns them that divides a row with others.
+
+    Megatron adds up the tokens of those ranks, so the first counts them all; where it averages, it
+    divides each rank's loss by that rank's tokens, and all by the ranks.
+    """
+    config = get_model_config(model)
+    if not config.calculate_per_token_loss:
+        return loss * config.context_parallel_size, torch.tensor(num_tokens, dtype=torch.int)
+    is_first = parallel_state.get_context_parallel_rank() == 0
+    return loss, torch.tensor(num_tokens if is_first else 0, dtype=torch.int)
 
 
 def written_out_microbatches(case: Case, rows: list[Rows]) -> list[dict[str, Any]]:
@@ -350,9 +466,10 @@ def named_gradients(chunks: list[Any]) -> dict[str, Tensor]:
 
 
 def make_dp_rows(case: Case, num_rows: int, seed: int = 0) -> list[Rows]:
-    """Rows of this data-parallel rank; microbatches differ in length."""
-    rank = parallel_state.get_data_parallel_rank()
-    pad = case.tp if case.sp else 1
+    """Rows of this data-parallel rank of the case; microbatches differ in length."""
+    copies = case.cp // parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank() // copies
+    pad = case.row_multiple
     return [make_rows(seed + 100 * rank + i, pad, shared_length=6 * i) for i in range(num_rows)]
 
 

@@ -60,7 +60,7 @@ def make_waves(case: harness.Case, mode: str) -> list[Wave]:
     residency = ResidencyConfig(
         choice="always", mode=mode, max_resident_tokens=MAX_RESIDENT_TOKENS, num_stages=case.pp
     )
-    pad = case.tp if case.sp else 1
+    pad = case.row_multiple
     plans: list[list[PackPlan]] = []
     for dp_rank in range(case.dp):
         shapes = [group_shape(group) for group in groups_of(dp_rank)]
@@ -115,7 +115,7 @@ def resident_step(groups: list[Group]) -> Any:
             data = {"loss": loss.detach().clone()}
             if not model_config(model).calculate_per_token_loss:
                 return loss, data
-            return loss, count, data
+            return *harness.counted(model, loss, int(count)), data
 
         return output, loss_func
 
@@ -168,6 +168,7 @@ def truth(case: harness.Case, own: list[Group]) -> tuple[list[Any], float | None
     reference_config = replace(case, config={**case.config, "calculate_per_token_loss": True})
     stock_config = harness.make_config(reference_config)
     stock = harness.build(case, stock_config, packed=False)
+    harness.make_states_reach_far(stock)
     weights = [
         {n: t.clone() for n, t in chunk.state_dict().items() if t is not None} for chunk in stock
     ]
@@ -194,12 +195,14 @@ def run(name: str) -> dict[str, ResidentStep]:
     """Both modes."""
     case = cases.SCHEDULE[name]
     steps = {}
-    with harness.on_cpu():
+    with harness.on_cpu(case):
         harness.initialize(case)
         rank = parallel_state.get_data_parallel_rank()
         counted = groups_of(rank)
         own = [counted[i] for i in members_of(rank)]
-        weights, loss, want = truth(case, own)
+        harness.initialize(case.without_context)
+        weights, loss, want = truth(case.without_context, own)
+        harness.initialize(case)
         for mode in ("retain", "recompute"):
             config = harness.make_config(case)
             chunks = harness.build(case, config, packed=True)

@@ -19,9 +19,14 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from torch import Tensor
 
 from megatron_pg import PrefixTree, pack_trees
-from megatron_pg.mcore import Predictions, PrefixGroupedSeqParams, take_router_losses
+from megatron_pg.mcore import (
+    Predictions,
+    PrefixGroupedSeqParams,
+    take_router_losses,
+    undivided_router_losses,
+)
 from megatron_pg.mcore.layers import PrefixGroupedRouter
-from megatron_pg.mcore.router_row import RouterRow
+from megatron_pg.mcore.routers import RouterRow
 from tests.mcore import harness
 from tests.mcore.harness import VOCAB, Case, Rows
 
@@ -116,9 +121,9 @@ def packed_step(iterator: Any, model: Any) -> Any:
     output, loss_func = harness.packed_step(iter([batch]), model)
 
     def all_tokens(output: Any) -> Any:
-        loss, _, told = loss_func(output)
-        count = batch["params"].layout.logical_tokens
-        return loss, torch.tensor(count, dtype=torch.int), told
+        *_, told = loss_func(output)
+        loss = -(output[0] * batch["weights"]).sum()
+        return *harness.counted(model, loss, batch["params"].layout.logical_tokens), told
 
     return output, all_tokens
 
@@ -163,11 +168,24 @@ def replaying_step(case: RouterCase, rows: list[Rows], iterator: Any, model: Any
     routes = rows[number].layout.expand(make_routes(rows[number], case.num_layers, number))
     for router in routers([model]):
         own = routes[:, router.layer_number - 1]
+        if case.equal:  # a batch has its first tokens first
+            own = own.unflatten(0, batch["tokens"].shape).transpose(0, 1).flatten(0, 1)
         if case.sp:
             own = own.chunk(case.tp)[router.tp_group.rank()]
         router.router_replay.set_target_indices(own)
     RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
     return stock_step(iter([batch]), model)
+
+
+def scaled(step: Any, share: float, iterator: Any, model: Any) -> Any:
+    """A forward step whose loss is multiplied; what it tells of it is not."""
+    output, loss_func = step(iterator, model)
+
+    def shared_loss(output: Any) -> Any:
+        loss, *others = loss_func(output)
+        return loss * share, *others
+
+    return output, shared_loss
 
 
 def routers(chunks: list[Any]) -> list[TopKRouter]:
@@ -176,14 +194,14 @@ def routers(chunks: list[Any]) -> list[TopKRouter]:
 
 def two_steps(case: RouterCase) -> RouterSteps:
     """Both sides, step by step; the second one with the bias that the first one has updated."""
-    with harness.on_cpu():
+    with harness.on_cpu(case):
         harness.initialize(case)
         first = 100 * parallel_state.get_data_parallel_rank()
         rows = [make_router_rows(case, first + i) for i in range(4 if case.vpp else 2)]
         assert all(r.layout.total_tokens > r.layout.unique_tokens for r in rows), "no padding"
         assert all(r.layout.reuse_ratio > 1.3 for r in rows), "nothing is shared"
         ours = Side(case, packed=True)
-        theirs = Side(case, packed=False)
+        theirs = Side(case.without_context, packed=False)
         ours.start_like(theirs)
         written_out: Any = stock_batches(case, rows)
         step: Any = stock_step
@@ -210,9 +228,11 @@ class Side:
             # Megatron's replay knows no recompute.
             settings = {k: v for k, v in case.config.items() if not k.startswith("recompute")}
             case = replace(case, config=settings | dict(moe_enable_routing_replay=True))
+        harness.initialize(case)
         self.case, self.config = case, harness.make_config(case)
         chunks = harness.build(case, self.config, packed=packed)
-        assert packed == any(isinstance(r, PrefixGroupedRouter) for r in routers(chunks))
+        harness.make_experts_differ(chunks)
+        assert all(packed == isinstance(r, PrefixGroupedRouter) for r in routers(chunks))
         self.chunks = harness.wrap_ddp(case, self.config, chunks)
         self.config.finalize_model_grads_func = self._finalize
         self.counts: dict[str, Tensor] = {}
@@ -227,7 +247,9 @@ class Side:
             ours.load_state_dict(theirs.state_dict())
 
     def step(self, step: Callable[..., Any], batches: list[Any]) -> dict[str, Tensor]:
-        loss = harness.run_step(self.case, self.chunks, step, batches)
+        harness.initialize(self.case)
+        with undivided_router_losses(self.config) as share:
+            loss = harness.run_step(self.case, self.chunks, partial(scaled, step, share), batches)
         found = {f"grad {n}": g for n, g in harness.named_gradients(self.chunks).items()}
         if loss is not None:
             found["loss"] = torch.tensor(loss, dtype=torch.float64)
@@ -245,7 +267,12 @@ class Side:
         for router in routers(self.chunks):
             if router.enable_expert_bias:
                 count = router.local_tokens_per_expert.clone()
-                dist.all_reduce(count, group=parallel_state.get_tensor_and_data_parallel_group())
+                group = parallel_state.get_tensor_and_data_parallel_group(
+                    with_context_parallel=True
+                )
+                dist.all_reduce(count, group=group)
+                # Where others divide a row, the stock model has replicas.
+                count /= self.case.dp
                 self.counts[f"count {router.layer_number}"] = count
         finalize_model_grads(*args, **kwargs)
 
@@ -280,6 +307,17 @@ def _local_denominator() -> Iterator[None]:
 
 
 @contextmanager
+def _local_lengths() -> Iterator[None]:
+    given = PrefixGroupedRouter._with_balance_losses
+
+    def local(self: Any, probs: Tensor, logits: Tensor, row: RouterRow, lens: Tensor) -> Tensor:
+        return given(self, probs, logits, row, row.weights.sum(1))
+
+    with mock.patch.object(PrefixGroupedRouter, "_with_balance_losses", local):
+        yield
+
+
+@contextmanager
 def _other_layers_routes() -> Iterator[None]:
     given = PrefixGroupedRouter._mask_of
 
@@ -296,5 +334,6 @@ MUTANTS = {
     "unweighted": _unweighted,
     "padding_counted": _padding_counted,
     "local_denominator": _local_denominator,
+    "local_lengths": _local_lengths,
     "other_layers_routes": _other_layers_routes,
 }

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_pg.mcore import (
@@ -58,6 +59,10 @@ class ThdAttention(harness.SizedDotProductAttention):
 class Variant:
     """A model with its parallel layout, and how rows are made and handed to it.
 
+    Under context parallelism every sequence is padded to what its ranks cut it into, and a rank is
+    fed its part. The stock model has replicas in the place of those ranks: each runs the whole row,
+    and what it makes of the tokens of the part counts.
+
     Attributes:
         case: model and layout.
         positions: hand position_ids over.
@@ -67,6 +72,7 @@ class Variant:
         borders: say which sequences may share.
         shares: the rows have something to share.
         takes_thd: the given attention of ours runs packed rows too.
+        core: that attention.
     """
 
     case: Case = field(default_factory=Case)
@@ -77,6 +83,12 @@ class Variant:
     borders: bool = False
     shares: bool = True
     takes_thd: bool = False
+    core: type = ThdAttention
+
+    @property
+    def stock(self) -> Variant:
+        """As the stock model runs it."""
+        return replace(self, case=self.case.without_context)
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,9 @@ class Row:
     position_ids: Tensor
     group_sizes: list[int]
     cotangent: Tensor
+    part: Tensor  # places of this rank's tokens in the row
+    rank: int  # that is fed the part, of
+    num_parts: int
 
     @property
     def sequences(self) -> list[Tensor]:
@@ -113,16 +128,20 @@ def make_groups(g: torch.Generator, extra: int, shares: bool) -> list[list[list[
     return [star, again, deep, [tokens(6)]]
 
 
-def make_row(variant: Variant, seed: int, extra: int) -> Row:
-    """Groups one after another, an empty sequence, and padding in a last sequence of its own."""
+def make_row(variant: Variant, seed: int, extra: int, rank: int = 0, cp: int = 1) -> Row:
+    """Groups one after another, an empty sequence, and padding in a last sequence of its own.
+
+    ``rank`` is the one of ``cp`` that is fed a part.
+    """
     g = torch.Generator().manual_seed(seed)
     groups = make_groups(g, extra, variant.shares)
     sequences = [torch.tensor(s) for group in groups for s in group]
     sequences += [torch.zeros(0, dtype=torch.int64)]
     lens = [len(s) for s in sequences]
-    if variant.padded:
-        sequences = [torch.nn.functional.pad(s, (0, -len(s) % 4)) for s in sequences]
-    padding = -sum(len(s) for s in sequences) % 8 + 8
+    if variant.padded or cp > 1:
+        multiple = max(4, 2 * cp)
+        sequences = [torch.nn.functional.pad(s, (0, -len(s) % multiple)) for s in sequences]
+    padding = -sum(len(s) for s in sequences) % 16 + 16
     sequences += [torch.zeros(padding, dtype=torch.int64)]
     bounds = torch.tensor([0, *[len(s) for s in sequences]]).cumsum(0).int()
     real = torch.tensor([0, *lens, padding]).cumsum(0).int()
@@ -136,19 +155,28 @@ def make_row(variant: Variant, seed: int, extra: int) -> Row:
         cu_seqlens_kv_padded=bounds if variant.padded else None,
     )
     shape = (int(bounds[-1]), 1 if variant.labels else VOCAB)
+    # Of every sequence, as trainers divide it: a chunk from the front and one from the back.
+    whole = torch.arange(int(bounds[-1])).split(bounds.diff().tolist())
+    chunks = [places.chunk(2 * cp) for places in whole if len(places)]
+    part = [x for c in chunks for x in (c[rank], c[2 * cp - 1 - rank])] if cp > 1 else whole
     return Row(
         tokens=torch.cat(sequences),
         params=params,
         position_ids=torch.cat([torch.arange(len(s)) for s in sequences]),
         group_sizes=[len(group) for group in groups],
         cotangent=torch.randn(shape, generator=g, dtype=torch.float64),
+        part=torch.cat([*part]),
+        rank=rank,
+        num_parts=cp,
     )
 
 
 def make_rows(variant: Variant, num_rows: int) -> list[Row]:
     """Rows of this data-parallel rank, each of another length."""
-    rank = parallel_state.get_data_parallel_rank()
-    return [make_row(variant, 100 * rank + i, 5 * i) for i in range(num_rows)]
+    cp = variant.case.cp
+    rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    seeds = [100 * (rank // cp) + i for i in range(num_rows)]
+    return [make_row(variant, seed, 5 * i, rank % cp, cp) for i, seed in enumerate(seeds)]
 
 
 def build(variant: Variant, config: TransformerConfig, ours: bool) -> list[Any]:
@@ -158,7 +186,7 @@ def build(variant: Variant, config: TransformerConfig, ours: bool) -> list[Any]:
         vp_stage = stage if case.vpp else None
         layer = get_gpt_layer_local_spec(normalization=config.normalization, **case.spec)
         if variant.takes_thd or not ours:
-            layer = with_core_attention(layer, ThdAttention)
+            layer = with_core_attention(layer, variant.core)
         block: Any = with_sequence_parallel_norms(layer, config, vp_stage=vp_stage)
         place: Any = dict(ignore_virtual=False, vp_stage=vp_stage)
         chunk = (PrefixSharingGPTModel if ours else GPTModel)(
@@ -192,20 +220,25 @@ def call(model: Any, row: Row, variant: Variant) -> Tensor:
     is_ours = any(isinstance(m, PrefixSharingGPTModel) for m in model.modules())
     takes_positions = variant.positions or not is_ours
     more: Any = dict(group_sizes=row.group_sizes) if variant.borders and is_ours else {}
+    fed = row.part if variant.case.cp > 1 else slice(None)
     return model(
-        input_ids=row.tokens[None],
-        position_ids=row.position_ids[None] if takes_positions else None,
+        input_ids=row.tokens[fed][None],
+        position_ids=row.position_ids[fed][None] if takes_positions else None,
         attention_mask=None,
-        labels=row.tokens[None] if variant.labels else None,
+        labels=row.tokens[fed][None] if variant.labels else None,
         packed_seq_params=row.params,
-        loss_mask=torch.ones(1, len(row.tokens)),
+        loss_mask=torch.ones(1, len(row.tokens[fed])),
         **more,
     )
 
 
 def run(variant: Variant, chunks: list[Any], rows: list[Row]) -> list[Tensor]:
-    """Forward and backward under Megatron's schedule; outputs of the last stage, by row."""
+    """Forward and backward under Megatron's schedule; outputs of the last stage, by row.
+
+    Outputs are of the tokens of this rank's part, and so is the loss.
+    """
     outputs: list[Tensor] = []
+    per_token = get_model_config(chunks[0]).calculate_per_token_loss
 
     def step(batches: Iterator[Row], model: Any) -> Any:
         row = next(batches)
@@ -214,9 +247,15 @@ def run(variant: Variant, chunks: list[Any], rows: list[Row]) -> list[Tensor]:
         def loss_func(output: Tensor) -> Any:
             # Logits and losses of the row, or hidden states, split under sequence parallelism.
             output = output[:, 0] if variant.hidden else output[0]
-            outputs.append(output.detach())
-            loss = (output * cotangent_of(output, row, variant)).sum()
-            return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach()}
+            outputs.append(of_part(output.detach(), row, variant))
+            places = places_of(output, row, variant)
+            cotangent = cotangent_of(output, row, variant)[places]
+            is_own = torch.isin(places, row.part)
+            loss = (output * cotangent)[is_own].sum()
+            # Replicas and context-parallel ranks are added up, or averaged.
+            loss = loss if per_token else loss * row.num_parts
+            num_tokens = int(row.rank == 0) if per_token else 1
+            return loss, torch.tensor(num_tokens, dtype=torch.int), {"loss": loss.detach()}
 
         return output, loss_func
 
@@ -224,14 +263,32 @@ def run(variant: Variant, chunks: list[Any], rows: list[Row]) -> list[Tensor]:
     return outputs
 
 
+def places_of(output: Tensor, row: Row, variant: Variant) -> Tensor:
+    """In the row, of what this rank's output is of."""
+    places = row.part if variant.case.cp > 1 else torch.arange(len(row.tokens))
+    if len(output) == len(places):
+        return places
+    return places.chunk(variant.case.tp)[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def of_part(output: Tensor, row: Row, variant: Variant) -> Tensor:
+    """The output of the part's tokens, from all ranks that sequence parallelism splits it over."""
+    num_fed = len(row.part) if variant.case.cp > 1 else len(row.tokens)
+    if len(output) < num_fed:
+        parts = [torch.empty_like(output) for _ in range(variant.case.tp)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather(parts, output.contiguous(), group=group)
+        output = torch.cat(parts)
+    return output if num_fed == len(row.part) else output[row.part]
+
+
 def cotangent_of(output: Tensor, row: Row, variant: Variant) -> Tensor:
-    """This rank's part: of the vocabulary, or of the row."""
+    """Of the whole row, and this rank's part of the vocabulary."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     if variant.labels:
         return row.cotangent[:, 0]
     if variant.hidden:
-        rows = slice(rank * len(output), None) if len(output) < len(row.tokens) else slice(None)
-        return row.cotangent[rows][: len(output), : output.shape[1]]
+        return row.cotangent[:, : output.shape[1]]
     return row.cotangent[:, rank * output.shape[1] :][:, : output.shape[1]]
 
 
@@ -245,7 +302,7 @@ class Comparison:
         least_gradient: of the stock model's, the smallest norm.
         calls: of attention, packed and ordinary.
         counted: tokens that ``count_shared_tokens`` tells of each chunk.
-        seen: tokens that each chunk's first layer was fed, on all ranks of its tensor group.
+        seen: tokens that each chunk's first layer was fed, on all ranks that divide the row.
         logical: tokens of the rows.
     """
 

@@ -26,7 +26,10 @@ pytestmark = pytest.mark.megatron
 
 CONFIGS = (TransformerConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
 INSTALLED = sorted({field.name for cls in CONFIGS for field in dataclasses.fields(cls)})
-PROVEN = [*cases.EQUIVALENCE.values(), *cases.SCHEDULE.values(), *cases.ROUTERS.values()]
+PROVEN = [
+    *(*cases.EQUIVALENCE.values(), *cases.SCHEDULE.values(), *cases.ROUTERS.values()),
+    *cases.HYBRID.values(),
+]
 # As a stock ``pretrain_gpt.py`` sets them; what packed rows need (no dropout, lengths) aside.
 MEGATRON_LM = dict(
     num_layers=2,
@@ -80,7 +83,7 @@ def test_a_proven_field_is_set_by_a_case_that_is_compared(name: str) -> None:
     "name",
     [
         *("normalization", "moe_router_score_function", "recompute_granularity", "rope_type"),
-        "softmax_type",
+        *("softmax_type", "experimental_attention_variant"),
     ],
 )
 def test_every_proven_value_is_that_of_a_case(name: str) -> None:
@@ -117,6 +120,7 @@ def test_what_megatron_lm_sets_for_ordinary_training_passes(changes: dict[str, A
         ("moe_flex_dispatcher_backend", "hybridep"),
         ("normalization", "L2Norm"),
         ("recompute_modules", ["core_attn", "attn_norm"]),
+        ("experimental_attention_variant", "dsa"),
         ("recompute_granularity", "partial"),
         ("transformer_impl", "inference_optimized"),
         ("activation_func", "silu"),

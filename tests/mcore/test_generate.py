@@ -11,9 +11,8 @@ pytest.importorskip("megatron.core")
 
 from megatron_pg.mcore.generation import Sampler, sample_uniforms  # noqa: E402
 from megatron_pg.mcore.generation.cache import _close_holes  # noqa: E402
-from tests.mcore import cases  # noqa: E402
 from tests.mcore.generate_checks import CHECKS, run  # noqa: E402
-from tests.mcore.generate_harness import LAYOUTS, MODELS  # noqa: E402
+from tests.mcore.generate_harness import CASES, LAYOUTS, MODELS  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
 pytestmark = pytest.mark.megatron
@@ -92,6 +91,6 @@ def test_close_holes() -> None:
 @pytest.mark.parametrize("name", [*MODELS, *CHECKS, *LAYOUTS])
 def test_generate(ranks: Pool, name: str) -> None:
     """Equals the stock model on one rank; on several, the model on one rank."""
-    num_ranks = cases.EQUIVALENCE[name].world_size if name not in CHECKS else 1
+    num_ranks = CASES[name].world_size if name not in CHECKS else 1
     assert (num_ranks > 1) == (name in LAYOUTS)
     ranks.run(num_ranks, run, name)

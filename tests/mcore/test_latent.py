@@ -29,7 +29,7 @@ from megatron_pg.mcore import (
 )
 from megatron_pg.mcore import chunks as chunks_module
 from megatron_pg.mcore.layers import latent_core_attention
-from megatron_pg.mcore.resident_latent import ProjectedKV, ResidentLatent
+from megatron_pg.mcore.resident import ProjectedKV, ResidentLatent
 from megatron_pg.mcore.schedule import resident
 from tests.mcore import cases, harness, resident_steps
 from tests.ranks import Pool

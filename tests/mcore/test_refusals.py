@@ -17,6 +17,7 @@ from megatron_pg.mcore import (
     with_sequence_parallel_norms,
 )
 from megatron_pg.mcore.config_fields import REFUSED
+from megatron_pg.mcore.versions import DIVIDES_GATES
 from tests.mcore import harness
 
 pytestmark = pytest.mark.megatron
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.megatron
 UNSUPPORTED = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
-    "experimental_attention_variant": "gated_delta_net",
     "mrope_section": [16, 24, 24],
     "attn_logit_softcapping": 30.0,
     "fp8": "hybrid",
@@ -79,7 +79,14 @@ def test_unsupported_setting(name: str) -> None:
             ),
             "rows of all replicas that share experts",
         ),
-        (dict(context_parallel_size=2), "context_parallel_size=2: packed rows are not split"),
+        (
+            dict(context_parallel_size=3),
+            "num_attention_heads=4 is no multiple of context_parallel_size=3",
+        ),
+        (
+            dict(context_parallel_size=2, hybrid_context_parallel=True),
+            "hybrid_context_parallel=True: context_parallel_size ranks divide every packed row",
+        ),
         (dict(tensor_model_parallel_size=3), "num_attention_heads=4 is no multiple"),
         (
             dict(num_attention_heads=6, num_query_groups=3, tensor_model_parallel_size=2),
@@ -106,6 +113,20 @@ def test_unsupported_setting(name: str) -> None:
 def test_unsupported_combination(changes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         validate_config(config_with(**changes))
+
+
+def test_gates_of_a_divided_group() -> None:
+    """Ranks share a group of one; before 0.17 each then had the gates of all of its heads."""
+    config = config_with(
+        attention_output_gate=True, num_query_groups=1, tensor_model_parallel_size=2
+    )
+    if DIVIDES_GATES:
+        validate_config(config)
+        return
+    with pytest.raises(ValueError, match="set tensor_model_parallel_size=1, or install"):
+        validate_config(config)
+    config.num_query_groups = 2
+    validate_config(config)
 
 
 def test_all_problems_are_reported_at_once_when_the_model_is_built(one_rank) -> None:

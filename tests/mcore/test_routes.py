@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
 from megatron_pg.mcore import PrefixGroupedSeqParams, RouteRecorder, with_prefix_grouped_attention
-from megatron_pg.mcore.router_row import RouterRow, as_mask, from_digits, to_digits
+from megatron_pg.mcore.routers.row import RouterRow, as_mask, from_digits, to_digits
 from tests.mcore import cases, harness, probes
 from tests.mcore.router_steps import RouterCase, make_router_rows, make_routes, routers
 from tests.ranks import Pool
@@ -29,6 +29,8 @@ CASES = {
     "moe": cases.router(cases.AUX, cases.MOE_RECOMPUTE),
     "full": cases.router(cases.Z, cases.FULL_RECOMPUTE),
     "tp2_sp": cases.router(cases.AUX, tp=2, sp=True),
+    "cp2": cases.router(cases.AUX, cp=2),
+    "cp2_tp2_sp": cases.router(cases.AUX, cp=2, tp=2, sp=True),
     "pp2_vpp2": cases.router(cases.MOE_RECOMPUTE, pp=2, vpp=2, num_layers=4),
 }
 
@@ -147,6 +149,12 @@ def _given(case: RouterCase, routes: Tensor, **changes: Any) -> Any:
     return PrefixGroupedSeqParams.from_layout(row.layout, config=config, routed_experts=routes)
 
 
+def twice(routes: Tensor) -> Tensor:
+    routes = routes.clone()
+    routes[4, 1] = 1
+    return routes
+
+
 ROUTES = make_routes(make_router_rows(RouterCase(), 0), 2, 0)
 
 
@@ -159,9 +167,11 @@ ROUTES = make_routes(make_router_rows(RouterCase(), 0), 2, 0)
         (ROUTES.bool(), {}, "must hold integers"),
         (ROUTES[:, :1], {}, "has 1 layers and 2 experts a token"),
         (ROUTES[..., :1], {}, "has 2 layers and 1 experts a token"),
-        (ROUTES + 1, {}, "expert ids from 1 to 4"),
-        (ROUTES - 1, {}, "some experts and -1 for others"),
-        (ROUTES - 2, {}, "expert ids from -2 to 1"),
+        (ROUTES + 1, {}, r"must be different experts in \[0, 4\), or all -1"),
+        (ROUTES - 1, {}, "must be different experts"),
+        (ROUTES - 2, {}, "must be different experts"),
+        (twice(ROUTES), {}, r"of token 4 in layer 1 are \[1, 1\], must be different experts"),
+        (twice(ROUTES).to(torch.uint8), {}, r"of token 4 in layer 1 are \[1, 1\]"),
         (ROUTES, dict(num_moe_experts=None), "a model without experts"),
     ],
 )
@@ -171,6 +181,13 @@ def test_routes_that_no_model_has_are_refused(
     _given(CASES["softmax"], ROUTES)
     with pytest.raises(ValueError, match=message):
         _given(CASES["softmax"], routes, **changes)
+
+
+def test_what_dense_layers_are_given_is_not_read() -> None:
+    params = _given(CASES["softmax"], twice(ROUTES), moe_layer_freq=[1, 0])
+    assert torch.equal(params.routed_experts, twice(ROUTES))
+    with pytest.raises(ValueError, match="in layer 1 are"):
+        _given(CASES["softmax"], twice(ROUTES), moe_layer_freq=[0, 1])
 
 
 def test_a_fused_router_replays_and_records_nothing(one_rank: None) -> None:

@@ -134,8 +134,10 @@ def test_overlaps_that_count_on_one_call_and_unknown_modes_are_refused() -> None
     )
     with pytest.raises(ValueError, match="mode='recompite': use 'retain' or 'recompute'"):
         call(mode="recompite")
-    with pytest.raises(ValueError, match="needs config.no_sync_func"):
-        call()
+    # Rows of one call, too, are as many as the groups fill.
+    for waves in ([Wave((object(),), (object(),))], [Wave((), (object(),))]):
+        with pytest.raises(ValueError, match="needs config.no_sync_func"):
+            call(waves=waves)
     model.config.param_sync_func = lambda parameters: None
     with pytest.raises(NotImplementedError, match="overlap_param_gather"):
         call()

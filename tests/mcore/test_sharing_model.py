@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +55,7 @@ VARIANTS = {
     "full": Variant(case=Case(config=FULL)),
     "selective": Variant(case=Case(config=cases.SELECTIVE_RECOMPUTE)),
     "window": Variant(case=cases.EQUIVALENCE["window_freq"]),
-    "latent": Variant(case=cases.EQUIVALENCE["latent"]),
+    "window_latent": Variant(case=cases.EQUIVALENCE["window_latent"]),
     "labels": Variant(labels=True),
     "hidden": headless(),
     "padded": Variant(padded=True),
@@ -79,8 +81,45 @@ VARIANTS = {
     "pp2_as_it_came": Variant(case=Case(pp=2), shares=False, takes_thd=True),
     "pp2_vpp2": Variant(case=Case(pp=2, vpp=2, num_layers=4)),
     "tp2_sp_pp2_hidden": headless(tp=2, sp=True, pp=2),
+    "pp2_vpp2_window_latent": Variant(case=cases.EQUIVALENCE["latent_pp2_vpp2_window"]),
     "dp2": Variant(case=Case(dp=2)),
+    "cp2": Variant(case=Case(cp=2)),
+    "cp2_tied_mqa_full": Variant(case=Case(cp=2, tied=True, num_query_groups=1, config=FULL)),
+    "cp2_learned_positions": Variant(
+        case=Case(cp=2, position_embedding_type="learned_absolute"), positions=True
+    ),
+    "cp2_labels": Variant(case=Case(cp=2), labels=True),
+    "cp2_padded_borders": Variant(case=Case(cp=2), padded=True, borders=True),
+    "cp2_unshared": Variant(case=Case(cp=2), shares=False),
+    "cp2_latent_window": Variant(case=replace(cases.EQUIVALENCE["window_latent"], cp=2)),
+    "cp2_moe_statistics": Variant(
+        # Megatron's router takes its softmax in fp32.
+        case=Case(cp=2, ep=2, loss_bound=1e-6, **cases.moe(**cases.BIAS, **cases.BOTH, **cases.Z))
+    ),
+    # Four ranks and more.
+    "cp4": Variant(case=Case(cp=4)),
+    "cp2_tp2_hidden": headless(cp=2, tp=2),
+    "cp2_tp2_sp": Variant(case=Case(cp=2, tp=2, sp=True)),
+    "cp2_tp2_sp_hidden": headless(cp=2, tp=2, sp=True),
+    "cp2_dp2": Variant(case=Case(cp=2, dp=2)),
+    "cp2_pp2_vpp2_selective": Variant(
+        case=Case(cp=2, pp=2, vpp=2, num_layers=4, config=cases.SELECTIVE_RECOMPUTE)
+    ),
+    "cp2_tp2_sp_pp2_labels": Variant(case=Case(cp=2, tp=2, sp=True, pp=2), labels=True),
     "tp2_sp_pp2": Variant(case=Case(tp=2, sp=True, pp=2)),
+    "moe_statistics_tp2_sp_pp2_vpp2_ep2_full": Variant(
+        case=Case(
+            tp=2,
+            sp=True,
+            pp=2,
+            vpp=2,
+            ep=2,
+            etp=1,
+            num_layers=4,
+            loss_bound=1e-6,
+            **cases.moe(**cases.BIAS, **cases.BOTH, **cases.Z, **FULL),
+        )
+    ),
     "tp2_sp_pp2_vpp2_full": Variant(
         case=Case(tp=2, sp=True, pp=2, vpp=2, num_layers=4, config=FULL)
     ),
@@ -92,19 +131,26 @@ def compare(name: str) -> Comparison:
     case = variant.case
     with harness.on_cpu():
         harness.initialize(case)
-        configs = harness.make_config(case), harness.make_config(case)
-        ours, stock = build(variant, configs[0], True), build(variant, configs[1], False)
-        for chunk, other in zip(ours, stock):
-            assert list(chunk.state_dict()) == list(other.state_dict())
-            other.load_state_dict(chunk.state_dict())
-        ours = harness.wrap_ddp(case, configs[0], ours)
-        stock = harness.wrap_ddp(case, configs[1], stock)
+        config = harness.make_config(case)
+        chunks = build(variant, config, True)
+        harness.make_experts_differ(chunks)
+        initial = [deepcopy(chunk.state_dict()) for chunk in chunks]
+        ours = harness.wrap_ddp(case, config, chunks)
         rows = make_rows(variant, 2)
         assert len({len(row.tokens) for row in rows}) > 1, "microbatches must differ in length"
         with tokens_fed(ours) as seen:
             outputs = run(variant, ours, rows)
+        got = harness.named_gradients(ours)
+        variant = variant.stock
+        harness.initialize(variant.case)
+        config = harness.make_config(variant.case)
+        chunks = build(variant, config, False)
+        for chunk, state in zip(chunks, initial):
+            assert list(chunk.state_dict()) == list(state)
+            chunk.load_state_dict(state)
+        stock = harness.wrap_ddp(variant.case, config, chunks)
         controls = run(variant, stock, rows)
-        got, want = harness.named_gradients(ours), harness.named_gradients(stock)
+        want = harness.named_gradients(stock)
         for mine, theirs in zip(*(biases(chunks) for chunks in (ours, stock)), strict=True):
             assert torch.equal(mine, theirs) and mine.any(), "another expert bias"
         calls = [count_attention_calls(chunk) for chunk in ours]
@@ -116,7 +162,7 @@ def compare(name: str) -> Comparison:
             least_gradient=float(min(x.norm() for x in want.values())),
             calls=(sum(c.prefix_grouped for c in calls), sum(c.ordinary for c in calls)),
             counted=[tuple(count_shared_tokens(chunk)) for chunk in ours],
-            seen=[n * (case.tp if case.sp else 1) for n in seen],
+            seen=[n * case.row_multiple for n in seen],
             logical=sum(len(row.tokens) for row in rows),
         )
 

@@ -23,6 +23,7 @@ from megatron_pg.mcore import (
     with_sequence_parallel_norms,
 )
 from megatron_pg.mcore.sharing import write_out as write_out_module
+from megatron_pg.mcore.sharing.parts import places_of_parts
 from megatron_pg.mcore.sharing.rows import OrdinaryRow, find_shared
 from megatron_pg.mcore.sharing.write_out import write_out
 from tests.mcore import harness
@@ -174,16 +175,47 @@ def test_bad_rows_are_refused(name: str) -> None:
         OrdinaryRow.from_batch(input_ids, params)
 
 
-def test_rows_of_context_parallel_ranks_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="local_cp_size of 2 ranks"):
-        OrdinaryRow.from_batch(torch.ones(1, 3).long(), thd([3], local_cp_size=2))
+def test_ranks_that_divide_the_row_of_one_rank_are_refused() -> None:
+    for other in (dict(local_cp_size=2), dict(cp_group=Ranks(2))):
+        with pytest.raises(NotImplementedError, match="leave it out"):
+            OrdinaryRow.from_batch(torch.ones(1, 3).long(), thd([3], **other))
+    OrdinaryRow.from_batch(torch.ones(1, 3).long(), thd([3], local_cp_size=1, cp_group=Ranks(1)))
 
 
-def test_a_model_under_context_parallelism_refuses_rows(one_rank) -> None:
-    model = sharing_model()
-    model.config.context_parallel_size = 2
-    with pytest.raises(NotImplementedError, match="context_parallel_size=2: rows that are split"):
-        call(model)
+class Ranks:
+    """A process group of which only the size is asked."""
+
+    def __init__(self, size: int) -> None:
+        self.size = lambda: size
+
+
+def parts_by_chunks(lens: list[int], num_ranks: int) -> list[list[int]]:
+    """As trainers cut rows up: one sequence after another, by slices of its chunks."""
+    parts: list[list[int]] = [[] for _ in range(num_ranks)]
+    start = 0
+    for n in lens:
+        size = n // (2 * num_ranks)
+        for rank, part in enumerate(parts):
+            for chunk in (rank, 2 * num_ranks - 1 - rank):
+                part += range(start + chunk * size, start + (chunk + 1) * size)
+        start += n
+    return parts
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_a_rank_is_fed_a_chunk_from_either_end_of_every_sequence(num_ranks: int) -> None:
+    lens = [2 * num_ranks * n for n in (3, 0, 1, 5)]
+    bounds = np.array([0, *np.cumsum(lens)])
+    places = places_of_parts(bounds, num_ranks, "zigzag")
+    assert places.tolist() == parts_by_chunks(lens, num_ranks)
+    # Not so in runs of the whole row.
+    runs = places_of_parts(bounds, num_ranks, "contiguous")
+    assert runs.reshape(-1).tolist() == list(range(bounds[-1]))
+    lens[2] -= num_ranks
+    with pytest.raises(ValueError, match=f"each must be a multiple of {2 * num_ranks}"):
+        places_of_parts(np.array([0, *np.cumsum(lens)]), num_ranks, "zigzag")
+    with pytest.raises(ValueError, match=f"a row of 3 tokens is no multiple of {num_ranks}"):
+        places_of_parts(np.array([0, 3]), num_ranks, "contiguous")
 
 
 def sharing_model(case: harness.Case | None = None, **more: Any) -> PrefixSharingGPTModel:
@@ -407,11 +439,14 @@ def test_attention_that_runs_rows_is_given_what_shares_nothing(one_rank) -> None
 
 def written_out_on_ranks(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """This rank's slices: rows, and the gradient of the packed hidden states."""
+    # 5 of 16 columns at once.
+    write_out_module._SCRATCH_ELEMENTS = 8 * 5
     with process_group():
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         hidden, ids, cotangent = write_out_case(dtype)
         mine = hidden.chunk(size)[rank].clone().requires_grad_()
-        rows = write_out(mine, ids, split_over=torch.distributed.group.WORLD)
+        own = ids.chunk(size)[rank]
+        rows = write_out(mine, own, split_over=torch.distributed.group.WORLD)
         rows.backward(cotangent.chunk(size)[rank])
         return rows.detach(), mine.grad
 

@@ -42,8 +42,8 @@ from megatron_pg.mcore import (
     with_prefix_grouped_attention,
     with_sequence_parallel_norms,
 )
-from megatron_pg.mcore.generation.cache import GenerationCache
-from megatron_pg.mcore.params import WrappedRow
+from megatron_pg.mcore.generation import DecodeSeqParams, GenerationCache
+from megatron_pg.mcore.positioned import WrappedRow
 from tests.mcore import harness
 
 pytestmark = pytest.mark.megatron
@@ -99,8 +99,9 @@ def replace_field(name: str, value: object) -> None:
 
 def test_every_row_of_ours_is_such_a_row() -> None:
     cache = GenerationCache([3, 2], 2, 4, torch.device("cpu"))
-    for row in (carrier(), cache.advance()):
-        assert row.qkv_format == "thd" and row.cp_group is None
+    for row in (carrier(), DecodeSeqParams.of_rows(cache)):
+        # Rotary embeddings, which read the group, cut no table for it.
+        assert row.qkv_format == "thd" and (row.cp_group.size(), row.cp_group.rank()) == (1, 0)
         assert f"{len(row.position_ids)} tokens" in repr(row)
         with pytest.raises(NotImplementedError, match="read cu_seqlens_q of a packed row"):
             _ = row.cu_seqlens_q
@@ -349,10 +350,6 @@ WRAPPING = {
     "a field of its own": (
         lambda: ModuleSpec(TransformerLayer, submodules=WiderSubmodules(memory=TokenMixer)),
         "memory of TransformerLayer is TokenMixer",
-    ),
-    "linear attention": (
-        lambda: layer_with(self_attention=gated_delta_net.GatedDeltaNet),
-        "self_attention is GatedDeltaNet",
     ),
     "a function": (lambda: layer_with(self_attention=lambda x: x), "self_attention is <function"),
     "own core": (lambda: with_core(OwnCore), "core_attention is OwnCore; .* plain softmax"),

@@ -3,7 +3,8 @@
 ``generate`` itself runs models, whose layers read what stands here: take it from ``mcore``.
 """
 
-from .cache import DecodeSeqParams, GenerationCache, PrefillSeqParams
+from .cache import GenerationCache
+from .rows import DecodeSeqParams, PrefillSeqParams
 from .sampling import Sampler, sample_uniforms
 
 __all__ = [

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...attention import AttentionKind
-from ...tree import PackedLayout
-from ..params import PositionedSeqParams, PrefixGroupedSeqParams
+from ...tree import PackedLayout, PrefixTree, pack_trees, to_device
+from .slots import PromptSlots
+from .states import LayerStates
 
 _FIRST_CAPACITY = 64
 
@@ -61,6 +62,7 @@ class GenerationCache:
         prompts: ``[slots]`` int64 prompt of every slot of ``prompt_key``; those with live samples.
         own_len: tokens that every row was given after its prompt.
         layers: by core attention module.
+        states: by linear attention module.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class GenerationCache:
         self.samples = torch.arange(len(prompt_lens) * num_generations)
         self.own_len = 0
         self.layers: dict[torch.nn.Module, LayerCache] = {}
+        self.states: dict[torch.nn.Module, LayerStates] = {}
         # A prompt that is shorter than the longest repeats its first token; the copies are masked.
         longest = max(prompt_lens)
         place = (torch.arange(longest) - longest + self.prompt_lens[:, None]).clamp(min=0)
         starts = self.prompt_lens.cumsum(0) - self.prompt_lens
-        self._prompt_rows = (starts[:, None] + place).to(device)
-        self._place_rows()
+        (self._prompt_rows,) = to_device([starts[:, None] + place], device)
+        self._slots = self._place_rows()
+        self._row_layout: PackedLayout | None = None
 
     def store_prompts(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, window: int | None = None
@@ -111,25 +115,22 @@ class GenerationCache:
             room=room,
         )
 
-    def advance(self, pad_to_multiple: int = 1) -> DecodeSeqParams:
-        """The call argument with which every row is given its next token.
-
-        Args:
-            pad_to_multiple: rows without meaning follow until their number is a multiple of this.
-        """
+    def advance(self) -> Tensor:
+        """Make room for every row's next token; their positions ``[rows]``, on the CPU."""
         position_ids = self.prompt_lens[self.samples // self.num_generations] + self.own_len
-        num_rows = len(self.samples)
-        position_ids = torch.nn.functional.pad(position_ids, (0, -num_rows % pad_to_multiple))
         for layer in self.layers.values():
             layer.make_room(self.own_len)
         self.own_len += 1
-        return DecodeSeqParams(
-            max_seqlen_q=self.max_seqlen,
-            max_seqlen_kv=self.max_seqlen,
-            position_ids=position_ids.to(self.device, non_blocking=True),
-            cache=self,
-            output_rows=torch.arange(num_rows),
-        )
+        return position_ids
+
+    def row_layout(self, total_tokens: int) -> PackedLayout:
+        """Every row as a root of one token, and padding; made anew when their number changes."""
+        num_rows, kept = len(self.samples), self._row_layout
+        if kept is None or (kept.num_samples, kept.total_tokens) != (num_rows, total_tokens):
+            ones = np.ones(num_rows, dtype=np.int64)
+            kept = pack_trees([PrefixTree(ones, -ones, np.arange(num_rows))], total_tokens)
+            self._row_layout = kept
+        return kept
 
     def drop_rows(self, is_live: Tensor) -> Tensor:
         """Take the rows out that are not live.
@@ -143,20 +144,30 @@ class GenerationCache:
         order, holes, movers = _close_holes(is_live)
         if len(order) == len(is_live):
             return order
+        holes, movers = to_device([holes, movers], self.device)
         for layer in self.layers.values():
             for x in (layer.own_key, layer.own_value):
                 # Beyond its length slicing stops, as a window's does.
                 x[holes, :, : self.own_len] = x[movers, :, : self.own_len]
+        for states in self.states.values():
+            states.move_rows(movers, holes)
         self.samples = self.samples[order]
         has_rows = torch.isin(self.prompts, self.samples // self.num_generations)
         slots, holes, movers = _close_holes(has_rows)
+        holes, movers = to_device([holes, movers], self.device)
         for layer in self.layers.values():
             for x in (layer.prompt_key, layer.prompt_value):
                 x[holes] = x[movers]
         self.prompts = self.prompts[slots]
         if len(order):
-            self._place_rows()
+            self._slots = self._place_rows()
         return order
+
+    def _place_rows(self) -> PromptSlots:
+        slot_of = torch.empty(len(self.prompt_lens), dtype=torch.int64)
+        slot_of[self.prompts] = torch.arange(len(self.prompts))
+        slots = slot_of[self.samples // self.num_generations]
+        return PromptSlots.of(slots, self.prompt_lens[self.prompts], self.device)
 
     def attend(
         self,
@@ -187,7 +198,8 @@ class GenerationCache:
         place = (own_len - 1) % cache.room
         cache.own_key[:num_rows, :, place] = key[:num_rows]
         cache.own_value[:num_rows, :, place] = value[:num_rows]
-        num_own, reach = min(own_len, cache.room), self._longest
+        num_own, placed = min(own_len, cache.room), self._slots
+        reach = placed.longest
         if kind.window is not None:
             # The first token after the prompt sees one token of it less than the last of it does.
             reach = min(reach, max(kind.window + 1 - own_len, 0))
@@ -198,98 +210,17 @@ class GenerationCache:
         own_value = cache.own_value[:num_rows, :, :num_own].flatten(0, 1)
 
         grouped = query[:num_rows].unflatten(1, (key.shape[1], -1))
-        shared = _scores(self._to_slots(grouped), prompt_key)
-        if self._is_padding is not None:
-            is_padding = self._is_padding[..., self._longest - reach :]
-            shared.unflatten(0, (len(self.prompts), -1)).masked_fill_(is_padding, -torch.inf)
+        shared = _scores(placed.to_slots(grouped), prompt_key)
+        placed.mask_(shared, reach)
         own = _scores(grouped.flatten(0, 1), own_key).view(*grouped.shape[:3], num_own)
-        scores = torch.cat([self._from_slots(shared, grouped.shape[1]), own], dim=-1)
+        scores = torch.cat([placed.from_slots(shared, grouped.shape[1]), own], dim=-1)
         weights = _weights(scores, kind, query.shape[-1], sink).to(value.dtype)
         shared_weights, own_weights = weights.split([reach, num_own], dim=-1)
         out = torch.bmm(own_weights.flatten(0, 1), own_value).unflatten(0, grouped.shape[:2])
-        shared_out = torch.bmm(self._to_slots(shared_weights), prompt_value)
-        out += self._from_slots(shared_out, grouped.shape[1])
+        shared_out = torch.bmm(placed.to_slots(shared_weights), prompt_value)
+        out += placed.from_slots(shared_out, grouped.shape[1])
         padding = (0, 0, 0, 0, 0, len(query) - num_rows)
         return torch.nn.functional.pad(out.flatten(1, 2), padding)
-
-    def _place_rows(self) -> None:
-        """Give every row a place beside the other rows of its prompt.
-
-        For rows of prompts 0 1 1 the grid has 2 slots of width 2 and the rows stand at 0 2 3.
-        """
-        slot_of = torch.empty(len(self.prompt_lens), dtype=torch.int64)
-        slot_of[self.prompts] = torch.arange(len(self.prompts))
-        slots = slot_of[self.samples // self.num_generations]
-        counts = torch.bincount(slots, minlength=len(self.prompts))
-        self._width = int(counts.max())
-        by_slot = torch.argsort(slots, stable=True)
-        grid = slots * self._width
-        grid[by_slot] += torch.arange(len(slots)) - (counts.cumsum(0) - counts)[slots[by_slot]]
-        is_trivial = torch.equal(grid, torch.arange(len(self.prompts) * self._width))
-        self._grid = None if is_trivial else grid.to(self.device)
-        lens = self.prompt_lens[self.prompts]
-        self._longest = int(lens.max())
-        is_padding = torch.arange(self._longest, 0, -1) > lens[:, None]
-        self._is_padding = (
-            is_padding[:, None, None].to(self.device) if bool(is_padding.any()) else None
-        )
-
-    def _to_slots(self, x: Tensor) -> Tensor:
-        """``[rows, groups, heads, X]`` to ``[slots * groups, width * heads, X]``."""
-        if self._grid is not None:
-            places = x.new_zeros(len(self.prompts) * self._width, *x.shape[1:])
-            x = places.index_copy_(0, self._grid, x)
-        x = x.unflatten(0, (len(self.prompts), self._width)).transpose(1, 2)
-        return x.flatten(2, 3).flatten(0, 1)
-
-    def _from_slots(self, x: Tensor, num_groups: int) -> Tensor:
-        """``[slots * groups, width * heads, X]`` to ``[rows, groups, heads, X]``."""
-        x = x.unflatten(0, (-1, num_groups)).unflatten(2, (self._width, -1))
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x if self._grid is None else x.index_select(0, self._grid)
-
-
-@dataclass(kw_only=True, repr=False, eq=False)
-class PrefillSeqParams(PrefixGroupedSeqParams):
-    """Encodes whole prompts, one tree of one segment each, and keeps their keys and values.
-
-    Attributes:
-        cache: takes the keys and values.
-        output_rows: ``[num_prompts]`` int64 on the CPU, last token of every prompt: the rows whose
-            logits ``PrefixGroupedGPTModel`` returns on the last stage.
-    """
-
-    cache: GenerationCache
-    output_rows: Tensor
-
-    @classmethod
-    def from_prompts(cls, layout: PackedLayout, cache: GenerationCache) -> PrefillSeqParams:
-        """Prepare a row that holds the prompts of ``cache``."""
-        last = cache.prompt_lens.cumsum(0) - 1
-        return cls.from_layout(layout, cache.device, cache=cache, output_rows=last)
-
-    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See ``PositionedSeqParams``."""
-        out = super().attend(core, query, key, value)
-        self.cache.store_prompts(core, key, value, core.kind.window)
-        return out
-
-
-@dataclass(kw_only=True, repr=False, eq=False)
-class DecodeSeqParams(PositionedSeqParams):
-    """Gives every live sample one token.
-
-    Attributes:
-        cache: what the tokens attend to.
-        output_rows: ``[rows]`` int64 on the CPU: all rows but the padding.
-    """
-
-    cache: GenerationCache
-    output_rows: Tensor
-
-    def attend(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See ``PositionedSeqParams``."""
-        return self.cache.attend(core, query, key, value, core.kind, core.sink(query.device))
 
 
 def _close_holes(is_kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...tree import PrefixTree, pack_trees
-from .cache import GenerationCache, PrefillSeqParams
+from .cache import GenerationCache
+from .rows import DecodeSeqParams, PrefillSeqParams
 from .sampling import Sampler, sample_uniforms
 from .stages import ModelStages
 
@@ -49,16 +50,17 @@ def generate(
     """Sample responses from the model that is being trained, under its own parallel layout.
 
     Equals sampling every response alone with the stock model on written-out sequences. A prompt is
-    encoded once and its keys and values exist once, however many responses attend to them; each
-    step gives every live sample one token. Called on every rank of a model replica with equal
-    arguments; every such rank gets the result. Data-parallel replicas sample independently.
+    encoded once and its keys and values exist once, however many responses attend to them; each has
+    a copy of its states. Each step gives every live sample one token. Called on every rank of a
+    model replica with equal arguments; every such rank gets the result. Data-parallel replicas
+    sample independently.
 
     A sample's randomness depends on ``seed``, its prompt's number and its place in the group only,
     not on batches, on other samples or on the parallel layout.
 
     Args:
-        model_chunks: this rank's ``PrefixGroupedGPTModel`` chunks, wrapped or not; several under
-            an interleaved pipeline.
+        model_chunks: this rank's ``PrefixGroupedGPTModel`` or ``PrefixGroupedHybridModel`` chunks,
+            wrapped or not; several under an interleaved pipeline.
         prompts: one ``[P]`` int64 CPU tensor each, at least one token.
         num_generations: responses per prompt.
         max_response_tokens: longest response.
@@ -69,7 +71,7 @@ def generate(
         stop_token_ids: tokens that end a response.
         vocab_size: real entries of the vocabulary, later ones are never sampled; all when None.
         max_batch_samples: samples that are live at once, a multiple of whole groups; bounds the
-            memory of keys and values. All when None.
+            memory of keys, values and states. All when None.
         prompt_numbers: numbers of the prompts for the randomness, e.g. their place among all
             replicas' prompts; 0, 1, 2, ... when None.
 
@@ -132,7 +134,7 @@ def _generate_batch(
         tokens = tokens[cache.drop_rows(~is_stopped)]
         if len(tokens) == 0 or step + 1 == max_response_tokens:
             break
-        params = cache.advance(stages.row_multiple)
+        params = DecodeSeqParams.of_rows(cache, stages.row_multiple)
         padding = len(params.position_ids) - len(tokens)
         logits = stages.forward(torch.nn.functional.pad(tokens, (0, padding)), params)
         rows = uniforms[cache.samples, step + 1, None]

@@ -12,8 +12,9 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from ...parallel import ParallelSizes
-from ..model import PrefixGroupedGPTModel
-from .cache import DecodeSeqParams, PrefillSeqParams
+from ...tree import to_device
+from ..model import PrefixGroupedModel
+from .rows import DecodeSeqParams, PrefillSeqParams
 from .sampling import Sampler
 
 
@@ -31,7 +32,7 @@ class ModelStages:
         device: where their parameters live.
 
     Raises:
-        ValueError: if a chunk is not a ``PrefixGroupedGPTModel``.
+        ValueError: if a chunk is no ``PrefixGroupedModel``.
         NotImplementedError: for expert parallelism.
     """
 
@@ -40,14 +41,16 @@ class ModelStages:
         if not self.chunks:
             raise ValueError("model_chunks is empty: pass the list of this rank's model chunks")
         for chunk in self.chunks:
-            if not isinstance(chunk, PrefixGroupedGPTModel):
+            if not isinstance(chunk, PrefixGroupedModel):
                 raise ValueError(
                     f"a model chunk is {type(chunk).__name__}; generation needs "
-                    "PrefixGroupedGPTModel built on a spec from with_prefix_grouped_attention"
+                    "PrefixGroupedGPTModel or PrefixGroupedHybridModel built on a spec from "
+                    "with_prefix_grouped_attention"
                 )
         first = self.chunks[0]
         self.config = first.config
-        self.row_multiple = ParallelSizes.from_config(self.config).row_multiple
+        # Context-parallel ranks each run the whole row.
+        self.row_multiple = ParallelSizes.from_config(self.config).sp_size
         if self.config.expert_model_parallel_size > 1:
             raise NotImplementedError(
                 f"expert_model_parallel_size={self.config.expert_model_parallel_size}: ranks that "
@@ -65,7 +68,7 @@ class ModelStages:
             tokens: ``[row]`` int64 on the CPU, padding included.
             params: the row's call argument, equal on every rank.
         """
-        tokens = tokens.to(self.device, non_blocking=True)
+        (tokens,) = to_device([tokens], self.device)
         output: Any = None
         for chunk in self.chunks:
             if not chunk.pre_process:
@@ -91,7 +94,7 @@ class ModelStages:
         chosen = torch.empty(2, *uniforms.shape, dtype=torch.float64, device=self.device)
         if logits is not None:
             if dist.get_rank(self._tp_group) == 0:
-                tokens, logprobs = sampler(logits, uniforms.to(self.device, non_blocking=True))
+                tokens, logprobs = sampler(logits, *to_device([uniforms], self.device))
                 chosen[0], chosen[1] = tokens, logprobs
             if dist.get_world_size(self._tp_group) > 1:
                 source = dist.get_global_rank(self._tp_group, 0)

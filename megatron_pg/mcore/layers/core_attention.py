@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -21,11 +23,14 @@ from ...attention import (
 )
 from ...data import AttentionSizes
 from ...tree import PackedLayout
-from ..params import PositionedSeqParams, WrappedRow
+from ..positioned import PositionedSeqParams, WrappedRow
+from .rotary import turn_heads
 
 
 class AttentionCalls(NamedTuple):
-    """How many core-attention calls ran prefix-grouped and how many ran the given module.
+    """How many calls that mix tokens ran prefix-grouped and how many ran the given module.
+
+    Of core attention, and of linear attention.
 
     A layer that is recomputed counts its forward again; ``generate`` counts as prefix-grouped.
     """
@@ -58,6 +63,14 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         **kwargs: Any,
     ):
+        self.splits_rows = config.context_parallel_size > 1 and isinstance(
+            self, DotProductAttention
+        )
+        if self.splits_rows:
+            # It knows no context parallelism and refuses to be built under it. Of packed rows it
+            # gets whole ones, with a part of the heads.
+            config = copy(config)
+            config.context_parallel_size = 1
         super().__init__(config, layer_number, *args, softmax_scale=softmax_scale, **kwargs)
         # The given module may have made a configuration of its own.
         heads = AttentionSizes.from_config(self.config)
@@ -100,6 +113,12 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 or with an attention bias.
         """
         if not isinstance(packed_seq_params, PositionedSeqParams | WrappedRow):
+            if self.splits_rows:
+                raise NotImplementedError(
+                    f"an ordinary batch under context parallelism in {type(self).__name__}, which "
+                    "attends to the tokens of its own rank alone; feed packed rows, or build the "
+                    "model from a Transformer Engine spec"
+                )
             self.num_ordinary_calls += 1
             given: Tensor = super().forward(
                 query,
@@ -123,6 +142,11 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
                 "the layer's whole spec by with_prefix_grouped_attention"
             )
         self.num_prefix_grouped_calls += 1
+        if packed_seq_params.rotary is not None:
+            turning = packed_seq_params.params.rotary.cos_and_sin(
+                packed_seq_params.rotary, query.dtype
+            )
+            query, key = turn_heads(query, *turning), turn_heads(key, *turning)
         # Latent attention has left the batch dimension out.
         query, key, value = (x.reshape(len(x), *x.shape[-2:]) for x in (query, key, value))
         out = packed_seq_params.attend(self, query, key, value)
@@ -135,8 +159,13 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
         value: Tensor,
         layout: PackedLayout,
         resident: Sequence[ResidentKV],
+        heads: slice = slice(None),
     ) -> Tensor:
-        """``prefix_grouped_attention`` of this layer's kind, on the backend that was chosen."""
+        """``prefix_grouped_attention`` of this layer's kind, on the backend that was chosen.
+
+        ``heads`` are those of ``query`` among this tensor-parallel rank's.
+        """
+        sink = self.sink(query.device)
         return prefix_grouped_attention(
             query,
             key,
@@ -145,7 +174,7 @@ class PrefixGroupedCoreAttention(torch.nn.Module):
             backend=ATTENTION_BACKENDS[self.backend_name],
             resident=resident,
             kind=self.kind,
-            sink=self.sink(query.device),
+            sink=None if sink is None else sink[heads],
         )
 
     def sink(self, device: torch.device) -> Tensor | None:
@@ -200,7 +229,8 @@ def prefix_grouped_core_attention(cls: type, attention_backend: str) -> type:
 
 def attention_backends(model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the backends that run packed groups in the layers of a model, each once."""
-    return tuple(sorted({core.backend_name for core in _wrapped_cores(model)}))
+    cores = (m for m in model.modules() if isinstance(m, PrefixGroupedCoreAttention))
+    return tuple(sorted({core.backend_name for core in cores}))
 
 
 def count_attention_calls(model: torch.nn.Module) -> AttentionCalls:
@@ -208,12 +238,8 @@ def count_attention_calls(model: torch.nn.Module) -> AttentionCalls:
 
     Trust in the fast path: after a step on packed groups ``ordinary`` has not grown.
     """
-    cores = _wrapped_cores(model)
+    cores: list[Any] = [m for m in model.modules() if hasattr(m, "num_prefix_grouped_calls")]
     return AttentionCalls(
         prefix_grouped=sum(core.num_prefix_grouped_calls for core in cores),
         ordinary=sum(core.num_ordinary_calls for core in cores),
     )
-
-
-def _wrapped_cores(model: torch.nn.Module) -> list[PrefixGroupedCoreAttention]:
-    return [m for m in model.modules() if isinstance(m, PrefixGroupedCoreAttention)]

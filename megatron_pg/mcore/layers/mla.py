@@ -10,9 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..params import PositionedSeqParams, WrappedRow
-from ..prefix_kv import PrefixKV
-from ..resident_latent import ProjectedKV
+from ..positioned import PositionedSeqParams, WrappedRow
+from ..resident import PrefixKV, ProjectedKV
 from .self_attention import PrefixGroupedSelfAttention
 
 
@@ -33,15 +32,26 @@ class LatentRow(WrappedRow):
         resident = getattr(params, "resident", ())
         if not resident and self.prefix_kv is None:
             return super().attend(core, query, key, value)
-        made = [ProjectedKV(kept.latent_of(self.layer), self.layer.project) for kept in resident]
+        made = [ProjectedKV(kept.latent_of(self.layer), self._project) for kept in resident]
         if torch.is_grad_enabled() and key.requires_grad:
             for projected in made:
                 key = projected.follow(key)
-        out: Tensor = core.attend(query, key, value, params.layout, made)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+            out: Tensor = core.attend(query, key, value, params.layout, made, heads)
+            return out
+
+        out: Tensor = params.on_whole_row(attend, query, key, value)
         if not self.layer.recomputes_attention:
             for projected in made:
                 projected.drop()
         return out
+
+    def _project(self, latent: Tensor, shared_key: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of a prefix row as this rank attends to them."""
+        made: tuple[Tensor, ...] = self.layer.project(latent, shared_key)
+        context = getattr(self.params, "context", None)
+        return made if context is None else context.heads_from_tokens(*made)
 
     @property
     def prefix_kv(self) -> PrefixKV | None:
@@ -157,6 +167,9 @@ def _positioned_rotary(cls: Any) -> type:
         return length
 
     def forward(self: Any, max_seq_len: int, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(max_seq_len, _LengthOfRow):
+            # Of a packed row no context-parallel rank's part is cut out: its rows are gathered.
+            kwargs["packed_seq"] = True
         made = cls.forward(self, int(max_seq_len), *args, **kwargs)
         if not isinstance(max_seq_len, _LengthOfRow):
             return made

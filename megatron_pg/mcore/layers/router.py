@@ -15,10 +15,17 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from ..params import PositionedSeqParams
-from ..router_losses import has_router_losses, has_sample_losses
-from ..router_row import RouterRow, as_mask
-from ..routes import RouteRecorder, TopK, check_replayable, check_routes_of
+from ..positioned import PositionedSeqParams
+from ..routers import (
+    RouteRecorder,
+    RouterRow,
+    TopK,
+    as_mask,
+    check_replayable,
+    check_routes_of,
+    has_router_losses,
+    has_sample_losses,
+)
 
 
 class PrefixGroupedRouter(TopKRouter):
@@ -89,8 +96,7 @@ class PrefixGroupedRouter(TopKRouter):
         logits = logits.view(-1, self.config.num_moe_experts)
         row = RouterRow.from_mask(padding_mask, self.topk, logits.shape[1])
         lens = row.weights.sum(1)  # of the whole row, before it is cut
-        if self.config.sequence_parallel:
-            row = row.part(self.tp_group.rank(), len(logits))
+        row = row.part(self._place, len(logits))
         is_counted = self.training and torch.is_grad_enabled()
         if is_counted:
             logits = self._with_z_loss(logits, row, lens.sum())
@@ -101,6 +107,12 @@ class PrefixGroupedRouter(TopKRouter):
             with torch.no_grad():
                 self.local_tokens_per_expert += (routing_map * row.multiplicity[:, None]).sum(0)
         return probs, routing_map
+
+    @property
+    def _place(self) -> int:
+        """Of this rank among those that divide a row: by context, then by sequence parallelism."""
+        copies = 1 if self.config.sequence_parallel else self.tp_group.size()
+        return int(self.tp_cp_group.rank()) // copies
 
     def _top_k(self, logits: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         config, recorder = self.config, self._recorder
@@ -121,7 +133,7 @@ class PrefixGroupedRouter(TopKRouter):
 
     def _record(self, expert_ids: Tensor) -> None:
         assert self._recorder is not None
-        split_over = self.tp_group if self.config.sequence_parallel else None
+        split_over = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
         self._recorder.record(self.layer_number, expert_ids, split_over)
 
     def _with_z_loss(self, logits: Tensor, row: RouterRow, total: Tensor) -> Tensor:
@@ -161,14 +173,15 @@ class PrefixGroupedRouter(TopKRouter):
         f_e is the share of a sequence's choices that expert e gets, P_e its mean score.
         """
         dtype = torch.promote_types(scores.dtype, torch.float32)
-        weights, scores = weights.to(dtype), scores.to(dtype)
-        counts = weights @ routing_map.to(dtype)
+        # The stock loss has no matrix products, which TF32 and autocast round, though not fp64.
+        weights = weights.double()
+        counts = weights @ routing_map.double()
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts, group=self.tp_cp_group)
-        lens = lens.clamp(min=1).to(dtype)
-        shares = (counts * (weights @ scores)).sum(1) / (self.topk * lens.square())
+        lens = lens.clamp(min=1).double()
+        shares = (counts * (weights @ scores.double())).sum(1) / (self.topk * lens.square())
         loss: Tensor = shares.sum() * (self.config.num_moe_experts / max(len(lens), 1))
-        return loss
+        return loss.to(dtype)
 
     def _attach(
         self, activation: Tensor, coeff: float, loss: Tensor, name: str, total: Tensor

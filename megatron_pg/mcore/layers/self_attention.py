@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from ...parallel import ParallelSizes
-from ..params import PositionedSeqParams, WrappedRow
+from ..positioned import PositionedSeqParams, WrappedRow
 from ..validate import validate_config
 from .core_attention import PrefixGroupedCoreAttention
+from .rotary import turns_by_row
+from .row import check_row
 
 
 class PrefixGroupedSelfAttention(torch.nn.Module):
@@ -50,13 +52,13 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
         """
         is_packed = isinstance(packed_seq_params, PositionedSeqParams)
         if is_packed:
-            if kwargs.get("inference_context") is not None:
-                raise NotImplementedError(
-                    "packed groups take no inference_context; sample with mcore.generate"
-                )
-            self._check_row(hidden_states, packed_seq_params)
-            rotary_pos_emb = packed_seq_params.gather_rotary(rotary_pos_emb)
+            check_row(self.config, hidden_states, packed_seq_params, **kwargs)
+            table = packed_seq_params.gather_rotary(rotary_pos_emb)
             packed_seq_params = self.wrapped_row(packed_seq_params)
+            if turns_by_row(self, super().forward, rotary_pos_emb):
+                packed_seq_params = replace(packed_seq_params, rotary=rotary_pos_emb)
+                table = None
+            rotary_pos_emb = table
             core = self.wrapped_core()
             num_calls = core.num_prefix_grouped_calls
         output = super().forward(
@@ -91,15 +93,6 @@ class PrefixGroupedSelfAttention(torch.nn.Module):
                 "there after with_prefix_grouped_attention; wrap the spec last"
             )
         return core
-
-    def _check_row(self, hidden_states: Tensor, params: PositionedSeqParams) -> None:
-        tokens, batch = hidden_states.shape[:2]
-        tokens *= ParallelSizes.from_config(self.config).sp_size
-        if batch != 1 or tokens != len(params.position_ids):
-            raise ValueError(
-                f"the model was given {batch} row(s) of {tokens} tokens, the layout describes one "
-                f"row of {len(params.position_ids)}; feed tokens[None] of the same microbatch"
-            )
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..params import PositionedSeqParams
+from ..positioned import PositionedSeqParams
 from .router import row_mask_of
 
 

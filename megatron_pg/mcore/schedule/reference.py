@@ -9,7 +9,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from ...data import Wave
-from ..prefix_kv import PrefixKV, ScheduledRow
+from ..resident import PrefixKV, ScheduledRow
 
 
 def sequential_prefix_resident_forward_backward(

@@ -11,8 +11,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from ...data import Wave
-from ..prefix_kv import PrefixKV, ScheduledRow
-from ..router_losses import has_router_losses
+from ..resident import PrefixKV, ScheduledRow
+from ..routers import has_router_losses
+from .exchange import known_exchange
 from .sweep import RetainedRows, no_sync
 
 
@@ -78,15 +79,17 @@ def prefix_resident_forward_backward(
             model=chunks if several else chunks[0],
             num_microbatches=len(rows),
             forward_only=only_forward,
-            **shared,
+            **(known_exchange(config, rows, len(chunks)) | shared),
         )
         return results
 
-    if not any(wave.prefix_rows for wave in waves) and len(waves) == 1:
-        return megatron([ScheduledRow(row) for row in waves[0].microbatches], forward_only)
+    is_one_call = not any(wave.prefix_rows for wave in waves) and len(waves) == 1
     if not forward_only:
-        _check_overlap(chunks, config)
-        _check_router_losses(config)
+        if not is_one_call:
+            _check_one_call(config)
+        _check_reduction(chunks, config)
+    if is_one_call:
+        return megatron([ScheduledRow(row) for row in waves[0].microbatches], forward_only)
     results: list[Any] = []
     finalization = _Finalization()
     with finalization.held(config):
@@ -122,30 +125,32 @@ def prefix_resident_forward_backward(
     return results
 
 
-def _check_overlap(chunks: Sequence[Any], config: Any) -> None:
+def _check_one_call(config: Any) -> None:
+    """Refuse what counts on one call of Megatron's schedule a step."""
     if config.param_sync_func is not None:
         raise NotImplementedError(
             "resident prefixes do not work with overlap_param_gather (config.param_sync_func is "
             "set); turn it off, or set prefix_resident=never"
         )
+    if has_router_losses(config) and not config.calculate_per_token_loss:
+        raise NotImplementedError(
+            "losses of routers (moe_aux_loss_coeff, moe_z_loss_coeff) with several waves or "
+            "resident prefixes need calculate_per_token_loss=True: else Megatron averages them "
+            "over the rows of one phase; set it, or prefix_resident=never"
+        )
+
+
+def _check_reduction(chunks: Sequence[Any], config: Any) -> None:
+    """Refuse to reduce gradients beside a backward pass that nobody says is the last one."""
     overlaps = any(
         getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False)
         for chunk in chunks
     )
     if overlaps and config.no_sync_func is None:
         raise ValueError(
-            "overlap_grad_reduce=True needs config.no_sync_func with resident prefixes, which run "
-            "several backward passes per step; set it to the no_sync method of the model (a list "
-            "for several chunks)"
-        )
-
-
-def _check_router_losses(config: Any) -> None:
-    if has_router_losses(config) and not config.calculate_per_token_loss:
-        raise NotImplementedError(
-            "losses of routers (moe_aux_loss_coeff, moe_z_loss_coeff) with several waves or "
-            "resident prefixes need calculate_per_token_loss=True: else Megatron averages them "
-            "over the rows of one phase; set it, or prefix_resident=never"
+            "overlap_grad_reduce=True needs config.no_sync_func: a step runs as many backward "
+            "passes as its groups fill rows, and only the last one may start the reduction; set "
+            "it to the no_sync method of the model (a list for several chunks)"
         )
 
 
@@ -202,7 +207,9 @@ def _gradients_unsynced(config: Any) -> Iterator[None]:
     """Within, no backward pass starts the reduction of gradients over data-parallel ranks."""
     held = config.no_sync_func, config.grad_sync_func
     with no_sync(config):
-        config.no_sync_func, config.grad_sync_func = None, None
+        # Whether there is one still says that gradients are reduced beside the backward.
+        inner = None if held[0] is None else nullcontext
+        config.no_sync_func, config.grad_sync_func = inner, None
         try:
             yield
         finally:

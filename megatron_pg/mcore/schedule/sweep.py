@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import forward_step
+from megatron.core.pipeline_parallel.schedules import (
+    custom_backward,
+    deallocate_output_tensor,
+    forward_step,
+)
 from torch import Tensor
 
-from ...parallel import ParallelSizes
-from ..prefix_kv import ScheduledRow
+from ..resident import ScheduledRow
+from .exchange import KnownShapes
+
+# In the place of a shape, which the communicator knows.
+_UNREAD = ()
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,8 @@ class RetainedRows:
         self.chunks = chunks
         self.config = config
         self.rows = rows
-        group = parallel_state.get_pipeline_model_parallel_group()
-        self.stage, self.num_stages = group.rank(), group.size()
-        self.p2p = P2PCommunicator(group, config)
+        self.p2p = KnownShapes.of_sweep(config, rows, len(chunks))
+        self.stage, self.num_stages = self.p2p.pp_group.rank(), self.p2p.pp_group.size()
         self.inputs: dict[tuple[int, int], Tensor] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
 
@@ -119,8 +123,10 @@ class RetainedRows:
                 self.outputs[tick.job] = output
             if tick.sends or tick.arrives is not None:
                 received = self.p2p.send_forward_recv_forward(
-                    output if tick.sends else None, tick.arrives is not None, self._shape
+                    output if tick.sends else None, tick.arrives is not None, _UNREAD
                 )
+                if tick.sends:
+                    deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
                 if tick.arrives is not None:
                     self.inputs[tick.arrives] = received
 
@@ -129,6 +135,8 @@ class RetainedRows:
         last_chunk = len(self.chunks) - 1
         gradients: dict[tuple[int, int], Tensor] = {}
         unsynced: ExitStack | None = no_sync(self.config)
+        frees_outputs = self.config.deallocate_pipeline_outputs
+        go_back = custom_backward if frees_outputs else torch.autograd.backward
         position = self.num_stages - 1 - self.stage
         for tick in sweep(position, self.num_stages, len(self.chunks), len(self.rows)):
             gradient = None
@@ -141,7 +149,7 @@ class RetainedRows:
                 output, output_gradient = self.outputs.pop(place), gradients.pop(tick.job, None)
                 # Without a trained parameter before it, a row has no graph to go back through.
                 if output.requires_grad:
-                    torch.autograd.backward(output, output_gradient)
+                    go_back(output, output_gradient)
                 if place in self.inputs:
                     gradient = self.inputs.pop(place).grad
                 if is_last_row:
@@ -149,7 +157,7 @@ class RetainedRows:
                     unsynced = no_sync(self.config) if place[0] else None
             if tick.sends or tick.arrives is not None:
                 received = self.p2p.send_backward_recv_backward(
-                    gradient if tick.sends else None, tick.arrives is not None, self._shape
+                    gradient if tick.sends else None, tick.arrives is not None, _UNREAD
                 )
                 if tick.arrives is not None:
                     gradients[tick.arrives] = received
@@ -162,13 +170,6 @@ class RetainedRows:
             unsynced.close()
         function = function[chunk] if isinstance(function, list) else function
         function(self.chunks[chunk].parameters())
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        """Of the longest row's activations; stages that exchange shapes do not read it."""
-        tokens = max(row.row.layout.total_tokens for row in self.rows)
-        tokens //= ParallelSizes.from_config(self.config).row_multiple
-        return tokens, 1, self.config.hidden_size
 
 
 def no_sync(config: Any) -> ExitStack:

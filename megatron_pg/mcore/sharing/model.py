@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
@@ -16,7 +18,9 @@ from ...parallel import ParallelSizes
 from ...tree import PackedLayout
 from ..layers import PrefixGroupedCoreAttention
 from ..model import PrefixGroupedGPTModel
-from ..params import PositionedSeqParams, PrefixGroupedSeqParams
+from ..params import PrefixGroupedSeqParams
+from ..positioned import PositionedSeqParams
+from .arguments import names_arguments_of, refuse_arguments
 from .rows import OrdinaryRow, find_shared
 from .write_out import write_out
 
@@ -44,11 +48,14 @@ class SharingSeqParams(PrefixGroupedSeqParams):
 
     Attributes:
         given: what the caller passed, by ``_postprocess``'s names.
+        packed_ids: ``[n]`` int64 on the CPU: where each of the caller's tokens is packed, of this
+            context-parallel rank's alone.
     """
 
     is_one_sequence: ClassVar[bool] = True
 
     given: dict[str, Any]
+    packed_ids: Tensor
 
 
 class PrefixSharingGPTModel(PrefixGroupedGPTModel):
@@ -61,8 +68,12 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
     Rows that share nothing run as they came. A ``PrefixGroupedSeqParams`` and batches without
     packing are taken as by the base class.
 
-    Nothing waits for a device where ``input_ids`` and ``cu_seqlens_q`` lie on the CPU; otherwise
-    they are fetched in one copy. ``count_shared_tokens`` says what was saved.
+    Context-parallel ranks are each fed their tokens of a row, in Megatron-Core's zigzag, and get
+    the outputs of these: T is a rank's number of tokens then, ``cu_seqlens_q`` is of the whole row.
+
+    Nothing waits for a device where ``input_ids`` and ``cu_seqlens_q`` lie on the CPU of one
+    context-parallel rank; otherwise they are fetched in one copy. ``count_shared_tokens`` says what
+    was saved.
 
     Attributes:
         min_shared: shortest run of tokens that is shared; set it on the model. None finds nothing:
@@ -73,6 +84,7 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
     num_unique_tokens: int = 0
     num_logical_tokens: int = 0
 
+    @names_arguments_of(GPTModel.forward)
     def forward(
         self,
         input_ids: Any,
@@ -106,8 +118,8 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
             more: the stock model's further arguments.
 
         Raises:
-            ValueError: if the arguments describe no row, or ``position_ids`` differ where tokens
-                are shared.
+            ValueError: if the arguments describe no row, or none that ranks can divide, or
+                ``position_ids`` differ where tokens are shared.
             NotImplementedError: with an argument that a row cannot have.
         """
         inputs = dict(position_ids=position_ids, attention_mask=attention_mask)
@@ -125,21 +137,28 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
                 )
             more["packed_seq_params"] = packed_seq_params
             return super().forward(input_ids, **inputs, **others, **more)
-        self._refuse(attention_mask=attention_mask, **others, **more)
-        row = OrdinaryRow.from_batch(input_ids, packed_seq_params)
+        refuse_arguments(
+            self.position_embedding_type, attention_mask=attention_mask, **others, **more
+        )
+        device, context = next(self.parameters()).device, self._context_group
+        row = OrdinaryRow.from_batch(input_ids, packed_seq_params, context, device)
         layout = self._layout(row, self.min_shared, group_sizes)
-        device = next(self.parameters()).device
+        own: Any = slice(None)
+        if context is not None and row.places is not None:
+            own = torch.from_numpy(row.places[context.rank()])
         if layout.unique_tokens == row.num_tokens and self._runs_thd_rows():
             if position_ids is None and self.position_embedding_type == "learned_absolute":
-                position_ids = layout.position_ids[None]
+                position_ids = layout.position_ids[own][None]
             more["position_ids"] = None if position_ids is None else position_ids.to(device)
             more["packed_seq_params"] = _on_device(packed_seq_params, device)
             return super().forward(input_ids.to(device), attention_mask=None, **more)
         given = dict(input_ids=input_ids, packed_seq_params=packed_seq_params, **inputs)
-        params = SharingSeqParams.from_layout(layout, device, given=given)
+        params = SharingSeqParams.from_layout(
+            layout, device, given=given, packed_ids=layout.logical_to_packed[own]
+        )
         return super().forward(
             layout.token_ids.to(device, non_blocking=True)[None],
-            position_ids=self._packed_positions(params, position_ids)[None],
+            position_ids=self._packed_positions(params, row, position_ids)[None],
             attention_mask=None,
             packed_seq_params=params,
             **more,
@@ -151,23 +170,42 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
         if not isinstance(packed_seq_params, SharingSeqParams):
             kwargs["packed_seq_params"] = packed_seq_params
             return super()._postprocess(hidden_states, *args, **kwargs)
-        layout = packed_seq_params.layout
+        layout, ids = packed_seq_params.layout, packed_seq_params.packed_ids
+        context = self._context_group
         kwargs |= packed_seq_params.given
+        is_whole = context is None and layout.unique_tokens == layout.logical_tokens
         # Not post_process, which callers turn off to be given the hidden states.
-        if not self.decoder.post_process or layout.unique_tokens == layout.logical_tokens:
+        if not self.decoder.post_process or is_whole:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        index = layout.logical_to_packed
         if not self.post_process or kwargs.get("output_processor") is not None:
-            is_split = ParallelSizes.from_config(self.config).sp_size > 1
-            group = self.pg_collection.tp if is_split else None
-            hidden_states = write_out(hidden_states, index, split_over=group)
+            hidden_states = self._written_out(hidden_states, ids)
             return super()._postprocess(hidden_states, *args, **kwargs)
+        if context is not None:
+            # The output layer runs what this rank's tokens need, once.
+            needed, ids = ids.unique(return_inverse=True)
+            hidden_states = self._written_out(hidden_states, needed)
         labels = kwargs.pop("labels", None)
         logits = super()._postprocess(hidden_states, *args, labels=None, **kwargs)
-        logits = write_out(logits[0], index)[None]
+        logits = write_out(logits[0], ids)[None]
         if labels is None:
             return logits
         return self.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
+
+    def _written_out(self, hidden_states: Tensor, packed_ids: Tensor) -> Tensor:
+        """Of the tokens at ``packed_ids``, filled up to what sequence parallelism splits evenly."""
+        groups, num_slices = self.pg_collection, ParallelSizes.from_config(self.config).sp_size
+        packed_ids = torch.cat([packed_ids, packed_ids[:1].expand(-len(packed_ids) % num_slices)])
+        if num_slices == 1:
+            return write_out(hidden_states, packed_ids, split_over=self._context_group)
+        own = packed_ids.chunk(num_slices)[groups.tp.rank()]
+        group = groups.tp if self._context_group is None else groups.tp_cp
+        return write_out(hidden_states, own, split_over=group)
+
+    @property
+    def _context_group(self) -> dist.ProcessGroup | None:
+        """Ranks that are each fed a part of a row; None if there is one."""
+        group: dist.ProcessGroup = self.pg_collection.cp
+        return group if group.size() > 1 else None
 
     def _layout(
         self, row: OrdinaryRow, min_shared: int, group_sizes: Sequence[int] | None
@@ -176,7 +214,8 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
         if row.num_tokens % multiple:
             raise ValueError(
                 f"input_ids has {row.num_tokens} tokens, it must be a multiple of {multiple} "
-                "(tensor_model_parallel_size under sequence_parallel); pad the row"
+                "(context_parallel_size, times tensor_model_parallel_size under "
+                "sequence_parallel); pad the row"
             )
         layout = find_shared(
             row, min_shared=min_shared, group_sizes=group_sizes, pad_to_multiple=multiple
@@ -187,21 +226,28 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
 
     def _runs_thd_rows(self) -> bool:
         """Whether the given attention of every layer does; Megatron-Core's unfused one refuses."""
-        calls: list[Any] = [
-            super(PrefixGroupedCoreAttention, core).forward for core in self._wrapped_cores()
-        ]
+        mixers = self._wrapped_cores()
+        cores = [core for core in mixers if isinstance(core, PrefixGroupedCoreAttention)]
+        if len(cores) < len(mixers):
+            return False  # linear attention does by its kernels alone, and not in every version
+        calls: list[Any] = [super(PrefixGroupedCoreAttention, core).forward for core in cores]
+        if any(core.splits_rows for core in cores):
+            return False
         return all(call.__func__ is not DotProductAttention.forward for call in calls)
 
-    def _packed_positions(self, params: SharingSeqParams, position_ids: Tensor | None) -> Tensor:
+    def _packed_positions(
+        self, params: SharingSeqParams, row: OrdinaryRow, position_ids: Tensor | None
+    ) -> Tensor:
         """What the embedding of the packed row reads; rotary tables take the sequences' own."""
         if position_ids is None or self.position_embedding_type != "learned_absolute":
             return params.position_ids
-        layout, given = params.layout, position_ids.reshape(-1).cpu()
-        if len(given) != layout.logical_tokens:
+        layout, num_given = params.layout, len(params.packed_ids)
+        if position_ids.numel() != num_given:
             raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}, the row has "
-                f"{layout.logical_tokens} tokens"
+                f"position_ids has shape {tuple(position_ids.shape)}, the row has {num_given} "
+                "tokens"
             )
+        given = row.whole(position_ids, self._context_group, params.position_ids.device)
         packed, index = layout.position_ids.clone(), layout.logical_to_packed
         packed[index] = given
         if not torch.equal(packed[index], given):
@@ -210,31 +256,6 @@ class PrefixSharingGPTModel(PrefixGroupedGPTModel):
                 "embeddings read them; count from 0 in every sequence, or pass None"
             )
         return packed.to(params.position_ids.device, non_blocking=True)
-
-    def _refuse(self, **arguments: Any) -> None:
-        for name, reason in _NOT_OF_A_ROW.items():
-            if arguments.get(name) is not None:
-                raise NotImplementedError(f"{name} with a 'thd' row: {reason}; pass {name}=None")
-        if (cp := ParallelSizes.from_config(self.config).cp) > 1:
-            raise NotImplementedError(
-                f"context_parallel_size={cp}: rows that are split over context-parallel ranks are "
-                "not supported by PrefixSharingGPTModel; set context_parallel_size=1"
-            )
-        if self.position_embedding_type == "mrope":
-            raise NotImplementedError(
-                "position_embedding_type='mrope' is not supported with a 'thd' row; use 'rope', "
-                "'yarn', 'learned_absolute' or 'none'"
-            )
-
-
-_NOT_OF_A_ROW = {
-    "attention_mask": "cu_seqlens_q say what a token sees",
-    "decoder_input": "what is shared is found from token ids",
-    "inference_context": "sampling goes through mcore.generate",
-    "inference_params": "sampling goes through mcore.generate",
-    "extra_block_kwargs": "the layers run other tokens than the row's",
-    "padding_mask": "padding runs as tokens of a sequence, as without it",
-}
 
 
 def count_shared_tokens(model: torch.nn.Module) -> SharedTokens:

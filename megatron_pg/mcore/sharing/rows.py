@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...tree import IntArray, PackedLayout, PrefixTree, pack_trees
+from .parts import gather_parts, in_row, partition_mode, places_of_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,23 +25,35 @@ class OrdinaryRow:
             Megatron's kernels see it: what follows a sequence in its padded place belongs to it,
             what follows the last one is a sequence of its own.
         num_given: sequences that the caller has named, empty ones included.
+        places: ``[ranks, T / ranks]`` of every context-parallel rank's tokens in the row; None
+            where each is fed all of it.
     """
 
     tokens: IntArray
     bounds: IntArray
     num_given: int
+    places: IntArray | None = None
 
     @classmethod
-    def from_batch(cls, input_ids: Any, packed_seq_params: Any) -> OrdinaryRow:
+    def from_batch(
+        cls,
+        input_ids: Any,
+        packed_seq_params: Any,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+    ) -> OrdinaryRow:
         """The row of one call of a GPT model. What lies on a device is fetched in one copy.
 
         Args:
-            input_ids: ``[1, T]`` integers.
+            input_ids: ``[1, T]`` integers; under context parallelism this rank's part of them,
+                which are gathered.
             packed_seq_params: Megatron-Core's ``PackedSeqParams`` with ``cu_seqlens_q``.
+            group: context-parallel ranks that divide the row; None if there is one.
+            device: that they communicate on.
 
         Raises:
             ValueError: if they describe no such row.
-            NotImplementedError: if the row is split over context-parallel ranks.
+            NotImplementedError: if other ranks divide it, or in a way of their own.
         """
         if input_ids is None:
             raise ValueError(
@@ -52,17 +66,41 @@ class OrdinaryRow:
                 f"input_ids has shape {tuple(input_ids.shape)}, a packed row is [1, T] on every "
                 "pipeline stage; concatenate the sequences"
             )
-        tokens, *bounds = _on_host([input_ids, *_bounds(packed_seq_params)])
+        mode = partition_mode(packed_seq_params, group)
+        given = _bounds(packed_seq_params)
+        if group is not None:
+            assert device is not None
+            input_ids = gather_parts(input_ids, group, device)
+        tokens, *bounds = _on_host([input_ids, *given])
         if any(not np.array_equal(bounds[0], other) for other in bounds[1:]):
             raise ValueError(
                 "cu_seqlens_q and cu_seqlens_kv (or their padded ones) differ; self-attention over "
                 "packed sequences takes the same for both"
             )
-        return cls(tokens, _covering(bounds[0], len(tokens)), len(bounds[0]) - 1)
+        covering, num_given = _covering(bounds[0], len(tokens)), len(bounds[0]) - 1
+        if group is None:
+            return cls(tokens, covering, num_given)
+        if bounds[0][-1] != len(tokens):
+            raise ValueError(
+                f"cu_seqlens_q ends at {bounds[0][-1]}, but {group.size()} context-parallel ranks "
+                f"were fed {len(tokens)} tokens together; give that of the whole row, every "
+                "sequence's padding included"
+            )
+        places = places_of_parts(covering, group.size(), mode)
+        return cls(in_row(tokens, places), covering, num_given, places)
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    def whole(
+        self, values: Tensor, group: dist.ProcessGroup | None, device: torch.device
+    ) -> Tensor:
+        """``[T]`` integers on the CPU of those that each rank has of its own tokens."""
+        if self.places is None or group is None:
+            return values.reshape(-1).cpu()
+        parts = gather_parts(values, group, device).cpu().numpy()
+        return torch.from_numpy(in_row(parts, self.places))
 
     def sequences(self, first: int, last: int) -> list[IntArray]:
         """Those of ``[first, last)`` that are not empty."""
@@ -127,14 +165,6 @@ def _written_out(row: OrdinaryRow, pad_to_multiple: int) -> PackedLayout:
 
 def _bounds(params: Any) -> list[Tensor]:
     """Where sequences begin, as queries and as keys; once if the two are one tensor."""
-    for name in ("cp_group", "local_cp_size"):
-        value: Any = getattr(params, name, None)
-        size = value.size() if hasattr(value, "size") else value
-        if size is not None and size > 1:
-            raise NotImplementedError(
-                f"{name} of {size} ranks: rows that are split over context-parallel ranks are not "
-                "supported; leave it out"
-            )
     if getattr(params, "cu_seqlens_q", None) is None:
         raise ValueError("cu_seqlens_q=None: a 'thd' row's PackedSeqParams say where each begins")
     found: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of sums in fp32 at once, 256 MiB: gradients of logits are many.
+# Of whole packed rows at once, 256 MiB in fp32: gradients of logits are many, and rows that ranks
+# divide may fit on none.
 _SCRATCH_ELEMENTS = 2**26
 
 
@@ -23,11 +25,11 @@ def write_out(
 
     Args:
         packed: ``[packed tokens, ...]``, or this rank's equal slice of it.
-        packed_ids: ``[T]`` int64 on the CPU, the same on every rank.
-        split_over: ranks that hold slices of the packed row, and get slices of the other one.
+        packed_ids: ``[T]`` int64 on the CPU: the rows that this rank gets.
+        split_over: ranks that hold slices of the packed row; each gets rows of its own.
 
     Returns:
-        ``[T, ...]``, or this rank's slice; T is a multiple of the ranks.
+        ``[T, ...]``.
     """
     rows: Tensor = _WriteOut.apply(packed, packed_ids, split_over)
     return rows
@@ -36,26 +38,33 @@ def write_out(
 class _WriteOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        if group is not None:
-            size, rank = dist.get_world_size(group), dist.get_rank(group)
-            whole = packed.new_empty(len(packed) * size, *packed.shape[1:])
-            dist.all_gather_into_tensor(whole, packed.contiguous(), group=group)
-            packed, ids = whole, ids.chunk(size)[rank]
         ids = ids.to(packed.device, non_blocking=True)
-        ctx.group, ctx.num_packed = group, len(packed)
+        ctx.group, ctx.num_packed = group, len(packed) * (1 if group is None else group.size())
         ctx.save_for_backward(ids)
-        return packed.index_select(0, ids)
+        if group is None:
+            return packed.index_select(0, ids)
+        out = packed.new_empty(len(ids), *packed.shape[1:])
+        for rows, columns in _column_parts(ctx.num_packed, out, packed):
+            whole = packed.new_empty(ctx.num_packed, columns.shape[1])
+            dist.all_gather_into_tensor(whole, columns.contiguous(), group=group)
+            rows.copy_(whole.index_select(0, ids))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        size = 1 if ctx.group is None else dist.get_world_size(ctx.group)
+        size = 1 if ctx.group is None else ctx.group.size()
         out = grad.new_empty(ctx.num_packed // size, *grad.shape[1:])
-        step = max(1, _SCRATCH_ELEMENTS // ctx.num_packed)
-        for part, columns in zip(out.flatten(1).split(step, 1), grad.flatten(1).split(step, 1)):
+        for part, columns in _column_parts(ctx.num_packed, out, grad):
             part.copy_(_sum_copies(columns, ids, ctx.num_packed, ctx.group))
         return out, None, None
+
+
+def _column_parts(num_rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Columns of each, as many at once as fit into the scratch with ``num_rows`` rows."""
+    step = max(1, _SCRATCH_ELEMENTS // num_rows)
+    return zip(*(x.flatten(1).split(step, 1) for x in tensors))
 
 
 def _sum_copies(
@@ -68,6 +77,6 @@ def _sum_copies(
     sums.index_put_((ids,), grad.to(dtype), accumulate=True)
     if group is None:
         return sums
-    mine = sums.new_empty(num_packed // dist.get_world_size(group), grad.shape[1])
+    mine = sums.new_empty(num_packed // group.size(), grad.shape[1])
     dist.reduce_scatter_tensor(mine, sums, group=group)
     return mine

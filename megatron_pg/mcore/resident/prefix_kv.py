@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import ResidentKV
-from ..tree import PackedLayout, reached_rows
-from .resident_latent import ResidentLatent
+from ...attention import ResidentKV
+from ...tree import PackedLayout, reached_rows, to_device
+from .latent import ResidentLatent
 
 _TOO_EARLY = "a row attends to a resident prefix that has not been encoded yet"
 
@@ -24,12 +24,14 @@ class PrefixKV:
     Attributes:
         layout: the prefix row; None before it has been through a layer.
         latents: by layer of latent attention, which keeps those in the place of keys and values.
+        states: by layer that carries a state and what it keeps, see ``RowStates``.
     """
 
     def __init__(self) -> None:
         self.layout: PackedLayout | None = None
         self._layers: dict[torch.nn.Module, ResidentKV] = {}
         self.latents: dict[torch.nn.Module, ResidentLatent] = {}
+        self.states: dict[tuple[torch.nn.Module, str], Any] = {}
 
     def keep(
         self,
@@ -86,6 +88,12 @@ class PrefixKV:
             raise RuntimeError(_TOO_EARLY)
         return self.latents[layer]
 
+    def states_of(self, layer: torch.nn.Module, name: str) -> Any:
+        """As ``of``, of layers that carry a state."""
+        if (layer, name) not in self.states:
+            raise RuntimeError(_TOO_EARLY)
+        return self.states[layer, name]
+
     def of(self, layer: torch.nn.Module) -> ResidentKV:
         """What ``layer`` kept.
 
@@ -99,7 +107,9 @@ class PrefixKV:
     @property
     def num_bytes(self) -> int:
         """Memory of what is kept and of its gradients so far."""
-        return sum(kept.num_bytes for kept in self.latents.values()) + sum(
+        others = (*self.latents.values(), *self.states.values())
+        kept_bytes: int = sum(kept.num_bytes for kept in others)
+        return kept_bytes + sum(
             x.numel() * x.element_size()
             for kept in self._layers.values()
             for x in (kept.k, kept.v, kept.dk, kept.dv)
@@ -112,7 +122,7 @@ def _rows(layout: PackedLayout, window: int, device: torch.device) -> Tensor | N
 
     def make() -> Tensor | None:
         rows = reached_rows(layout, window)
-        return None if rows is None else torch.from_numpy(rows).to(device, non_blocking=True)
+        return None if rows is None else to_device([torch.from_numpy(rows)], device)[0]
 
     return layout.derived(("reached_rows", window, device), make)
 

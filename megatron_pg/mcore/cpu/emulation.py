@@ -1,4 +1,4 @@
-"""Stand-ins with which Megatron-Core runs on gloo without a CUDA device."""
+"""What names CUDA in Megatron-Core and PyTorch, put in its place while a block runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
-from .versions import missing_names
+from ..norm import norm_class
+from ..versions import HAS_HYBRID_MODEL, missing_names
+from . import linear_kernels, mamba_kernels
 
 
 class _Stream:
@@ -36,13 +38,18 @@ class _Stream:
 
 
 class _CpuInsteadOfCuda(TorchFunctionMode):
-    """Sends ``device="cuda"`` to the CPU; ``Tensor.type()`` names CUDA types for optimizers."""
+    """Sends ``device="cuda"`` to the CPU; ``Tensor.type()`` names CUDA types for optimizers.
+
+    Memory is not pinned for a device that is not there.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)
@@ -90,6 +97,11 @@ def _reduce_scatter_unequal(output: Any, inputs: Any, *args: Any, **kwargs: Any)
     output.copy_(total.split([len(part) for part in inputs])[dist.get_rank(group)])
 
 
+def _norm(config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
+    norm: torch.nn.Module = norm_class(config)(config, hidden_size, eps)
+    return norm
+
+
 @contextmanager
 def emulate_cuda() -> Iterator[None]:
     """Run Megatron-Core's CUDA-naming code on the CPU inside the ``with`` block.
@@ -124,11 +136,17 @@ def emulate_cuda() -> Iterator[None]:
             (dist, "reduce_scatter", _reduce_scatter_unequal),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
-        for module, name, right in missing_names():
+        kernels = (*linear_kernels.stand_ins(), *mamba_kernels.stand_ins())
+        for module, name, right in (*missing_names(), *kernels):
             stack.enter_context(mock.patch.object(module, name, right, create=True))
         for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
             function = _emulated(getattr(fused_softmax, name))
             stack.enter_context(mock.patch.object(fused_softmax, name, function))
+        if HAS_HYBRID_MODEL:
+            from megatron.core.models.hybrid import hybrid_block
+
+            # The norm after the last layer; no spec says which.
+            stack.enter_context(mock.patch.object(hybrid_block, "TENorm", _norm))
         stack.enter_context(_CpuInsteadOfCuda())
         yield
 

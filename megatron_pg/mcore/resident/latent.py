@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import ResidentKV, accumulation_dtype
+from ...attention import ResidentKV, accumulation_dtype
 
 
 class ResidentLatent:
@@ -70,7 +70,7 @@ class ProjectedKV(ResidentKV):
     """
 
     def __init__(
-        self, kept: ResidentLatent, project: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+        self, kept: ResidentLatent, project: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     ) -> None:
         self._kept, self._project = kept, project
         self._leaves: tuple[Tensor, ...] = ()

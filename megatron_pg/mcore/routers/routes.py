@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ...data import RouteShape
+
 
 class RouteRecorder:
     """Writes down which experts a row's tokens go through, in the order in which top-k gives them.
@@ -23,12 +25,10 @@ class RouteRecorder:
         self._layers: dict[int, Tensor] = {}
         self._split_over: dist.ProcessGroup | None = None
 
-    def record(
-        self, layer_number: int, expert_ids: Tensor, split_over: dist.ProcessGroup | None
-    ) -> None:
+    def record(self, layer_number: int, expert_ids: Tensor, split_over: dist.ProcessGroup) -> None:
         """Keep ``expert_ids`` ``[tokens of this rank, topk]`` of a layer.
 
-        ``split_over``: the ranks that hold the row's other tokens; None where each holds all.
+        ``split_over``: the ranks that hold the row's tokens, in their order.
         """
         self._split_over = split_over
         self._layers.setdefault(layer_number, expert_ids.detach().to(torch.int16))
@@ -41,7 +41,7 @@ class RouteRecorder:
     def routed_experts(self) -> Tensor:
         """``[total_tokens, layers, topk]`` int16 on the device, one of ``layer_numbers`` each.
 
-        Of the whole row: a collective over the ranks that divide it by sequence parallelism.
+        Of the whole row: a collective over the ranks that divide it.
 
         Raises:
             ValueError: if no layer has recorded anything.
@@ -51,7 +51,7 @@ class RouteRecorder:
                 "no routes were recorded: the row went through no layer with experts of this rank"
             )
         own = torch.stack([self._layers[number] for number in self.layer_numbers], dim=1)
-        if self._split_over is None:
+        if self._split_over is None or self._split_over.size() == 1:
             return own
         whole = own.new_empty(len(own) * self._split_over.size(), *own.shape[1:])
         # As bytes: no backend of torch.distributed takes int16.
@@ -93,7 +93,7 @@ def check_routes(routes: Tensor, total_tokens: int, config: TransformerConfig | 
 
     Args:
         routes: ``[total_tokens, num_layers, topk]``; values are looked at where they lie on the
-            CPU, those of dense layers too.
+            CPU.
         total_tokens: of the row, padding included.
         config: of the model, where it is known.
 
@@ -110,17 +110,13 @@ def check_routes(routes: Tensor, total_tokens: int, config: TransformerConfig | 
     if config is not None:
         check_routes_of(routes, config)
         if routes.device.type == "cpu":
-            ids = routes.long()
-            if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < config.num_moe_experts:
-                raise ValueError(
-                    f"routed_experts has expert ids from {int(ids.min())} to {int(ids.max())}; "
-                    f"the model has num_moe_experts={config.num_moe_experts}"
-                )
-            if bool(((ids < 0).any(-1) != (ids < 0).all(-1)).any()):
-                raise ValueError(
-                    "routed_experts has tokens with some experts and -1 for others; give all "
-                    "experts of a token, or -1 for each"
-                )
+            _check_ids(routes, config)
+
+
+def _check_ids(routes: Tensor, config: TransformerConfig) -> None:
+    shape = RouteShape.from_config(config)
+    if shape is not None and (wrong := shape.problem(routes.long())):
+        raise ValueError(f"routed_experts {wrong}, or all -1 to leave them to the router")
 
 
 def check_routes_of(routes: Tensor, config: TransformerConfig) -> None:

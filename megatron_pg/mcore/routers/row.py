@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..tree import PackedLayout
+from ...tree import PackedLayout
 
 
 @dataclass(frozen=True, eq=False)

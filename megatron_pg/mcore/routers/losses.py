@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ...parallel import ParallelSizes
+from ..versions import DIVIDES_ROUTER_LOSSES
 
 try:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -25,6 +30,27 @@ def has_router_losses(config: TransformerConfig) -> bool:
 def has_sample_losses(config: TransformerConfig) -> bool:
     """Whether routers have a loss of every single sample."""
     return bool(config.num_moe_experts) and "seq_aux_loss" in _coefficients(config)
+
+
+@contextmanager
+def undivided_router_losses(config: TransformerConfig) -> Iterator[float]:
+    """Within, losses of routers weigh the same whatever the number of ranks that hold a row.
+
+    Up to core 0.18, and with ``calculate_per_token_loss``, Megatron-Core divides them by that
+    number. Its schedules multiply by it here: those losses, and the loss of the last stage.
+
+    Yields:
+        What a loss function has to multiply that loss by.
+    """
+    given, sizes = config.grad_scale_func, ParallelSizes.from_config(config)
+    is_divided = DIVIDES_ROUTER_LOSSES and config.calculate_per_token_loss
+    ranks = sizes.tp * sizes.cp if is_divided and has_router_losses(config) else 1
+    if ranks > 1:
+        config.grad_scale_func = lambda loss: (given(loss) if given else loss) * ranks
+    try:
+        yield 1 / ranks
+    finally:
+        config.grad_scale_func = given
 
 
 def take_router_losses(
