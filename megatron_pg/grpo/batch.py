@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..data import PackedRow, TokenValues, Wave, make_wave, token_values
 from .advantages import sample_weights
-from .packing import PackingConfig, TokenCounts, plan_rows_of_replica
+from .packing import plan_rows_of_replica
+from .packing_config import PackingConfig
 from .placement import Placement
 from .replicas import Replicas
 from .settings import GrpoConfig
 from .shape import StepShape
+from .token_counts import TokenCounts
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

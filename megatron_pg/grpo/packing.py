@@ -4,119 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from ..data import (
-    CostModel,
     GroupShape,
     PackPlan,
-    ResidencyConfig,
-    balance_groups,
-    part_tree,
+    balance_costs,
     plan_waves,
     step_cost,
     with_num_rows,
+    with_rows_for_stages,
 )
-from ..mcore import has_sample_losses
-from ..parallel import ParallelSizes
+from .packing_config import PackingConfig
 from .replicas import Replicas
-from .settings import PrefixGroupConfig
+from .token_counts import TokenCounts, count_tokens
 
-
-@dataclass(frozen=True, kw_only=True)
-class PackingConfig:
-    """What decides the rows of a step.
-
-    Attributes:
-        max_tokens: budget of a row in unique tokens.
-        pad_to_multiple: ``ParallelSizes.row_multiple``.
-        num_microbatches_multiple: ``ParallelSizes.microbatch_multiple``.
-        min_shared: see ``data.group_tree``.
-        cost_model: balances ranks and rows.
-        residency: what becomes of groups that are larger than a row.
-    """
-
-    max_tokens: int
-    pad_to_multiple: int
-    num_microbatches_multiple: int
-    min_shared: int | None
-    cost_model: CostModel
-    residency: ResidencyConfig
-
-    @classmethod
-    def from_config(
-        cls, settings: PrefixGroupConfig, model: Any, cost_model: CostModel
-    ) -> PackingConfig:
-        """How a model's rows are packed.
-
-        Args:
-            settings: budgets and residency.
-            model: ``TransformerConfig``, whose parallel sizes are read.
-            cost_model: of the model.
-
-        Raises:
-            ValueError: if prompts must be resident under a router loss of every whole sample.
-        """
-        choice = settings.prefix_resident
-        if has_sample_losses(model):
-            if choice == "always":
-                raise ValueError(
-                    "prefix_resident='always' with seq_aux_loss, which is of every whole sample: "
-                    "resident prompts stand in rows of their own; use 'auto' or 'never', or "
-                    "moe_router_load_balancing_type='aux_loss'"
-                )
-            choice = "never"
-        sizes = ParallelSizes.from_config(model)
-        return cls(
-            max_tokens=settings.max_tokens_per_microbatch,
-            pad_to_multiple=sizes.row_multiple,
-            num_microbatches_multiple=sizes.microbatch_multiple,
-            min_shared=settings.min_shared,
-            cost_model=cost_model,
-            residency=ResidencyConfig(
-                choice=choice,
-                mode=settings.prefix_resident_mode,
-                max_resident_tokens=settings.max_tokens_per_microbatch
-                if settings.max_resident_tokens is None
-                else settings.max_resident_tokens,
-                num_stages=sizes.pp,
-            ),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenCounts:
-    """Size of the rows of all data-parallel ranks.
-
-    Attributes:
-        unique: tokens encoded.
-        logical: tokens of the written-out samples.
-        padded: padding at the end of rows.
-        rows: microbatches, prefix rows and fillers included.
-        fillers: rows that contribute nothing; their tokens are not counted.
-        resident: tokens of resident prefixes, counted in ``unique`` too.
-        resident_groups: groups whose prefix is resident.
-        repeated_groups: groups that are divided and repeat their prefix.
-        waves: of one rank.
-        split: tokens that stand once more since samples route them to other experts.
-    """
-
-    unique: int = 0
-    logical: int = 0
-    padded: int = 0
-    rows: int = 0
-    fillers: int = 0
-    resident: int = 0
-    resident_groups: int = 0
-    repeated_groups: int = 0
-    waves: int = 0
-    split: int = 0
-
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        both = ((f.name, getattr(self, f.name) + getattr(other, f.name)) for f in fields(self))
-        return TokenCounts(**dict(both))
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,7 +32,7 @@ class PlannedRows:
         waves: this replica's.
         tokens: over the rows of all replicas.
         predicted_cost: time of forward and backward on the slowest replica by the cost model, idle
-            stages included, in forward FLOPs of one stage.
+            stages included, in forward FLOPs of one stage's products.
         predicted_cost_repeated: the same if every group that is larger than a row repeated its
             prompt; None when there is no such group, or no such way.
     """
@@ -182,17 +87,40 @@ def plan_rows_of_replica(
 
 
 def plan_all_replicas(
-    shapes: Sequence[GroupShape], dp_size: int, packing: PackingConfig
+    shapes: Sequence[GroupShape],
+    dp_size: int,
+    packing: PackingConfig,
+    minibatches: Sequence[Sequence[int]] | None = None,
 ) -> list[list[PackPlan]]:
-    """Waves of every replica for one minibatch, in one process; equals what the replicas plan.
+    """Waves of every replica for a step, in one process; equals what the replicas plan.
+
+    Args:
+        shapes: of the step's groups, in order.
+        dp_size: replicas.
+        packing: decides the rows.
+        minibatches: places in ``shapes`` of every optimizer step's groups, whose waves follow each
+            other (see ``trained_minibatches``); None takes one of all groups.
 
     Raises:
         ValueError: if a group fits in no way.
     """
-    parts = balance_groups(shapes, dp_size, packing.cost_model)
-    planned = [_plan_alone(shapes, members, packing) for members in parts]
-    sizes = [_sizes(waves) for waves in planned]
-    return [_equalize(waves, shapes, sizes, packing) for waves in planned]
+    shapes = tuple(shapes)
+    waves: list[list[PackPlan]] = [[] for _ in range(dp_size)]
+    for part in [range(len(shapes))] if minibatches is None else minibatches:
+        costs = [packing.group_cost(shapes[group]) for group in part]
+        members = [[part[i] for i in own] for own in balance_costs(costs, dp_size)]
+        planned = [_plan_alone(shapes, own, packing) for own in members]
+        most = _most_rows([_sizes(own) for own in planned])
+        for all_waves, own in zip(waves, planned):
+            all_waves += _equalize(own, shapes, most, packing)
+    return waves
+
+
+def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Items in order, in ``count`` runs as even as can be, or fewer so that none is empty."""
+    count = min(count, len(items))
+    bounds = [len(items) * i // count for i in range(count + 1)] if items else []
+    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:])]
 
 
 def _plan(
@@ -208,13 +136,14 @@ def _plan(
         return [_sizes(waves) for waves in planned]
 
     sizes = replicas.gather(plan)
-    return [_equalize(own, shapes, of_all, packing) for own, of_all in zip(planned, zip(*sizes))]
+    most = [_most_rows(of_all) for of_all in zip(*sizes)]
+    return [_equalize(own, shapes, of_all, packing) for own, of_all in zip(planned, most)]
 
 
 def _plan_alone(
     shapes: Sequence[GroupShape], members: Sequence[int], packing: PackingConfig
 ) -> list[PackPlan]:
-    return plan_waves(
+    waves = plan_waves(
         shapes,
         packing.max_tokens,
         packing.residency,
@@ -222,6 +151,8 @@ def _plan_alone(
         cost_model=packing.cost_model,
         pad_to_multiple=packing.pad_to_multiple,
     )
+    stages = packing.residency.num_stages
+    return [with_rows_for_stages(wave, stages, packing.cost_model) for wave in waves]
 
 
 def _sizes(waves: Sequence[PackPlan]) -> list[tuple[int, int]]:
@@ -229,25 +160,30 @@ def _sizes(waves: Sequence[PackPlan]) -> list[tuple[int, int]]:
     return [(len(wave.rows), len(wave.prefix_rows)) for wave in waves]
 
 
+def _most_rows(sizes: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """Of every wave the greatest numbers of rows and prefix rows, among all replicas' ``sizes``."""
+    at_wave = itertools.zip_longest(*sizes, fillvalue=(0, 0))
+    return [(max(n for n, _ in of_all), max(n for _, n in of_all)) for of_all in at_wave]
+
+
 def _equalize(
     waves: Sequence[PackPlan],
     shapes: Sequence[GroupShape],
-    sizes: Sequence[Sequence[tuple[int, int]]],
+    most: Sequence[tuple[int, int]],
     packing: PackingConfig,
 ) -> list[PackPlan]:
-    """One replica's waves with the greatest numbers of waves and rows among all replicas."""
+    """One replica's waves, as many as ``most`` and with as many rows."""
     empty = PackPlan(tuple(shapes), (), packing.pad_to_multiple)
-    padded = [*waves, *[empty] * (max(map(len, sizes)) - len(waves))]
-    at_wave = list(itertools.zip_longest(*sizes, fillvalue=(0, 0)))
+    padded = [*waves, *[empty] * (len(most) - len(waves))]
     return [
         with_num_rows(
             wave,
-            max(rows for rows, _ in of_all),
-            max(prefix_rows for _, prefix_rows in of_all),
+            num_rows,
+            num_prefix_rows,
             multiple_of=packing.num_microbatches_multiple,
             cost_model=packing.cost_model,
         )
-        for wave, of_all in zip(padded, at_wave, strict=True)
+        for wave, (num_rows, num_prefix_rows) in zip(padded, most, strict=True)
     ]
 
 
@@ -272,30 +208,3 @@ def _costs_if_repeated(
         else:
             costs.append(max(replicas.gather(partial(_cost, waves, packing))))
     return costs
-
-
-def count_tokens(waves: Sequence[PackPlan]) -> TokenCounts:
-    """Tokens of one rank's waves, fillers' left out."""
-    total = TokenCounts(waves=len(waves))
-    places: dict[int, int] = {}
-    for wave in waves:
-        for row in wave.rows:
-            unique = sum(part_tree(wave.shapes, part).unique_tokens for part in row)
-            total += _row_counts(unique, wave, bool(row))
-            for part in row:
-                shape = wave.shapes[part.group]
-                logical = int(shape.tree.sample_lens[list(part.samples)].sum())
-                split = 0 if part.group in places else shape.split_tokens
-                total += TokenCounts(logical=logical, split=split)
-                places[part.group] = places.get(part.group, 0) + (not part.is_resident)
-        for prefix_row in wave.prefix_rows:
-            unique = sum(wave.shapes[group].resident_tokens for group in prefix_row)
-            total += _row_counts(unique, wave, bool(prefix_row))
-            total += TokenCounts(resident=unique, resident_groups=len(prefix_row))
-    return total + TokenCounts(repeated_groups=sum(count > 1 for count in places.values()))
-
-
-def _row_counts(unique: int, wave: PackPlan, is_used: bool) -> TokenCounts:
-    return TokenCounts(
-        unique=unique, padded=-unique % wave.pad_to_multiple, rows=1, fillers=int(not is_used)
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from megatron.core.utils import get_model_config
@@ -13,16 +13,15 @@ from torch import Tensor
 from ..data import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from ..loss import PolicyLossConfig, grpo_loss
 from ..mcore import (
-    Predictions,
     PrefixGroupedSeqParams,
     ScheduledRow,
     has_router_losses,
     prefix_resident_forward_backward,
+    undivided_router_losses,
 )
 from .replay import RouteRecord
 from .replicas import Ranks
-
-Values = TypeVar("Values", Tensor, Tensor | None)
+from .staging import StagedRow, stage_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +31,15 @@ class HeadConfig:
     Attributes:
         temperature: of the logprobs; the sampling temperature.
         vocab_size: entries of the vocabulary without padding.
-        chunk_tokens: predictions whose logits exist at once.
+        chunk_tokens: predictions whose logits exist at once; None for ``loss``'s choice.
+        with_entropy: whether training passes make the entropy of every prediction.
         resident_mode: how gradients of resident prefixes are made.
     """
 
     temperature: float
     vocab_size: int
-    chunk_tokens: int
+    chunk_tokens: int | None
+    with_entropy: bool = True
     resident_mode: Literal["retain", "recompute"] = "retain"
 
 
@@ -67,13 +68,13 @@ def compute_logprobs(
 
     def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
         scheduled = next(rows)
-        row = scheduled.row
-        output = _forward(model, scheduled, head, ranks, with_entropy=False, record=record)
-        if isinstance(row, PrefixRow):
+        staged = stage_row(scheduled.row, model, ranks)
+        output = _forward(model, scheduled, staged, head, with_entropy=False, record=record)
+        if isinstance(staged.host, PrefixRow):
             return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
-            logprobs = output[0][_to(row.prediction_ids, ranks.device)]
+            logprobs = output[0][staged.row.prediction_ids]
             nothing = torch.zeros((), device=ranks.device)
             return nothing, _no_tokens(ranks), {"logprobs": logprobs.detach()}
 
@@ -81,8 +82,11 @@ def compute_logprobs(
 
     with torch.no_grad():
         results = _run_schedule(chunks, waves, forward_step, head, forward_only=True)
-    # Fetched when all is launched: within the schedule the host would wait for every microbatch.
-    return [result["logprobs"].double().cpu() for result in results]
+    if not results:
+        return []
+    # Fetched at once, when all is launched: the host waits for the device once.
+    found = [result["logprobs"] for result in results]
+    return list(torch.cat(found).double().cpu().split([len(of_row) for of_row in found]))
 
 
 def train_pass(
@@ -99,7 +103,7 @@ def train_pass(
 
     The weights in ``values`` hold the global denominators, so gradients are summed over rows and
     data-parallel ranks and never averaged. Losses of routers are a mean over the rows of all
-    replicas, each weighted by its tokens in written-out samples.
+    replicas, each weighted by its tokens in written-out samples, for any parallel layout.
 
     Args:
         chunks: of the model that is trained.
@@ -118,24 +122,30 @@ def train_pass(
     def forward_step(rows: Iterator[ScheduledRow], model: Any) -> Any:
         scheduled = next(rows)
         row = scheduled.row
-        output = _forward(model, scheduled, head, ranks, with_entropy=True)
+        staged = stage_row(row, model, ranks, values)
+        output = _forward(model, scheduled, staged, head, with_entropy=head.with_entropy)
         if isinstance(row, PrefixRow):
             return output, _prefix_loss(ranks)
 
         def loss_func(output: Any) -> Any:
-            loss, sums = microbatch_loss(output, row.with_values(values), policy, ranks.device)
+            loss, sums = microbatch_loss(output, staged.row, policy)
             if not has_losses:
                 return loss, _no_tokens(ranks), sums
             # Megatron multiplies the losses of a row's routers by the row's tokens, and divides
             # all gradients by the sum of these counts.
-            return loss * logical_tokens, _tokens(_logical_tokens(row), ranks), sums
+            whole = loss * (logical_tokens * share)
+            # Added up over context-parallel ranks, which all have the whole row's.
+            own_tokens = 0 if ranks.cp_rank else _logical_tokens(row)
+            return whole, _tokens(own_tokens, ranks), sums
 
         return output, loss_func
 
-    has_losses = has_router_losses(get_model_config(chunks[0]))
+    config = get_model_config(chunks[0])
+    has_losses = has_router_losses(config)
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    results = _run_schedule(chunks, waves, forward_step, head, forward_only=False)
+    with undivided_router_losses(config) as share:
+        results = _run_schedule(chunks, waves, forward_step, head, forward_only=False)
     if not results:
         return {}
     sums = torch.stack([torch.stack(list(result.values())) for result in results]).sum(0)
@@ -143,67 +153,62 @@ def train_pass(
 
 
 def microbatch_loss(
-    output: tuple[Tensor, Tensor],
-    batch: Microbatch,
-    policy: PolicyLossConfig,
-    device: torch.device,
+    output: tuple[Tensor, Tensor | None], batch: Microbatch, policy: PolicyLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``grpo_loss`` of a microbatch, without waiting for the device.
 
     Args:
-        output: the last stage's logprobs and entropies ``[E]``.
-        batch: whose trained tokens read them.
+        output: the last stage's logprobs ``[E]``, and its entropies or None.
+        batch: whose trained tokens read them, its values on the device of ``output``.
         policy: the loss.
-        device: that ``output`` lives on.
     """
     logprobs, entropy = output
-    ids = _to(batch.prediction_ids, device)
+    ids = batch.prediction_ids
+    if entropy is not None:
+        entropy = entropy[ids] if policy.entropy_coeff else entropy[ids].detach()
     return grpo_loss(
         logprobs[ids],
-        entropy[ids] if policy.entropy_coeff else entropy[ids].detach(),
-        weights=_to(batch.weights, device),
-        advantages=_to(batch.advantages, device),
-        sample_ids=_to(batch.sample_ids, device),
+        entropy,
+        weights=batch.weights,
+        advantages=batch.advantages,
+        sample_ids=batch.sample_ids,
         num_samples=len(batch.sample_numbers),
         config=policy,
-        old_logprobs=_to(batch.old_logprobs, device),
-        ref_logprobs=_to(batch.ref_logprobs, device),
-        rollout_logprobs=_to(batch.rollout_logprobs, device),
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
     )
 
 
 def _forward(
     model: Any,
     scheduled: ScheduledRow,
+    staged: StagedRow,
     head: HeadConfig,
-    ranks: Ranks,
     *,
     with_entropy: bool,
     record: RouteRecord | None = None,
 ) -> Any:
-    row: PackedRow | PrefixRow = scheduled.row
-    if isinstance(row, PackedRow):
-        predictor_ids, target_tokens = row.predictor_ids, row.target_tokens
-    else:
-        predictor_ids = target_tokens = torch.empty(0, dtype=torch.int64)
-    params = PrefixGroupedSeqParams.from_layout(
-        row.layout,
-        ranks.device,
-        predictions=Predictions(
-            predictor_ids=predictor_ids,
-            target_tokens=target_tokens,
+    row, predictions = staged.host, staged.predictions
+    if predictions is not None:
+        predictions = replace(
+            predictions,
             temperature=head.temperature,
             vocab_size=head.vocab_size,
             with_entropy=with_entropy,
             chunk_tokens=head.chunk_tokens,
-        ),
+        )
+    tokens = staged.row.tokens
+    params = PrefixGroupedSeqParams.from_layout(
+        row.layout,
+        tokens.device,
+        predictions=predictions,
         prefix_kv=scheduled.prefix_kv,
         resident=scheduled.resident,
         sample_counts=row.sample_counts,
-        routed_experts=_to(row.routed_experts, ranks.device),
-        record_routes=None if record is None else record.recorder(row),
+        routed_experts=staged.row.routed_experts,
+        record_routes=None if record is None else record.recorder(scheduled.row),
     )
-    tokens = _to(row.tokens, ranks.device)
     return model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
 
 
@@ -225,7 +230,7 @@ def _run_schedule(
         forward_step_func=forward_step,
         waves=waves,
         model=list(chunks),
-        # Only read where stages do not exchange shapes; ours always do.
+        # Not read: every stage knows the length of every row.
         seq_length=max(layout.total_tokens for layout in layouts),
         mode=head.resident_mode,
         forward_only=forward_only,
@@ -251,7 +256,3 @@ def _no_tokens(ranks: Ranks) -> Tensor:
 
 def _tokens(count: int, ranks: Ranks) -> Tensor:
     return torch.full((), count, dtype=torch.int, device=ranks.device)
-
-
-def _to(values: Values, device: torch.device) -> Values:
-    return None if values is None else values.to(device, non_blocking=True)

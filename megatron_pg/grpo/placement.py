@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,19 +13,17 @@ from ..data import (
     Group,
     GroupShape,
     RouteShape,
-    Sample,
     balance_costs,
     group_shape,
     without_aborted,
     without_routes,
 )
 from .messages import Numbered, decode_groups, encode_groups
-from .packing import PackingConfig
+from .packing import split_evenly
+from .packing_config import PackingConfig
 from .replicas import Replicas
 from .settings import GrpoConfig
 from .shape import IntArray, StepShape, join_shapes
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,6 +125,13 @@ def place_groups(
     )
 
 
+def trained_minibatches(
+    groups: Sequence[Group], algorithm: GrpoConfig
+) -> tuple[tuple[int, ...], ...]:
+    """Places of the groups of every optimizer step that ``place_groups`` makes of judged ones."""
+    return _minibatches(StepShape.of(groups), algorithm)[0]
+
+
 def written_out(placement: Placement) -> Placement:
     """Every sample as a group of its own, where it stood: the same tokens with nothing shared."""
     shape = placement.shape
@@ -181,24 +185,8 @@ def _numbered(
             )
         if vocab_size is not None:
             _check_tokens(group, vocab_size)
-        found[number] = _with_routes(group, routes)
+        found[number] = without_routes(group) if routes is None else routes.of_group(group)
     return found
-
-
-def _with_routes(group: Group, routes: RouteShape | None) -> Group:
-    """The group with its routes as the model has them, or without."""
-    if routes is None:
-        return without_routes(group)
-
-    def routed(number: int, sample: Sample) -> Sample:
-        own = sample.routed_experts
-        try:
-            own = None if own is None else routes.of_model(own)
-        except ValueError as error:
-            raise ValueError(f"sample {number} of group {group.group_id!r}: {error}") from error
-        return sample if own is sample.routed_experts else replace(sample, routed_experts=own)
-
-    return replace(group, samples=tuple(routed(i, s) for i, s in enumerate(group.samples)))
 
 
 def _check_tokens(group: Group, vocab_size: int) -> None:
@@ -220,7 +208,7 @@ def _describe(
     shapes = [group_shape(group, packing.min_shared) for _, group in judged]
     kept = [group for _, group in judged]
     all_groups = [group for _, group in pairs]
-    shape = StepShape.of(kept, shapes, packing.cost_model)
+    shape = StepShape.of(kept, [packing.group_cost(shape) for shape in shapes])
     # Told once where no sample is aborted.
     is_same = len(kept) == len(all_groups) and all(map(operator.is_, kept, all_groups))
     brought = _Brought(
@@ -278,10 +266,3 @@ def _move(held: Sequence[Numbered], owners: IntArray, replicas: Replicas) -> lis
         content = replicas.share(lambda: encode_groups(packed))
         packed = packed if replicas.leads else decode_groups(content)
     return packed
-
-
-def split_evenly(items: Sequence[Item], count: int) -> list[list[Item]]:
-    """Items in order, in ``count`` runs as even as can be, or fewer so that none is empty."""
-    count = min(count, len(items))
-    bounds = [len(items) * i // count for i in range(count + 1)] if items else []
-    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:])]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from ..parallel import attempt, told_error
+from ..parallel import attempt, from_all_ranks, told_error
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ class Ranks:
         is_last_stage: whether this rank predicts tokens.
         tp_rank: place among the tensor-parallel ranks.
         leads_replica: whether it is the first rank of its replica, which brings the groups.
+        cp_rank: place among the context-parallel ranks.
     """
 
     device: torch.device
@@ -37,11 +38,14 @@ class Ranks:
     is_last_stage: bool
     tp_rank: int
     leads_replica: bool
+    cp_rank: int = 0
 
     @classmethod
     def from_megatron(cls) -> Ranks:
         """As ``parallel_state`` has it, which must be initialized."""
         has_cuda = torch.cuda.is_available()
+        cp_rank = parallel_state.get_context_parallel_rank()
+        is_first = dist.get_rank(parallel_state.get_model_parallel_group()) == 0
         return cls(
             device=torch.device("cuda", torch.cuda.current_device())
             if has_cuda
@@ -52,13 +56,15 @@ class Ranks:
             dp_size=parallel_state.get_data_parallel_world_size(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            leads_replica=dist.get_rank(parallel_state.get_model_parallel_group()) == 0,
+            # Megatron's model-parallel group is of one context-parallel rank.
+            leads_replica=is_first and cp_rank == 0,
+            cp_rank=cp_rank,
         )
 
     @property
     def speaks_for_replica(self) -> bool:
         """One rank of each replica: it holds the logprobs and counts the metrics."""
-        return self.is_last_stage and self.tp_rank == 0
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
 
 class Replicas(Protocol):
@@ -104,20 +110,15 @@ class MegatronReplicas:
         self.device = ranks.device
         self._replicas = _host_group()
         self._replica = parallel_state.get_model_parallel_group()
-        self.num_ranks = dist.get_world_size(self._replica)
+        self._context = parallel_state.get_context_parallel_group()
+        self.num_ranks = dist.get_world_size(self._replica) * dist.get_world_size(self._context)
         self._stages = parallel_state.get_pipeline_model_parallel_group()
 
     def gather(self, action: Callable[[], T]) -> list[T]:
         """See ``Replicas.gather``."""
         if self.size == 1:
             return [action()]
-        result, error = attempt(action)
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, (result, told_error(error)), group=self._replicas)
-        for rank, (_, told) in enumerate(parts):
-            if told is not None:
-                raise error if rank == self.rank and error is not None else told
-        return [value for value, _ in parts]
+        return from_all_ranks(action, self._replicas)
 
     def exchange(self, parts: Sequence[bytes]) -> list[bytes]:
         """See ``Replicas.exchange``."""
@@ -143,8 +144,11 @@ class MegatronReplicas:
             return action()
         value, error = attempt(action) if self.leads else (None, None)
         shared: list[Any] = [value, told_error(error)]
-        source = dist.get_global_rank(self._replica, 0)
-        dist.broadcast_object_list(shared, src=source, group=self._replica, device=self.device)
+        # To the first rank of every other context-parallel part, and within each part.
+        for group in (self._context, self._replica):
+            if dist.get_world_size(group) > 1:
+                source = dist.get_global_rank(group, 0)
+                dist.broadcast_object_list(shared, src=source, group=group, device=self.device)
         if shared[1] is not None:
             raise error or shared[1]
         return shared[0]  # type: ignore[no-any-return]

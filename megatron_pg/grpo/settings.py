@@ -26,7 +26,8 @@ class PrefixGroupConfig:
             once more in the backward pass.
         max_resident_tokens: prompt tokens that are resident at once; more take several waves.
             ``max_tokens_per_microbatch`` when None.
-        logprob_chunk_tokens: predictions whose logits exist at once.
+        logprob_chunk_tokens: predictions whose logits exist at once; when None 1,024, on CUDA as
+            many as 1.25 GiB of logits hold, up to 4,096.
     """
 
     attention_backend: str = "auto"
@@ -35,7 +36,7 @@ class PrefixGroupConfig:
     prefix_resident: Literal["auto", "always", "never"] = "auto"
     prefix_resident_mode: Literal["retain", "recompute"] = "retain"
     max_resident_tokens: int | None = None
-    logprob_chunk_tokens: int = 1024
+    logprob_chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class GrpoConfig:
         num_minibatches: optimizer steps per pass; whole groups in the order of the rollout, as
             even as can be.
         policy: see ``loss.PolicyLossConfig``.
+        calculate_entropy: report the mean entropy of predictions, without a gradient unless
+            ``entropy_coeff`` asks for one, which needs it anyway. On CUDA it is summed where logits
+            are read for the logprobs; elsewhere it is one more pass over them.
         use_kl_in_reward: subtract the KL to the reference from the reward.
         kl_coef: weight of the KL in the reward.
         kl_penalty: estimator of the KL in the reward, one of ``loss.KL_KINDS``.
@@ -80,6 +84,7 @@ class GrpoConfig:
     ppo_epochs: int = 1
     num_minibatches: int = 1
     policy: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    calculate_entropy: bool = True
     use_kl_in_reward: bool = False
     kl_coef: float = 0.001
     kl_penalty: str = "k1"
@@ -97,6 +102,11 @@ class GrpoConfig:
         """Whether the policy that is updated differs from the one that the loss compares with."""
         is_on_policy = self.ppo_epochs == 1 and self.num_minibatches == 1
         return not is_on_policy or self.policy.importance_mode is not None
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether a metric or the bonus reads the entropy of predictions."""
+        return self.calculate_entropy or self.policy.entropy_coeff != 0
 
     @property
     def whitens(self) -> bool:

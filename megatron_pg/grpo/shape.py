@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..data import CostModel, Group, GroupShape, Status, carried_fields
+from ..data import Group, Status, carried_fields
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -53,27 +53,23 @@ class StepShape:
     def of(
         cls,
         groups: Sequence[Group],
-        shapes: Sequence[GroupShape] | None = None,
-        cost_model: CostModel | None = None,
+        costs: Sequence[float] | None = None,
     ) -> StepShape:
         """Of the groups that one replica brings.
 
         Args:
             groups: in the order of the rollout.
-            shapes: what the samples of every group share; without them, costs are 0.
-            cost_model: of ``costs``; the default model when None.
+            costs: of every group; 0 when None.
 
         Raises:
             ValueError: if some samples carry a kind of values and others do not.
         """
-        cost_model = cost_model or CostModel()
         samples = [sample for group in groups for sample in group.samples]
         is_trained = any(sample.num_loss_tokens for sample in samples)
-        costs = [shape.cost(cost_model) for shape in shapes] if shapes else [0.0] * len(groups)
         return cls(
             group_ids=tuple(group.group_id for group in groups),
             num_samples=_ints(len(group.samples) for group in groups),
-            costs=np.array(costs, dtype=np.float64),
+            costs=np.array([0.0] * len(groups) if costs is None else costs, dtype=np.float64),
             rewards=np.array([s.reward for s in samples], dtype=np.float64),
             loss_lens=_ints(s.num_loss_tokens for s in samples),
             prompt_lens=_ints(len(s.prompt_ids) for s in samples),

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..data import CostModel, Group, RouteShape
 from ..loss import kl_of_samples
-from ..mcore import check_replayable, layer_windows
+from ..mcore import check_replayable
 from .advantages import compute_advantages, shaped_rewards
 from .batch import StepBatch, pack_batch
 from .offload import Offloaded
-from .packing import PackingConfig
+from .packing_config import PackingConfig, row_cost_model
 from .passes import HeadConfig, compute_logprobs, train_pass
 from .placement import Placement, place_groups, written_out
 from .replay import RouteRecord, check_carried, replayed_routes
 from .replicas import MegatronReplicas, Ranks
 from .settings import GrpoConfig, PrefixGroupConfig
-from .trainable import check_trainable, checked_chunks
+from .trainable import check_trainable, checked_chunks, unwrapped
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -80,12 +80,14 @@ class GrpoStep:
         self.replayed_routes = replayed_routes(self.algorithm, self.route_shape)
         if self.algorithm.router_replay != "disabled":
             check_replayable(config)
-        cost_model = cost_model or CostModel.from_config(config, vocab_size, layer_windows(config))
+        pattern = unwrapped(self.chunks[0]).hybrid_layer_pattern
+        cost_model = cost_model or row_cost_model(config, vocab_size, hybrid_layer_pattern=pattern)
         self.packing = PackingConfig.from_config(settings, config, cost_model)
         self.head = HeadConfig(
             temperature=temperature,
             vocab_size=vocab_size,
             chunk_tokens=settings.logprob_chunk_tokens,
+            with_entropy=self.algorithm.needs_entropy,
             resident_mode=settings.prefix_resident_mode,
         )
         self.max_response_tokens = max_response_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..mcore import PrefixGroupedGPTModel
+from ..mcore import PrefixGroupedModel
 
 
 def checked_chunks(name: str, chunks: Sequence[Any], vocab_size: int) -> list[Any]:
@@ -16,11 +16,12 @@ def checked_chunks(name: str, chunks: Sequence[Any], vocab_size: int) -> list[An
             "pass [model]"
         )
     for chunk in chunks:
-        model = _unwrapped(chunk)
-        if not isinstance(model, PrefixGroupedGPTModel):
+        model = unwrapped(chunk)
+        if not isinstance(model, PrefixGroupedModel):
             raise ValueError(
                 f"{name} has a {type(model).__name__}, which does not predict over packed rows; "
-                "build a megatron_pg.mcore.PrefixGroupedGPTModel from the wrapped spec"
+                "build a megatron_pg.mcore.PrefixGroupedGPTModel or PrefixGroupedHybridModel from "
+                "the wrapped spec"
             )
         if model.vocab_size < vocab_size:
             raise ValueError(
@@ -30,7 +31,8 @@ def checked_chunks(name: str, chunks: Sequence[Any], vocab_size: int) -> list[An
     return list(chunks)
 
 
-def _unwrapped(chunk: Any) -> Any:
+def unwrapped(chunk: Any) -> Any:
+    """The model in what wraps it for training."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
@@ -44,6 +46,20 @@ def check_trainable(chunks: Sequence[Any], config: Any) -> None:
             "chunks have no gradient buffers; wrap each in "
             "megatron.core.distributed.DistributedDataParallel"
         )
+    settings = [getattr(chunk, "ddp_config", None) for chunk in chunks]
+    gathers = any(getattr(of_chunk, "overlap_param_gather", False) for of_chunk in settings)
+    if gathers or config.param_sync_func is not None:
+        problems.append(
+            "overlap_param_gather=True lets modules wait for their weights when they are called, "
+            "but logprobs and samples read the output layer's without a call; set it to False"
+        )
+    reduces_beside = any(getattr(of_chunk, "overlap_grad_reduce", False) for of_chunk in settings)
+    if reduces_beside and config.no_sync_func is None:
+        problems.append(
+            "overlap_grad_reduce=True without no_sync_func starts the reduction after as many "
+            "backward passes as the first step made, and packing changes their number; set "
+            "no_sync_func to the chunk's no_sync (a list for several chunks)"
+        )
     if not config.calculate_per_token_loss:
         problems.append(
             "calculate_per_token_loss=False divides the loss by the number of microbatches, which "
@@ -56,5 +72,5 @@ def check_trainable(chunks: Sequence[Any], config: Any) -> None:
         )
     if problems:
         raise ValueError(
-            "the model's TransformerConfig cannot train packed rows: " + "; ".join(problems)
+            "the model's configuration cannot train packed rows: " + "; ".join(problems)
         )

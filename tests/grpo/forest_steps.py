@@ -17,6 +17,7 @@ from megatron_pg.grpo import (
     GrpoStep,
     PrefixGroupConfig,
     TokenCounts,
+    row_cost_model,
     total_over_replicas,
 )
 from tests.mcore import harness
@@ -61,36 +62,51 @@ def forest_step(
     groups: Sequence[Group],
     truth: Sequence[Sequence[Weighted]],
 ) -> Found:
-    """Both steps with one model; replica i brings every dp-th group, ``truth`` is by minibatch."""
-    with harness.on_cpu():
+    """Both steps with one model; replica i brings every dp-th group, ``truth`` is by minibatch.
+
+    Where others divide a row, the stock model has replicas.
+    """
+    with harness.on_cpu(case):
         harness.initialize(case)
-        config, stock_config = harness.make_config(case), harness.make_config(case)
+        config = harness.make_config(case)
         packed = harness.build(case, config, packed=True)
-        stock = harness.build(case, stock_config, packed=False)
-        for ours, theirs in zip(packed, stock):
-            theirs.load_state_dict(ours.state_dict())
+        harness.make_states_reach_far(packed)
         step = GrpoStep(
             harness.wrap_ddp(case, config, packed),
             vocab_size=harness.VOCAB,
             algorithm=algorithm,
             settings=settings,
         )
-        control = harness.wrap_ddp(case, stock_config, stock)
+        if case.pattern is not None:
+            # Rows are balanced by the layers that the pattern names.
+            costs = row_cost_model(config, harness.VOCAB, hybrid_layer_pattern=case.pattern)
+            assert costs == step.packing.cost_model != row_cost_model(config, harness.VOCAB)
         rank = parallel_state.get_data_parallel_rank()
         mine = {i: g for i, g in enumerate(groups) if i % case.dp == rank}
         check = step.self_check(mine, len(groups))
         batch = step.prepare(mine)
         assert len(batch.minibatches) == len(truth)
-        compared = []
-        for number, rows in enumerate(truth):
+        found = []
+        for number in range(len(truth)):
             sums = step.backward(batch, number)
-            got = harness.named_gradients(step.chunks)
+            loss = total_over_replicas(sums, step.ranks).get("loss")
+            found.append((loss, harness.named_gradients(step.chunks)))
+        case = case.without_context
+        harness.initialize(case)
+        rank = parallel_state.get_data_parallel_rank()
+        config = harness.make_config(case)
+        stock = harness.build(case, config, packed=False)
+        for ours, theirs in zip(packed, stock):
+            theirs.load_state_dict(ours.state_dict())
+        control = harness.wrap_ddp(case, config, stock)
+        compared = []
+        for (loss, got), rows in zip(found, truth):
             harness.run_step(case, control, written_out_step, list(rows[rank :: case.dp]))
             want = harness.named_gradients(control)
             norms = {n: float(want[n].norm()) for n in want}
             compared.append(
                 Compared(
-                    loss=total_over_replicas(sums, step.ranks).get("loss"),
+                    loss=loss,
                     errors={n: float((got[n] - want[n]).norm()) / norms[n] for n in want},
                     least=min(norms.values()),
                 )

@@ -62,36 +62,35 @@ def replay_step(
     groups: Sequence[Group],
     truth: Sequence[tuple[Sample, float]],
 ) -> Replayed:
-    """A step on ``groups`` and one on ``truth``, whose samples have a route for every token."""
-    with harness.on_cpu():
+    """A step on ``groups``, dealt to replicas, and one on ``truth`` with a route for every token.
+
+    Where others divide a row, the stock model has replicas.
+    """
+    with harness.on_cpu(case):
         harness.initialize(case)
         config = harness.make_config(case)
-        stock_case = replace(case, config=case.config | dict(moe_enable_routing_replay=True))
-        # Megatron's own replay counts on one forward pass for each backward pass.
-        stock_case.config.pop("recompute_granularity", None)
-        stock_config = harness.make_config(stock_case)
-        packed = harness.build(case, config, packed=True)
-        stock = harness.build(stock_case, stock_config, packed=False)
-        for ours, theirs in zip(packed, stock):
-            theirs.load_state_dict(ours.state_dict())
-        chunks = harness.wrap_ddp(case, config, packed)
-        control = harness.wrap_ddp(case, stock_config, stock)
+        built = harness.build(case, config, packed=True)
+        harness.make_experts_differ(built)
+        chunks = harness.wrap_ddp(case, config, built)
         found = []
         for mode in ("R3", "disabled"):
             algorithm = GrpoConfig(router_replay=mode)
             step = GrpoStep(
                 chunks, vocab_size=harness.VOCAB, algorithm=algorithm, settings=settings
             )
-            batch = step.prepare(groups)
+            batch = step.prepare(groups[step.ranks.dp_rank :: case.dp])
             step.backward(batch)
             found.append((batch.tokens, harness.named_gradients(chunks)))
             if mode == "R3":
                 places = moe_layers(chunks)
-                pairs = list(zip(routes_of(batch), routes_of(passed(step, batch))))
+                pairs = [
+                    (given, own)
+                    for given, own in zip(routes_of(batch), routes_of(passed(step, batch)))
+                    if given is not None
+                ]
                 taken = all(is_taken(given[:, places], own[:, places]) for given, own in pairs)
                 unknown = sum(int((given[:, -1, 0] < 0).sum()) for given, _ in pairs)
-        harness.run_step(case, control, routed_step, list(truth))
-        want = harness.named_gradients(control)
+        want = stock_gradients(case, chunks, truth)
         norms = {name: float(want[name].norm()) for name in want}
         (tokens, routed), (_, unrouted) = found
 
@@ -107,6 +106,25 @@ def replay_step(
             taken=taken,
             unknown=unknown,
         )
+
+
+def stock_gradients(
+    case: harness.Case, chunks: Sequence[Any], truth: Sequence[tuple[Sample, float]]
+) -> dict[str, Tensor]:
+    """Of the stock model with the weights of ``chunks``, every sample written out."""
+    settings = {k: v for k, v in case.config.items() if not k.startswith("recompute")}
+    # Megatron's own replay counts on one forward pass for each backward pass.
+    case = replace(case.without_context, config=settings | dict(moe_enable_routing_replay=True))
+    harness.initialize(case)
+    config = harness.make_config(case)
+    control = harness.wrap_ddp(case, config, harness.build(case, config, packed=False))
+    for ours, theirs in zip(chunks, control):
+        theirs.load_state_dict(ours.state_dict())
+    # As many on every replica: their experts wait for each other.
+    rows = [*truth, *[(truth[0][0], 0.0)] * (-len(truth) % case.dp)]
+    mine = rows[parallel_state.get_data_parallel_rank() :: case.dp]
+    harness.run_step(case, control, routed_step, mine)
+    return harness.named_gradients(control)
 
 
 def moe_layers(chunks: Sequence[Any]) -> list[int]:
@@ -172,7 +190,7 @@ def recorded_step(
     case: harness.Case, settings: PrefixGroupConfig, groups: Sequence[Group]
 ) -> Recorded:
     """A step that records, trains, and goes over its rows once more with other weights."""
-    with harness.on_cpu():
+    with harness.on_cpu(case):
         harness.initialize(case)
         config = harness.make_config(case)
         chunks = harness.wrap_ddp(case, config, harness.build(case, config, packed=True))
@@ -217,15 +235,18 @@ def passed(step: GrpoStep, batch: StepBatch) -> StepBatch:
     return record.onto(batch, step.route_shape)
 
 
-def routes_of(batch: StepBatch) -> list[Tensor]:
-    """Of every row, padding left out."""
+def routes_of(batch: StepBatch) -> list[Any]:
+    """Of every row, padding left out; None of one that fills up, and has none."""
     rows: list[Any] = [
         row
         for part in batch.minibatches
         for wave in part.waves
         for row in (*wave.prefix_rows, *wave.microbatches)
     ]
-    return [row.routed_experts[: row.layout.unique_tokens] for row in rows]
+    return [
+        None if row.routed_experts is None else row.routed_experts[: row.layout.unique_tokens]
+        for row in rows
+    ]
 
 
 def one_by_one(groups: Sequence[Group]) -> list[Group]:

@@ -12,7 +12,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from megatron_pg import PrefixTree, pack_trees
-from megatron_pg.data import Group
+from megatron_pg.data import Group, Sample
 from megatron_pg.grpo import GrpoStep, PrefixGroupConfig
 from tests.data.samples import make_large_groups
 from tests.mcore import harness
@@ -21,8 +21,9 @@ from tests.train import late_imports  # noqa: F401
 
 
 def groups_of(dp_rank: int, advantage: float) -> list[Group]:
-    """Groups of one replica; the second one has fewer, and gets fillers."""
+    """Groups of one replica, an even number of tokens; the second has fewer, and gets fillers."""
     groups = make_large_groups(seed=dp_rank, vocab_size=harness.VOCAB)[: 2 if dp_rank else 5]
+    groups = groups[1:]
 
     def advantaged(sample: Any, number: int) -> Any:
         own = torch.full((len(sample.response_ids),), advantage * (-1) ** number)
@@ -62,7 +63,8 @@ def counted(config: Any, chunks: list[Any]) -> dict[str, Tensor]:
     def finalize(*args: Any, **kwargs: Any) -> None:
         for router in routers(chunks):
             count = router.local_tokens_per_expert.clone()
-            dist.all_reduce(count, group=parallel_state.get_tensor_and_data_parallel_group())
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            dist.all_reduce(count, group=group)
             counts[f"count {router.layer_number}"] = count
         finalize_model_grads(*args, **kwargs)
 
@@ -75,7 +77,10 @@ def against_stock(case: RouterCase, settings: PrefixGroupConfig) -> tuple[dict[s
     with harness.on_cpu():
         harness.initialize(case)
         ours, got, counts, tokens = packed(case, settings, advantage=0.0)
-        averaged = replace(case, config=case.config | dict(calculate_per_token_loss=False))
+        averaged = replace(
+            case.without_context, config=case.config | dict(calculate_per_token_loss=False)
+        )
+        harness.initialize(averaged)
         config = harness.make_config(averaged)
         stock = harness.wrap_ddp(averaged, config, harness.build(averaged, config, packed=False))
         for theirs, chunk in zip(stock, ours):
@@ -84,11 +89,87 @@ def against_stock(case: RouterCase, settings: PrefixGroupConfig) -> tuple[dict[s
         rows = stock_batches(averaged, [all_samples_in_one_row(case)])
         harness.run_step(averaged, stock, stock_step, rows)
         # Every replica has run all samples.
-        got |= {name: count * case.dp for name, count in counts.items()}
+        got |= {name: count * averaged.dp for name, count in counts.items()}
         want = harness.named_gradients(stock) | expected
         reached = [name for name, x in want.items() if x.any()]
         assert any("layers.0" in name for name in reached) or case.pp > 1
         return {name: relative(got[name], want[name]) for name in reached}, tokens
+
+
+def even_groups() -> list[Group]:
+    """Prompts and responses of even lengths; nothing is gained by them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(2, harness.VOCAB, (length,), generator=generator)
+
+    groups = []
+    for number, (prompt_len, lens) in enumerate([(8, (2, 6, 4)), (4, (2, 2, 8, 6)), (10, (4, 4))]):
+        prompt = tokens(prompt_len)
+        samples = [
+            Sample(
+                prompt_ids=prompt,
+                response_ids=tokens(length),
+                reward=0.0,
+                loss_mask=torch.ones(length, dtype=torch.bool),
+                advantages=torch.zeros(length, dtype=torch.float64),
+            )
+            for length in lens
+        ]
+        groups.append(Group(f"even{number}", tuple(samples)))
+    return groups
+
+
+def rows_against_stock(
+    case: RouterCase, settings: PrefixGroupConfig
+) -> tuple[dict[str, float], int]:
+    """Errors of gradients of the routers' losses alone; the number of rows.
+
+    The stock model gets the samples of one row after the other, each row weighted by its share of
+    the tokens; under a loss of every sample one sample after the other.
+    """
+    with harness.on_cpu():
+        harness.initialize(case)
+        config = harness.make_config(case)
+        chunks = harness.wrap_ddp(case, config, harness.build(case, config, packed=True))
+        groups = even_groups()
+        step = GrpoStep(chunks, vocab_size=harness.VOCAB, settings=settings)
+        batch = step.prepare(groups)
+        step.backward(batch)
+        got = harness.named_gradients(chunks)
+        stock_case = replace(
+            case.without_context, config=case.config | dict(calculate_per_token_loss=False)
+        )
+        harness.initialize(stock_case)
+        stock_config = harness.make_config(stock_case)
+        built = harness.build(stock_case, stock_config, packed=False)
+        stock = harness.wrap_ddp(stock_case, stock_config, built)
+        for theirs, chunk in zip(stock, chunks):
+            theirs.load_state_dict(chunk.state_dict())
+        samples = [sample for group in groups for sample in group.samples]
+        total = sum(len(sample.tokens) for sample in samples)
+        rows = [row for part in batch.minibatches for row in part.rows]
+        by_sample = case.config["moe_router_load_balancing_type"] == "seq_aux_loss"
+        want = {name: torch.zeros_like(gradient) for name, gradient in got.items()}
+        for row in rows:
+            own = [samples[number].tokens for number in row.sample_numbers.tolist()]
+            share = sum(map(len, own)) / total
+            parts = [[tokens] for tokens in own] if by_sample else [own]
+            for part in parts:
+                run_alone(stock_case, stock, part)
+                for name, gradient in harness.named_gradients(stock).items():
+                    want[name] += gradient * (share / len(parts))
+        reached = [name for name, x in want.items() if x.any()]
+        return {name: relative(got[name], want[name]) for name in reached}, len(rows)
+
+
+def run_alone(case: RouterCase, stock: list[Any], sequences: list[Tensor]) -> None:
+    """A step of these samples in one microbatch."""
+    layout = pack_trees([PrefixTree.from_sequences([s.tolist()]) for s in sequences])
+    weights = [torch.zeros(len(s) - 1, dtype=torch.float64) for s in sequences]
+    harness.run_step(
+        case, stock, stock_step, stock_batches(case, [harness.Rows(layout, sequences, weights)])
+    )
 
 
 def main_loss_alone(

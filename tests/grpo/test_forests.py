@@ -12,9 +12,11 @@ pytest.importorskip("megatron.core")
 
 from megatron_pg.data import Group, group_tree  # noqa: E402
 from megatron_pg.grpo import GrpoConfig, PrefixGroupConfig  # noqa: E402
+from megatron_pg.mcore.versions import HAS_HYBRID_MODEL  # noqa: E402
 from tests.data.forests import forest_groups  # noqa: E402
 from tests.grpo.forest_steps import Weighted, forest_step  # noqa: E402
 from tests.grpo.test_rollouts import rollouts_of  # noqa: E402
+from tests.mcore.cases import FULL_RECOMPUTE, linear_hybrid  # noqa: E402
 from tests.mcore.harness import Case  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
@@ -49,6 +51,22 @@ FORESTS = {
     "pp2": Forest(Case(pp=2), "seq-mean-token-mean", max_tokens=60),
     "dp2": Forest(Case(dp=2), "seq-mean-token-mean", minibatches=2),
     "dp2_weighted": Forest(Case(dp=2), "seq-mean-token-sum", is_weighted=True),
+    **(
+        {
+            "hybrid_pp2": Forest(Case(pp=2, **linear_hybrid("M*|-G")), max_tokens=60),
+            "hybrid_resident": Forest(
+                Case(**linear_hybrid("M*M")), min_shared=1, max_tokens=40, resident="always"
+            ),
+            "hybrid_cp2_resident": Forest(
+                Case(cp=2, **linear_hybrid("M*G", **FULL_RECOMPUTE)),
+                min_shared=1,
+                max_tokens=40,
+                resident="always",
+            ),
+        }
+        if HAS_HYBRID_MODEL
+        else {}
+    ),
     "pp2_dp2_resident": Forest(Case(pp=2, dp=2), min_shared=1, max_tokens=40, resident="always"),
 }
 

@@ -28,6 +28,7 @@ from megatron_pg.grpo import (  # noqa: E402
     pack_batch,
     place_groups,
     plan_all_replicas,
+    trained_minibatches,
 )
 from megatron_pg.loss import ADVANTAGE_ESTIMATORS  # noqa: E402
 from tests.data.forests import forest_groups  # noqa: E402
@@ -106,16 +107,19 @@ def test_every_token_is_packed_once_with_its_values(size: int) -> None:
         assert found[key][0] == pytest.approx(weight, rel=1e-14) and found[key][1] == logprob
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_replicas_plan_what_one_process_plans_for_all(size: int) -> None:
-    plans = plan_all_replicas([group_shape(g) for g in GROUPS], size, PACKING)
-    found = batches(GROUPS, size, GrpoConfig())
+@pytest.mark.parametrize(("size", "num_minibatches"), [(2, 1), (3, 1), (2, 3)])
+def test_replicas_plan_what_one_process_plans_for_all(size: int, num_minibatches: int) -> None:
+    shapes = [group_shape(g) for g in GROUPS]
+    algorithm = GrpoConfig(num_minibatches=num_minibatches)
+    plans = plan_all_replicas(shapes, size, PACKING, trained_minibatches(GROUPS, algorithm))
+    found = batches(GROUPS, size, algorithm)
     for waves, batch in zip(plans, found, strict=True):
         want = [[wave.row_layout(i).total_tokens for i in range(len(wave.rows))] for wave in waves]
-        (minibatch,) = batch.minibatches
-        got = [[len(row.tokens) for row in wave.microbatches] for wave in minibatch.waves]
-        assert got == want
-    assert len({len(batch.minibatches[0].rows) for batch in found}) == 1
+        assert len(batch.minibatches) == num_minibatches
+        made = [wave for minibatch in batch.minibatches for wave in minibatch.waves]
+        assert [[len(row.tokens) for row in wave.microbatches] for wave in made] == want
+    for minibatch in range(num_minibatches):
+        assert len({len(batch.minibatches[minibatch].rows) for batch in found}) == 1
     assert found[0].tokens == found[-1].tokens and found[0].tokens.logical > 300
 
 

@@ -30,6 +30,11 @@ CASES = {
     "recompute": (cases.router(cases.Z, BIAS), RECOMPUTE),
     "retain_dp2": (cases.router(cases.Z, BIAS, dp=2), RETAIN),
     "retain_pp2": (cases.router(cases.Z, BIAS, pp=2), RETAIN),
+    # Megatron-Core up to 0.18 divides what a row's routers lose by these ranks.
+    "one_row_tp2": (cases.router(cases.AUX, cases.Z, BIAS, tp=2, sp=True), ONE_ROW),
+    "retain_tp2": (cases.router(cases.Z, BIAS, tp=2, sp=True), RETAIN),
+    "one_row_cp2": (cases.router(cases.AUX, cases.Z, BIAS, cp=2), ONE_ROW),
+    "retain_cp2": (cases.router(cases.Z, BIAS, cp=2), RETAIN),
 }
 
 
@@ -45,7 +50,28 @@ def test_router_losses_equal_the_stock_routers_on_all_samples(ranks: Pool, name:
         assert bool(tokens.fillers) == (name == "retain_dp2")
 
 
-@pytest.mark.parametrize("name", ["rows_dp2", "retain_dp2"])
+PER_TOKEN = dict(calculate_per_token_loss=True)
+EVEN_ROWS = replace(ONE_ROW, max_tokens_per_microbatch=24)
+# Megatron-Core up to 0.18 gives several of these ranks a fraction of the coefficients.
+BY_ROW = {
+    "aux_tp2_sp": cases.router(cases.AUX, cases.Z, tp=2, sp=True),
+    "aux_cp2": cases.router(cases.AUX, cases.Z, cp=2),
+    "seq_tp2_sp": cases.router(cases.SEQ, PER_TOKEN, tp=2, sp=True),
+    "seq_cp2": cases.router(cases.SEQ, PER_TOKEN, cp=2),
+    "seq_pp2": cases.router(cases.SEQ, PER_TOKEN, pp=2),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROW)
+def test_a_row_weighs_as_much_as_its_samples_have_tokens(ranks: Pool, name: str) -> None:
+    """Losses that are not linear, of rows and of samples, on ranks that divide either."""
+    case = BY_ROW[name]
+    for errors, num_rows in ranks.run(2, router_steps.rows_against_stock, case, EVEN_ROWS):
+        assert num_rows > 2 and len(errors) > 4
+        harness.assert_within(errors, case.bound)
+
+
+@pytest.mark.parametrize("name", ["rows_dp2", "retain_dp2", "retain_tp2", "retain_cp2"])
 def test_the_policy_loss_stays_what_it_is_beside_them(ranks: Pool, name: str) -> None:
     case, settings = CASES[name]
     tiny = replace(case, config=case.config | dict(moe_z_loss_coeff=1e-30))

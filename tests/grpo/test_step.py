@@ -25,7 +25,7 @@ from megatron_pg.grpo import (  # noqa: E402
     Ranks,
     step,
 )
-from megatron_pg.mcore import with_prefix_grouped_attention  # noqa: E402
+from megatron_pg.mcore import model, with_prefix_grouped_attention  # noqa: E402
 from megatron_pg.train import load_config  # noqa: E402
 from tests.grpo import on_ranks  # noqa: E402
 from tests.mcore import harness  # noqa: E402
@@ -69,11 +69,41 @@ def test_rows_run_once_for_the_policy_and_once_for_the_reference(
     assert batch.kl_of_samples is not None and len(batch.kl_of_samples.unique()) > 10
 
 
+@pytest.mark.parametrize("entropy_coeff", [0.0, 0.01])
+@pytest.mark.parametrize("calculate_entropy", [True, False])
+def test_the_entropy_is_made_where_something_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calculate_entropy: bool, entropy_coeff: float
+) -> None:
+    config = config_of(
+        tmp_path,
+        algorithm__calculate_entropy=calculate_entropy,
+        algorithm__policy={"entropy_coeff": entropy_coeff},
+    )
+    asked: list[bool] = []
+    original = model.vocab_parallel_logprobs
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["with_entropy"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(model, "vocab_parallel_logprobs", noted)
+    with tiny.opened(config) as trainer:
+        batch = trainer.grpo.prepare(trainer.stream.next_groups(5))
+        asked.clear()
+        sums = trainer.grpo.backward(batch, 0)
+    is_read = calculate_entropy or entropy_coeff > 0
+    assert asked == [is_read] * len(asked) and asked
+    assert ("entropy" in sums) == is_read and ("entropy_loss" in sums) == (entropy_coeff > 0)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("calculate_per_token_loss", False, "calculate_per_token_loss=True"),
         ("finalize_model_grads_func", None, "megatron.core.distributed.finalize_model_grads"),
+        ("param_sync_func", print, "overlap_param_gather=True lets modules wait"),
+        ("overlap_param_gather", True, "overlap_param_gather=True lets modules wait"),
+        ("overlap_grad_reduce", True, "overlap_grad_reduce=True without no_sync_func"),
     ],
 )
 def test_configurations_that_scale_or_leave_gradients_are_refused(
@@ -81,7 +111,9 @@ def test_configurations_that_scale_or_leave_gradients_are_refused(
 ) -> None:
     config = config_of(tmp_path)
     with tiny.opened(config) as trainer:
-        setattr(trainer.model.plan.config, name, value)
+        config = trainer.model.plan.config
+        owner = config if hasattr(config, name) else trainer.model.chunks[0].ddp_config
+        setattr(owner, name, value)
         with pytest.raises(ValueError, match=message):
             GrpoStep(trainer.model.chunks, vocab_size=tiny.VOCAB)
 
