@@ -28,6 +28,7 @@ from .folders import (
 )
 from .inspect import CheckpointSummary, inspect_checkpoint
 from .load import load_hf, load_weights
+from .one_rank import one_rank
 from .reshard import reshard_checkpoint
 from .sharded_state import load_sharded_state
 from .verify import LogitComparison, compare_logits, compare_training_state, compare_weights
@@ -66,6 +67,7 @@ __all__ = [
     "make_megatron_args",
     "megatron_to_hf",
     "megatron_to_hf_by_bridge",
+    "one_rank",
     "open_weights",
     "parse_dtype",
     "parse_hf_config",

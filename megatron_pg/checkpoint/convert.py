@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..parallel import ParallelSizes, PipelineSplit
 from .arguments import make_megatron_args
 from .files import atomic_folder, check_absent
 from .folders import (
@@ -18,9 +19,9 @@ from .folders import (
     MegatronFolder,
     TorchDistWriter,
     WeightSource,
-    check_one_kind,
     common_state,
     has_tokenizer,
+    is_hf_folder,
     iteration_name,
     make_weight_files,
     write_hf_metadata,
@@ -30,6 +31,7 @@ from .folders import (
 )
 from .table import make_shard
 
+_LINEAR = re.compile(r"(.+\.(?:linear_\w+|in_proj|out_proj))\.weight(?:\.query|\.z)?")
 # Called with (done, total) after every tensor.
 Progress = Callable[[int, int], None]
 
@@ -41,6 +43,9 @@ def hf_to_megatron(
     tp_size: int = 1,
     pp_size: int = 1,
     vpp_size: int | None = None,
+    ep_size: int = 1,
+    etp_size: int | None = None,
+    split: PipelineSplit | None = None,
     dtype: torch.dtype | None = None,
     make_vocab_size_divisible_by: int = 128,
     dry_run: bool = False,
@@ -48,7 +53,7 @@ def hf_to_megatron(
 ) -> Path:
     """Write a Hugging Face folder as a torch_dist checkpoint that Megatron-LM's ``--load`` takes.
 
-    The tensors are layout-free: any tp, pp and vpp loads them. The layout given is checked
+    The tensors are layout-free: any sizes load them. The layout given is checked
     against the model, decides the padding of the vocabulary and is recorded in ``args``.
 
     Args:
@@ -58,6 +63,9 @@ def hf_to_megatron(
         tp_size: tensor-parallel size to record.
         pp_size: pipeline-parallel size to record.
         vpp_size: chunks per pipeline rank to record.
+        ep_size: expert-parallel size to record.
+        etp_size: expert-tensor-parallel size to record; None: ``tp_size``.
+        split: how stages come by their layers, to record; None: evenly.
         dtype: of the written weights; None: every tensor as stored.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp.
         dry_run: check everything, write nothing.
@@ -73,9 +81,8 @@ def hf_to_megatron(
     source, out = HfFolder(hf_dir), Path(out_dir)
     args = make_megatron_args(
         source.model,
-        tp_size=tp_size,
-        pp_size=pp_size,
-        vpp_size=vpp_size,
+        ParallelSizes(tp=tp_size, pp=pp_size, vpp=vpp_size, ep=ep_size, etp=etp_size),
+        split or PipelineSplit(),
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         dtype=dtype,
     )
@@ -136,10 +143,12 @@ def write_megatron_weights(
         shard = table.shard(name)
         stored = table.dtype(name) or dtype or source.dtypes[shard.pieces[0].name]
         tensor = make_shard(shard, source.read, stored, name)
-        for place in written_places(name, source.model):
-            shape = *place.leading, *shard.shape
-            writer.add(place.key, tensor, shape, (*place.index, *(0 for _ in shard.shape)))
-            linear = re.fullmatch(r"(.+\.linear_\w+)\.weight", place.key)
+        parts = table.sections(name, tensor)
+        for part, place in ((t, p) for n, t in parts for p in written_places(n, source.model)):
+            shape = *place.leading, *part.shape
+            writer.add(place.key, part, shape, (*place.index, *(0 for _ in part.shape)))
+            # The first part of one that is stored in parts stands for its layer.
+            linear = _LINEAR.fullmatch(place.key)
             if linear:
                 # A layer's own tensors are the only part of their object.
                 at = ".".join(map(str, place.index or (0,)))
@@ -147,6 +156,9 @@ def write_megatron_weights(
                 writer.add_object(f"{linear[1]}._extra_state/shard_{at}_{of}", [None])
         if progress:
             progress(done, len(names))
+    if source.model.is_hybrid:
+        # GPTModel leaves out that of its output layer, which HybridModel asks for.
+        writer.add_object("output_layer._extra_state/shard_0_1", [None])
 
 
 def megatron_to_hf(
@@ -226,7 +238,6 @@ def open_weights(
             checkpoint.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        check_one_kind(path)
+    if is_hf_folder(path):
         return HfFolder(path)
     return MegatronFolder(path, hf_config=hf_config, trust_pickle=trust_pickle)

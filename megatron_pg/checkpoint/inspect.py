@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 
+from .arguments import LAYOUT_ARGUMENTS
 from .families import FAMILIES
 from .folders import (
     HfFolder,
     TorchDistReader,
-    check_one_kind,
     find_iteration,
+    is_hf_folder,
     is_optimizer_state,
     is_torch_dist,
 )
 
 # Arguments that are shown besides those that are fields of some family.
 _SHOWN_ARGS = (
+    *LAYOUT_ARGUMENTS,
     *("max_position_embeddings", "untie_embeddings_and_output_weights", "qk_layernorm"),
-    *("add_qkv_bias", "padded_vocab_size", "tensor_model_parallel_size", "params_dtype"),
-    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("add_qkv_bias", "padded_vocab_size", "params_dtype"),
     *("consumed_train_samples", "hf_architecture"),
 )
 
@@ -67,8 +68,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointSummary:
         NotImplementedError: a Hugging Face folder of an unsupported architecture or setting.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        check_one_kind(path)
+    if is_hf_folder(path):
         hf = HfFolder(path)
         facts = dict(architecture=hf.model.architecture, **vars(hf.model))
         tensors = {name: (shape, hf.dtypes[name]) for name, shape in hf.shapes.items()}

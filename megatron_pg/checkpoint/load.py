@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .description import HfModel
 from .folders import HfFolder, WeightSource, is_extra_state
-from .table import FUSED_NORMS, copy_into_shard
+from .table import FUSED_NORMS, RENAMED, copy_into_shard
 
 _DOWN_PROJECTION = re.compile(r"\.linear_(q|kv)_down_proj\.weight$")
 # How experts are run and balanced is the caller's choice.
@@ -108,7 +108,7 @@ def global_name(chunk: Any, name: str) -> str:
     if not match:
         return name
     layer = chunk.decoder.layers[int(match[1])]
-    leaf = FUSED_NORMS.get(match[2], match[2])
+    leaf = (FUSED_NORMS | RENAMED).get(match[2], match[2])
     if leaf in ("mlp.experts.weight1", "mlp.experts.weight2"):
         raise NotImplementedError(
             f"{name}: the legacy grouped GEMM layout of experts is not supported; set "
@@ -139,6 +139,29 @@ def gathered_names(chunk: Any, name: str) -> list[str]:
     return [f"{head}{first + rank * count}{tail}" for rank in range(groups.ep.size())]
 
 
+def _built(chunk: Any, hf_model: HfModel) -> dict[str, Any]:
+    """What the model was given beside its configuration, by the names of ``gpt_model``."""
+    built = dict(
+        position_embedding_type=chunk.position_embedding_type,
+        share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
+    )
+    pattern = getattr(chunk, "hybrid_layer_pattern", None)
+    if hf_model.is_hybrid:
+        return built | dict(hybrid_layer_pattern=pattern and pattern.replace("|", ""))
+    if pattern is not None:
+        raise ValueError(f"{hf_model.architecture} is no HybridModel; build a GPTModel")
+    built |= dict(
+        rotary_base=chunk.rotary_base,
+        rotary_percent=chunk.rotary_percent,
+        rope_scaling=bool(chunk.rotary_scaling),
+    )
+    # Latent attention makes its own positions, as its configuration says.
+    if not hf_model.is_latent:
+        factor = chunk.rotary_pos_emb.seq_len_interpolation_factor
+        built["seq_len_interpolation_factor"] = factor
+    return built
+
+
 def check_built_for(chunk: Any, hf_model: HfModel, where: object) -> None:
     """The model must be the configuration's: shapes alone would not show another rope base.
 
@@ -152,18 +175,7 @@ def check_built_for(chunk: Any, hf_model: HfModel, where: object) -> None:
         for key, value in want.items()
         if key not in _RUN and not key.endswith("dropout")
     }
-    built = dict(
-        position_embedding_type=chunk.position_embedding_type,
-        rotary_base=chunk.rotary_base,
-        rotary_percent=chunk.rotary_percent,
-        rope_scaling=bool(chunk.rotary_scaling),
-        share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
-    )
-    # Latent attention makes its own positions, as its configuration says.
-    if not hf_model.is_latent:
-        factor = chunk.rotary_pos_emb.seq_len_interpolation_factor
-        built["seq_len_interpolation_factor"] = factor
-    gpt = hf_model.gpt_model()
+    gpt, built = hf_model.gpt_model(), _built(chunk, hf_model)
     pairs |= {key: (value, gpt[key]) for key, value in built.items()}
     wrong = [f"{key}={got!r} must be {need!r}" for key, (got, need) in pairs.items() if got != need]
     if chunk.vocab_size < hf_model.vocab_size:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import check_layout, make_megatron_args
+from ..parallel import ParallelSizes, PipelineSplit
+from .arguments import LAYOUT_ARGUMENTS, check_layout, make_megatron_args
 from .convert import Progress, write_megatron_weights
 from .files import atomic_folder, check_absent
 from .folders import (
@@ -41,13 +43,16 @@ def reshard_checkpoint(
     tp_size: int,
     pp_size: int,
     vpp_size: int | None = None,
+    ep_size: int = 1,
+    etp_size: int | None = None,
+    split: PipelineSplit | None = None,
     weights_only: bool = False,
     hf_config: str | Path | None = None,
     trust_pickle: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the same training state for another tensor- and pipeline-parallel layout.
+    """Write the same training state for another parallel layout.
 
     Equals the source value for value. Tensors of torch_dist are the whole model's, so they are
     copied part by part; the vocabulary is padded for ``tp_size``, ``args`` name the new layout,
@@ -61,6 +66,9 @@ def reshard_checkpoint(
         tp_size: new tensor-parallel size.
         pp_size: new pipeline-parallel size.
         vpp_size: new number of chunks per pipeline rank.
+        ep_size: new expert-parallel size.
+        etp_size: new expert-tensor-parallel size; None: ``tp_size``.
+        split: how the new stages come by their layers; None: evenly.
         weights_only: leave the optimizer out.
         hf_config: folder with the model's configuration; None: as in ``MegatronFolder``.
         trust_pickle: allow unpickling (legacy checkpoints).
@@ -79,8 +87,10 @@ def reshard_checkpoint(
     source = MegatronFolder(megatron_dir, hf_config=hf_config, trust_pickle=trust_pickle)
     out, iteration = Path(out_dir), _iteration(source)
     name = iteration_name(iteration)
-    check_layout(source.model, tp_size, pp_size, vpp_size)
-    args = _args(source, tp_size, pp_size, vpp_size)
+    sizes = ParallelSizes(tp=tp_size, pp=pp_size, vpp=vpp_size, ep=ep_size, etp=etp_size)
+    split = split or PipelineSplit()
+    check_layout(source.model, sizes, split)
+    args = _args(source, sizes, split)
     reader = TorchDistReader(source.path) if is_torch_dist(source.path) else None
     if reader is None and not weights_only:
         raise ValueError(
@@ -88,6 +98,8 @@ def reshard_checkpoint(
             "weights_only=True, or save as torch_dist"
         )
     kept = _kept(reader, weights_only) if reader else {}
+    if source.model.num_experts:
+        _check_parts(source.path, kept, sizes.ep)
     check_absent(out)
     if dry_run:
         return out / name
@@ -119,7 +131,7 @@ def _iteration(source: MegatronFolder) -> int | None:
     return int(digits) if digits.isdecimal() and digits.isascii() else None
 
 
-def _args(source: MegatronFolder, tp_size: int, pp_size: int, vpp_size: int | None) -> Namespace:
+def _args(source: MegatronFolder, sizes: ParallelSizes, split: PipelineSplit) -> Namespace:
     """The source's arguments with the new layout; made anew where it has none."""
     divisible_by = getattr(source.args, "make_vocab_size_divisible_by", None)
     divisible_by = 128 if divisible_by is None else divisible_by
@@ -130,20 +142,15 @@ def _args(source: MegatronFolder, tp_size: int, pp_size: int, vpp_size: int | No
         )
     fresh = make_megatron_args(
         source.model,
-        tp_size=tp_size,
-        pp_size=pp_size,
-        vpp_size=vpp_size,
+        sizes,
+        split,
         make_vocab_size_divisible_by=divisible_by,
-        dtype=source.dtypes["model.embed_tokens.weight"],
+        dtype=source.dtypes[source.model.embedding],
     )
     if source.args is None:
         return fresh
     args = copy.copy(source.args)
-    for key in (
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "padded_vocab_size"),
-        *("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
-        *("no_save_rng", "ckpt_format"),
-    ):
+    for key in (*LAYOUT_ARGUMENTS, "padded_vocab_size", "no_save_rng", "ckpt_format"):
         setattr(args, key, getattr(fresh, key))
     # Megatron-LM compares it before it loads what belongs to ranks.
     args.world_size = 0
@@ -168,6 +175,24 @@ def _kept(reader: TorchDistReader, weights_only: bool) -> dict[str, StoredTensor
             "--dist-ckpt-optim-fully-reshardable), or pass weights_only=True"
         )
     return tensors
+
+
+def _check_parts(path: Path, names: Iterable[str], ep_size: int) -> None:
+    """Refuse an optimizer state that the new layout would have in other parts.
+
+    Raises:
+        ValueError: naming the folder and what to set.
+    """
+    states = [name for name in names if is_optimizer_state(name)]
+    is_parted = any(name.startswith("chained_") for name in states)
+    if states and is_parted != (ep_size > 1):
+        raise ValueError(
+            f"{path}: the optimizer's state of experts lies "
+            f"{'apart from' if is_parted else 'together with'} that of other weights, and at "
+            f"expert_model_parallel_size={ep_size} Megatron-Core has them "
+            f"{'together' if is_parted else 'apart'}; pass "
+            f"expert_model_parallel_size={'2 or more' if is_parted else 1}, or weights_only=True"
+        )
 
 
 def _copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from megatron.core.dist_checkpointing.validation import (
 
 from ..parallel import on_all_ranks
 from .folders import COMMON_STATE, TorchDistReader, is_extra_state
+
+# An optimizer of several, as ``ChainedOptimizer`` names their states.
+_PART = re.compile(r"(chained_\d+\.)+")
 
 
 def load_sharded_state(sharded_state: dict[str, Any], reader: TorchDistReader) -> dict[str, Any]:
@@ -66,6 +70,15 @@ def _name(part: ShardedTensor | ShardedObject) -> str:
 
 def _check_names(asked: set[str], reader: TorchDistReader) -> None:
     stored = {*reader.tensors, *reader.objects} - {COMMON_STATE}
+    if _without_parts(stored - asked) == _without_parts(asked - stored) != set():
+        is_parted = any(_PART.match(name) for name in stored)
+        raise ValueError(
+            f"{reader.folder} holds the optimizer's state of experts "
+            f"{'apart from' if is_parted else 'together with'} that of other weights, this run has "
+            f"them {'together' if is_parted else 'apart'}: Megatron-Core parts them where "
+            "expert_model_parallel_size divides the experts, and does not convert the state; keep "
+            "dividing them, or not, as the run that saved it"
+        )
     problems = []
     for what, names in (
         ("holds what this run has no place for", stored - asked),
@@ -81,6 +94,10 @@ def _check_names(asked: set[str], reader: TorchDistReader) -> None:
             f"{reader.folder} {'; it '.join(problems)}. It is of another model or optimizer: go on "
             "with the model and optimizer settings that saved it"
         )
+
+
+def _without_parts(names: set[str]) -> set[str]:
+    return {_PART.sub("", name) for name in names if not is_extra_state(name)}
 
 
 def _check_part(part: ShardedTensor | ShardedObject, reader: TorchDistReader) -> None:

@@ -26,6 +26,7 @@ from .folders import (
 from .load import load_weights
 from .one_rank import build_gpt, one_rank
 from .reshard import is_vocabulary
+from .table import shifted
 
 # tokens [L] -> logits [L, vocab_size]
 Forward = Callable[[Tensor], Tensor]
@@ -38,9 +39,9 @@ def compare_weights(
 ) -> Iterator[str]:
     """Every difference in configuration, names, dtypes, shapes and values, one line each.
 
-    Values must be equal bit by bit; one tensor of each is in memory at a time. Nothing is
-    yielded for equal checkpoints. Opening them has shown that their files hold the tensors of
-    their descriptions and no others.
+    Values must be equal bit by bit, or as a Megatron checkpoint among the two keeps them; one
+    tensor of each is in memory at a time. Nothing is yielded for equal checkpoints. Opening them
+    has shown that their files hold the tensors of their descriptions and no others.
 
     Raises:
         ValueError: naming the file: weights that are damaged, NaN or infinite.
@@ -60,11 +61,14 @@ def compare_weights(
     )
     # Megatron-Core keeps some in a dtype of its own, whatever a folder has them in.
     kept = {n for n, x in a.model.weight_table().hf_dtypes(torch.float64).items() if x.itemsize < 8}
+    shifts = a.model.weight_table().shifts()
+    if isinstance(a, HfFolder) and isinstance(b, HfFolder):
+        shifts = {}
     total, done = sum(len(ours.shapes) for ours, _ in pairs), 0
     for ours, theirs in pairs:
         for name in ours.shapes:
             if name in theirs.shapes:
-                yield from _compare(name, ours, theirs, name in kept)
+                yield from _compare(name, ours, theirs, name in kept, shifts.get(name, 0.0))
             done += 1
             if progress:
                 progress(done, total)
@@ -75,13 +79,17 @@ def _compare(
     a: WeightSource | CarriedTensors,
     b: WeightSource | CarriedTensors,
     may_differ_in_dtype: bool,
+    shift: float,
 ) -> Iterator[str]:
     if a.dtypes[name] != b.dtypes[name] and not may_differ_in_dtype:
         yield f"{name}: dtype {a.dtypes[name]} and {b.dtypes[name]}"
     if a.shapes[name] != b.shapes[name]:
         yield f"{name}: shape {list(a.shapes[name])} and {list(b.shapes[name])}"
     else:
-        yield from _values(name, a.read(name), b.read(name))
+        left, right = a.read(name), b.read(name)
+        if shift:
+            left, right = (shifted(x, shift).to(x.dtype) for x in (left, right))
+        yield from _values(name, left, right)
 
 
 def compare_training_state(a: MegatronFolder, b: MegatronFolder) -> Iterator[str]:
@@ -182,7 +190,8 @@ def compare_logits(
     tokens = torch.randint(0, a.model.vocab_size, (num_tokens,), generator=generator)
     left, right = (_run(source, tokens, num_greedy) for source in (a, b))
     layers = [_difference(x, y) > bound for x, y in zip(left[1], right[1])]
-    p, q = left[0].log_softmax(-1), right[0].log_softmax(-1)
+    # In fp32 the rounding of equal models would be some -1e-8.
+    p, q = (logits.double().log_softmax(-1) for logits in (left[0], right[0]))
     return LogitComparison(
         largest_difference=_difference(left[0], right[0]),
         kl=float((p.exp() * (p - q)).sum(-1).mean()),

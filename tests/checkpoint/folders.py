@@ -23,10 +23,14 @@ MODEL_TYPES = {
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "NemotronHForCausalLM": "nemotron_h",
     "Olmo3ForCausalLM": "olmo3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "SmolLM3ForCausalLM": "smollm3",
 }
@@ -51,6 +55,16 @@ _LATENT = dict(
     v_head_dim=6,
     head_dim=2,
 )
+_LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=2,
+    linear_value_head_dim=3,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    partial_rotary_factor=0.5,
+)
+_SHARED_EXPERT = dict(num_experts_per_tok=2, shared_expert_intermediate_size=6)
 _OWN: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": _BIASED_EXPERTS | _LATENT | dict(first_k_dense_replace=1),
     "Gemma3ForCausalLM": dict(query_pre_attn_scalar=4, sliding_window=64),
@@ -65,10 +79,25 @@ _OWN: dict[str, dict[str, Any]] = {
     "MiniMaxM2ForCausalLM": dict(num_local_experts=2, num_experts_per_tok=2, rotary_dim=2),
     "MistralForCausalLM": dict(sliding_window=None),
     "MixtralForCausalLM": dict(num_local_experts=2, num_experts_per_tok=2),
+    "NemotronHForCausalLM": dict(
+        layers_block_type=["mamba", "mlp"],
+        layer_norm_epsilon=1e-5,
+        mamba_num_heads=4,
+        mamba_head_dim=2,
+        n_groups=2,
+        ssm_state_size=3,
+    ),
     "Olmo3ForCausalLM": dict(sliding_window=64),
     "Qwen2MoeForCausalLM": _QWEN_EXPERTS | dict(shared_expert_intermediate_size=6),
     "Qwen3MoeForCausalLM": _QWEN_EXPERTS,
+    "Qwen3NextForCausalLM": _QWEN_EXPERTS | _SHARED_EXPERT | _LINEAR,
+    "Qwen3_5ForCausalLM": _LINEAR,
+    "Qwen3_5MoeForCausalLM": _QWEN_EXPERTS | _SHARED_EXPERT | _LINEAR,
 }
+# Neither positions nor an epsilon under this name.
+_NOT_OF = {"NemotronHForCausalLM": ("rope_theta", "rms_norm_eps")}
+# All of its layers have experts.
+_WITHOUT_MLP = {"Qwen3_5MoeForCausalLM"}
 
 
 def make_config(architecture: str, **settings: Any) -> dict[str, Any]:
@@ -89,13 +118,20 @@ def make_config(architecture: str, **settings: Any) -> dict[str, Any]:
         torch_dtype="float32",
     )
     config |= _OWN.get(architecture, {})
+    for key in _NOT_OF.get(architecture, ()):
+        del config[key]
+    if architecture in _WITHOUT_MLP:
+        del config["intermediate_size"]
     return config | settings
 
 
 def make_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = parse_hf_config(config).weight_table().hf_shapes()
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    # Factors from a half on, which are exact less one.
+    exact = (name for name in weights if name.endswith("linear_attn.norm.weight"))
+    return weights | {name: weights[name].abs() + 0.5 for name in exact}
 
 
 def write_folder(

@@ -19,6 +19,7 @@ from megatron_pg.checkpoint import (
     read_hf_config,
 )
 from megatron_pg.checkpoint.load import named_weights
+from megatron_pg.parallel import ParallelSizes
 from tests.checkpoint import tiny
 from tests.checkpoint.round_trip import same_weights
 from tests.checkpoint.tiny import Layout
@@ -93,7 +94,8 @@ def check(root: Path, name: str, layout: Layout) -> int:
         saved.mkdir(parents=True)
         (saved.parent / "latest_checkpointed_iteration.txt").write_text("7")
     dist.barrier()
-    args = make_megatron_args(model, tp_size=layout.tp, pp_size=layout.pp)
+    sizes = ParallelSizes(tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
+    args = make_megatron_args(model, sizes, layout.split)
     state = sharded(chunks) | {"args": args, "iteration": 7, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(saved))
     stock = tiny.build(model, layout, packed=False)

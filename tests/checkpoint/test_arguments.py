@@ -24,6 +24,7 @@ from megatron_pg.checkpoint import (
 )
 from megatron_pg.checkpoint.arguments import check_args
 from megatron_pg.checkpoint.description import Window, Yarn
+from megatron_pg.parallel import ParallelSizes, PipelineSplit
 
 pytestmark = pytest.mark.megatron
 
@@ -99,6 +100,15 @@ LATENT = dict(
 )
 # And latents whose norms are not those of layers.
 NO_QUERY_LATENT = dict(q_lora_rank=None, layernorm_epsilon=1e-5)
+LINEAR = dict(
+    linear_attention=(1, 1, 0, 1),
+    linear_conv_kernel_dim=3,
+    linear_key_head_dim=6,
+    linear_value_head_dim=10,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    rotary_percent=0.25,
+)
 A_FEW = dict(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16)
 MODELS = {
     "llama": a_model(),
@@ -165,6 +175,18 @@ MODELS = {
     "qwen2_moe": a_model(
         "Qwen2MoeForCausalLM", **A_FEW, moe_shared_expert_intermediate_size=24, norm_topk_prob=False
     ),
+    "qwen3_next": a_model(
+        "Qwen3NextForCausalLM",
+        **A_FEW | LINEAR,
+        moe_layer_freq=(0, 1, 1, 1),
+        moe_shared_expert_intermediate_size=24,
+    ),
+    "qwen3_5": a_model("Qwen3_5ForCausalLM", **LINEAR),
+    "qwen3_5_moe": a_model(
+        "Qwen3_5MoeForCausalLM",
+        **A_FEW | LINEAR | dict(ffn_hidden_size=16),
+        moe_shared_expert_intermediate_size=24,
+    ),
     "glm4_moe": a_model(
         "Glm4MoeForCausalLM", **A_FEW | BIASED, use_qk_norm=True, rotary_percent=0.5
     ),
@@ -188,9 +210,26 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_arguments_that_are_written_are_read(name: str) -> None:
     model = MODELS[name]
-    args = make_megatron_args(model, tp_size=2, pp_size=2)
+    args = make_megatron_args(model, ParallelSizes(tp=2, pp=2))
     assert hf_model_from_args(args, "here") == model
     check_args(args, model, "here")
+
+
+@pytest.mark.parametrize("stages", [4, 8])
+def test_94_layers_on_stages_that_do_not_divide_them(stages: int) -> None:
+    model, sizes = a_model(num_layers=94), ParallelSizes(pp=stages)
+    with pytest.raises(ValueError, match=f"num_layers=94 is no multiple of .*={stages}"):
+        make_megatron_args(model, sizes)
+    counted = PipelineSplit(
+        account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+    )
+    args = make_megatron_args(model, sizes, counted)
+    assert args.num_layers == 94 and args.account_for_loss_in_pipeline_split
+    last = {4: 22, 8: 10}[stages]
+    split = PipelineSplit(num_layers_in_last_pipeline_stage=last)
+    assert make_megatron_args(model, sizes, split).decoder_last_pipeline_num_layers == last
+    with pytest.raises(ValueError, match="num_layers_in_last_pipeline_stage"):
+        make_megatron_args(model, sizes, PipelineSplit(num_layers_in_last_pipeline_stage=20))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -202,6 +241,12 @@ def test_a_family_is_known_by_its_layers(name: str) -> None:
     if name in ("gemma3", "olmo3"):
         # No argument of Megatron-LM names their norms or the scale of embeddings.
         with pytest.raises((ValueError, NotImplementedError), match="hf_|swiglu=False"):
+            hf_model_from_args(args, "here")
+        return
+    if name in ("qwen3_next", "qwen3_5_moe"):
+        # They differ in the names of their tensors.
+        both = "Qwen3_5MoeForCausalLM or Qwen3NextForCausalLM; give the model's configuration"
+        with pytest.raises(ValueError, match=both):
             hf_model_from_args(args, "here")
         return
     found = hf_model_from_args(args, "here")
@@ -328,7 +373,7 @@ CHANGING: list[tuple[str, Any]] = [
     ("qk_l2_norm", True),
     ("softmax_scale", 0.5),
     ("mrope_section", [4, 2, 2]),
-    ("experimental_attention_variant", "gated_delta_net"),
+    ("experimental_attention_variant", "dsa"),
     ("use_mup", True),
     ("use_legacy_models", True),
     ("enable_mhc_connections", True),

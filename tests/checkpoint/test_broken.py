@@ -290,8 +290,17 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path, Path], Any], str, str]] = {
         "llama",
         "llama: a Hugging Face folder",
     ),
-    "nothing to look at": (lambda path, out: inspect_checkpoint(path), "nothing", "no such folder"),
-    "nothing to compare": (lambda path, out: open_weights(path), ".", "iteration.txt: missing"),
+    "nothing to look at": (
+        lambda path, out: inspect_checkpoint(path),
+        "nothing",
+        "no such folder; pass a Hugging Face folder, or a Megatron checkpoint",
+    ),
+    "nothing to compare": (lambda path, out: open_weights(path), "nothing", "pass a Hugging Face"),
+    "neither kind": (
+        lambda path, out: open_weights(path),
+        ".",
+        "neither config.json nor latest_checkpointed_iteration.txt is in it; pass a Hugging Face",
+    ),
     "other configuration": (
         lambda path, out: megatron_to_hf(path, out, hf_config=path / "nothing"),
         "llama-megatron",

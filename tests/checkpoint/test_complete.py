@@ -30,6 +30,7 @@ from megatron_pg.checkpoint import (
 )
 from megatron_pg.checkpoint.one_rank import build_gpt, one_rank
 from megatron_pg.checkpoint.table import WeightTable, make_shard
+from megatron_pg.parallel import ParallelSizes
 from tests.checkpoint.folders import (
     assert_same_bits,
     make_config,
@@ -150,7 +151,9 @@ def legacy_ranks(hf: Path, tp_size: int = 2, pp_size: int = 2, chunks: int = 1) 
     """As Megatron-LM's --ckpt-format torch cuts a model of ``pp_size * chunks`` equal parts."""
     source = HfFolder(hf)
     table = source.model.weight_table(source.model.padded_vocab_size(tp_size, 8))
-    args = make_megatron_args(source.model, tp_size=tp_size, make_vocab_size_divisible_by=8)
+    args = make_megatron_args(
+        source.model, ParallelSizes(tp=tp_size), make_vocab_size_divisible_by=8
+    )
     layers = source.model.num_layers // (pp_size * chunks)
     ranks: Ranks = {}
     for tp in range(tp_size):

@@ -123,7 +123,6 @@ def test_dtype_that_is_asked_for(tmp_path: Path) -> None:
 FIELDS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "num_key_value_heads",
     "vocab_size": "vocab_size",
@@ -147,12 +146,17 @@ def test_what_an_absent_key_means(architecture: str, key: str) -> None:
         return
     content.pop("model_type", None)
     theirs = transformers.AutoConfig.for_model(MODEL_TYPES[architecture], **content)
-    for field, theirs_key in FIELDS.items():
+    fields = FIELDS | {"ffn_hidden_size": ours.ffn_key}
+    if not hasattr(theirs, "rms_norm_eps"):
+        fields["layernorm_epsilon"] = "layer_norm_epsilon"
+    for field, theirs_key in fields.items():
         assert getattr(ours, field) == getattr(theirs, theirs_key), field
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.qk_pos_emb_head_dim if ours.is_latent else ours.kv_channels) == width
-    rope = theirs.rope_parameters
-    assert ours.rotary_base == rope.get("full_attention", rope)["rope_theta"]
+    if ours.has_positions:
+        rope = theirs.rope_parameters
+        assert ours.rotary_percent == rope.get("partial_rotary_factor", 1.0)
+        assert ours.rotary_base == rope.get("full_attention", rope)["rope_theta"]
     if ours.num_experts is not None:
         # Mixtral always normalises.
         assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)

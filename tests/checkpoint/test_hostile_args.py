@@ -12,6 +12,7 @@ import torch
 
 from megatron_pg.checkpoint import HfModel, hf_model_from_args, make_megatron_args
 from megatron_pg.checkpoint.arguments import check_args
+from megatron_pg.parallel import ParallelSizes
 from tests.checkpoint.test_arguments import (
     CHANGING,
     CHANGING_EXPERTS,
@@ -56,7 +57,7 @@ def start(rng: random.Random) -> tuple[Namespace, HfModel]:
         args = Namespace(**DEFAULTS | LLAMA | rng.choice([{}, EXPERTS, dict(qk_layernorm=True)]))
         return args, hf_model_from_args(args, "base")
     model = rng.choice(list(MODELS.values()))
-    return make_megatron_args(model, tp_size=rng.choice([1, 2])), model
+    return make_megatron_args(model, ParallelSizes(tp=rng.choice([1, 2]))), model
 
 
 def mutate(rng: random.Random, args: Namespace, model: HfModel) -> tuple[str, HfModel | None]:

@@ -355,7 +355,7 @@ def damaged_file(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 def own_dtypes(folder: Path, rng: random.Random) -> tuple[str, ...]:
     """A dtype of its own for every kind of tensor: Megatron keeps layers and q, k, v together."""
-    kinds = ("norm", "gate.", "router.", "_proj", "experts.", "sinks", "embed", "lm_head")
+    kinds = ("norm", "gate.", "router.", "_proj", "experts.", "sinks", "embed", "lm_head", "")
     dtypes = {kind: rng.choice((torch.bfloat16, torch.float16, torch.float32)) for kind in kinds}
     dtypes["lm_head"] = dtypes["embed"]
 
@@ -376,8 +376,11 @@ def other_formats_beside(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def derived_beside(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    edit_weights(one_file(folder, rng), lambda weights: weights.update({name: torch.ones(2)}))
+    """Where layers attend, by positions: a hybrid's have none."""
+    prefix = "model.layers.1.self_attn."
+    if any(name.startswith(prefix) for name in read_weights(folder)):
+        derived = {f"{prefix}rotary_emb.inv_freq": torch.ones(2)}
+        edit_weights(one_file(folder, rng), lambda weights: weights.update(derived))
     return ()
 
 

@@ -51,10 +51,10 @@ def make_folder(folder: Path, architecture: str, num_shards: int = 1, **changes:
     return weights
 
 
-def by_checkpoint(hf: Path, out: Path) -> None:
+def by_checkpoint(hf: Path, out: Path, num_carried: int = 3) -> None:
     hf_to_megatron(hf, out.with_name("a"), tp_size=2)
     kept = HfFolder(hf), MegatronFolder(out.with_name("a"))
-    assert not list(compare_weights(*kept)) and len(kept[1].carried.shapes) == 3
+    assert not list(compare_weights(*kept)) and len(kept[1].carried.shapes) == num_carried
     reshard_checkpoint(out.with_name("a"), out.with_name("b"), tp_size=1, pp_size=2)
     megatron_to_hf(out.with_name("b"), out, max_shard_bytes=2000)
 
@@ -87,6 +87,26 @@ def test_they_come_back(
     assert_same_bits(read_weights(tmp_path / "out"), weights)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_nextn_predict_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [("Qwen3NextForCausalLM", {}), ("Qwen3_5ForCausalLM", dict(mtp_num_hidden_layers=1))],
+)
+def test_they_come_back_by_names_of_their_own(
+    architecture: str, said: dict[str, int], tmp_path: Path
+) -> None:
+    """No file of Qwen3-Next says that there are any."""
+    config = make_config(architecture, **said)
+    weights = make_weights(config) | {
+        "mtp.fc.weight": torch.randn(5, 3),
+        "mtp.layers.0.mlp.gate.weight": torch.randn(2, 3, dtype=torch.bfloat16),
+    }
+    write_folder(tmp_path / "hf", config, weights)
+    by_checkpoint(tmp_path / "hf", tmp_path / "out", num_carried=2)
+    assert_same_bits(read_weights(tmp_path / "out"), weights)
+    content = json.loads((tmp_path / "out/config.json").read_text())
+    assert content.get("mtp_num_hidden_layers") == said.get("mtp_num_hidden_layers")
 
 
 def test_they_are_of_the_number_that_the_configuration_has(tmp_path: Path) -> None:

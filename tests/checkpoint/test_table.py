@@ -65,6 +65,8 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "layout"), cases())
 def test_every_rank(name: str, layout: Layout, models: Path) -> None:
     """Up to sixteen ranks one after the other: together they hold the folder, bit by bit."""
+    if not FAMILIES[name].can_be_built:
+        pytest.skip("HybridModel came with megatron-core 0.18")
     round_trip_over_ranks(models / name, layout)
 
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -24,10 +23,14 @@ from megatron_pg.mcore import (
     build_gpt_chunks,
     cpu,
     fit_decoder,
+    hybrid_stack_local_spec,
     make_transformer_config,
     with_decoder_layers,
     with_sequence_parallel_norms,
 )
+from megatron_pg.mcore.linear_specs import decoder_block_spec
+from megatron_pg.mcore.versions import HAS_HYBRID_MODEL
+from megatron_pg.parallel import PipelineSplit
 from tests.mcore.harness import with_value_sizes
 from tests.ranks import process_group
 
@@ -81,6 +84,27 @@ LATENT_YARN = dict(
     original_max_position_embeddings=32,
     rope_theta=100.0,
 )
+LINEAR = dict(
+    head_dim=16,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    linear_num_key_heads=4,
+    linear_num_value_heads=8,
+    full_attention_interval=2,
+    rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25),
+)
+# Steps are as they are: Megatron-Core knows no least one.
+MAMBA = dict(
+    **NO_TOKENS,
+    num_key_value_heads=4,
+    head_dim=8,
+    mamba_num_heads=8,
+    mamba_head_dim=4,
+    n_groups=4,
+    ssm_state_size=6,
+    chunk_size=16,
+    time_step_min=1e-12,
+)
 DIVISIBLE_BY = 16
 
 
@@ -92,6 +116,18 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     max_shard_size: str = "5GB"
     config: str | None = None
+
+    @property
+    def has_linear_attention(self) -> bool:
+        return "linear_key_head_dim" in self.settings
+
+    @property
+    def is_hybrid(self) -> bool:
+        return "layers_block_type" in self.settings
+
+    @property
+    def can_be_built(self) -> bool:
+        return HAS_HYBRID_MODEL or not self.is_hybrid
 
     @property
     def has_experts(self) -> bool:
@@ -180,6 +216,22 @@ FAMILIES = {
         "Qwen2Moe",
         EXPERTS | dict(shared_expert_intermediate_size=24, mlp_only_layers=[0, 3]),
     ),
+    # Every other layer attends, so that every stage has one that does not.
+    "qwen3_next": Family(
+        "Qwen3Next",
+        EXPERTS | LINEAR | dict(shared_expert_intermediate_size=24, mlp_only_layers=[0]),
+    ),
+    # Four ranks divide all heads.
+    "qwen3_5": Family(
+        "Qwen3_5",
+        LINEAR | dict(tie_word_embeddings=True, num_key_value_heads=4),
+        config="Qwen3_5TextConfig",
+    ),
+    "qwen3_5_moe": Family(
+        "Qwen3_5Moe",
+        EXPERTS | LINEAR | dict(shared_expert_intermediate_size=24),
+        config="Qwen3_5MoeTextConfig",
+    ),
     "glm4_moe": Family(
         "Glm4Moe",
         BIASED_EXPERTS
@@ -218,6 +270,30 @@ FAMILIES = {
             **NO_TOKENS,
         ),
     ),
+    "nemotron_h": Family(
+        "NemotronH",
+        dict(
+            MAMBA,
+            layers_block_type=[
+                *("linear_attention", "full_attention", "linear_attention", "mlp"),
+                *("linear_attention", "linear_attention", "full_attention", "linear_attention"),
+            ],
+        ),
+    ),
+    # Groups of experts, of which one is chosen; the width of shared ones is no multiple.
+    "nemotron_h_moe": Family(
+        "NemotronH",
+        MAMBA
+        | BIASED_EXPERTS
+        | dict(
+            layers_block_type=[
+                *("linear_attention", "moe", "full_attention", "moe"),
+                *("mlp", "moe", "linear_attention", "moe"),
+            ],
+            moe_shared_expert_intermediate_size=24,
+            n_group=2,
+        ),
+    ),
     "mixtral": Family("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
 }
 # SmolLM2's relations: nine heads over three groups, tied; six layers for one to three stages.
@@ -252,7 +328,7 @@ def make_hf(family: Family, seed: int = 0, num_layers: int = 8) -> Any:
         # Patterns over layers are cut to those that there are.
         key: value[:num_layers]
         for key, value in settings.items()
-        if key in ("layer_types", "no_rope_layers")
+        if key in ("layer_types", "layers_block_type", "no_rope_layers")
     }
     config = getattr(transformers, family.config or f"{family.name}Config")(**settings)
     model = getattr(transformers, f"{family.name}ForCausalLM")(config)
@@ -261,6 +337,15 @@ def make_hf(family: Family, seed: int = 0, num_layers: int = 8) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+            if name.endswith("A_log"):
+                # States that last for some tokens.
+                parameter.sub_(1)
+            if name.endswith("linear_attn.norm.weight"):
+                # Below a half it is not exact what Megatron-Core adds one to.
+                parameter.clamp_(min=0.5)
+            elif family.has_linear_attention and "norm" in name:
+                # One is added to it.
+                parameter.sub_(1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
@@ -281,10 +366,12 @@ class Layout:
     sp: bool = False
     ep: int = 1
     etp: int | None = None
+    split: PipelineSplit = PipelineSplit()
 
     def __str__(self) -> str:
         sizes = {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
         other = [f"{name}{n}" for name, n in sizes.items() if n and (n > 1 or name == "etp")]
+        other += map(str, self.split.settings().values())
         return "_".join([*other, *(["sp"] if self.sp else [])]) or "dp"
 
 
@@ -319,6 +406,7 @@ def make_config(model: HfModel, layout: Layout, dtype: torch.dtype) -> Transform
         model.transformer_config()
         | cpu.transformer_config_defaults()
         | ({} if model.num_experts else dict(moe_token_dispatcher_type="alltoall"))
+        | layout.split.settings()
         | dict(
             params_dtype=dtype,
             transformer_impl="local",
@@ -345,12 +433,13 @@ def build(
     gpt = model.gpt_model(tp_size=layout.tp, make_vocab_size_divisible_by=DIVISIBLE_BY)
     if packed:
         return list(build_gpt_chunks(config, gpt=gpt))
+    if model.is_hybrid:
+        return [stock_hybrid(config, gpt)]
     chunks = []
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
         block: Any = with_sequence_parallel_norms(
-            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
-            config,
+            decoder_block_spec(config, use_te=False, vp_stage=vp_stage), config
         )
         if model.is_latent:
             block = with_value_sizes(block)
@@ -367,3 +456,16 @@ def build(
         fit_decoder(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def stock_hybrid(config: TransformerConfig, hybrid: dict[str, Any]) -> Any:
+    """The stock model on the stock stack, one chunk a stage."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    return HybridModel(
+        config,
+        hybrid_stack_local_spec(config),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        **hybrid,
+    )

@@ -17,6 +17,7 @@ from megatron_pg.checkpoint import (
     read_hf_config,
     reshard_checkpoint,
 )
+from megatron_pg.parallel import ParallelSizes
 from tests.checkpoint import tiny
 from tests.checkpoint.megatron_exchange import sharded
 from tests.checkpoint.tiny import Layout
@@ -75,7 +76,7 @@ class Run:
         return state | {"optimizer": self.optimizer.sharded_state_dict(state["model"], **options)}
 
     def save(self, folder: Path, step: int) -> None:
-        args = make_megatron_args(self.model, tp_size=self.layout.tp, pp_size=self.layout.pp)
+        args = make_megatron_args(self.model, ParallelSizes(tp=self.layout.tp, pp=self.layout.pp))
         target = folder / f"iter_{step:07d}"
         if dist.get_rank() == 0:
             target.mkdir(parents=True)

@@ -11,6 +11,12 @@ from ...mcore import field_verdict, make_transformer_config
 from ..description import HfModel, expand_pattern
 from .names import ORDINARY, says_nothing_of_the_model
 
+# What Megatron-LM is told to build hybrids from: one stack, by its names up to core 0.17 and since.
+_STACKS = (
+    ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
+    ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
+)
+
 
 def check_arguments(args: Namespace, model: HfModel, where: str, *, by_configuration: bool) -> None:
     """Refuse arguments under which the same weights would be another model.
@@ -30,6 +36,8 @@ def check_arguments(args: Namespace, model: HfModel, where: str, *, by_configura
     said, meant = _statements(vars(args)), _statements({"group_query_attention": True} | described)
     # What is off in the model is said by arguments that are off, or not at all.
     meant = {name: meant.get(name) for name in described}
+    if "hybrid_layer_pattern" in described:
+        _say_hybrid(said)
     fields = make_transformer_config(model.transformer_config())
     problems = []
     for name, value in said.items():
@@ -106,6 +114,18 @@ def _say_experts(said: dict[str, Any]) -> None:
     if groups is not None and groups in (1, said.get("moe_router_group_topk")):
         said.pop("moe_router_num_groups")
         said.pop("moe_router_group_topk", None)
+
+
+def _say_hybrid(said: dict[str, Any]) -> None:
+    """The stock stack and marks of stages have no effect, and the pattern has an older name."""
+    if said.get("spec") in _STACKS:
+        del said["spec"]
+    older = said.get("hybrid_override_pattern")
+    pattern = said.get("hybrid_layer_pattern") or older
+    if older == pattern:
+        said.pop("hybrid_override_pattern", None)
+    if isinstance(pattern, str):
+        said["hybrid_layer_pattern"] = pattern.replace("|", "")
 
 
 def _same(value: Any, wanted: Any) -> bool:

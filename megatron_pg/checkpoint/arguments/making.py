@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 
 import torch
 
-from ...parallel import ParallelSizes
+from ...mcore import make_transformer_config, stage_problems
+from ...parallel import MEGATRON_NAMES, ParallelSizes, PipelineSplit
 from ..description import HfModel
+
+_ONE_RANK, _EVEN = ParallelSizes(), PipelineSplit()
+# Fields of a split that Megatron-LM calls otherwise.
+_OWN_NAMES = {
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+}
+# Which weights are on which rank.
+LAYOUT_ARGUMENTS = (
+    *(name for field, name in MEGATRON_NAMES.items() if field not in ("sp", "cp")),
+    *(_OWN_NAMES.get(field.name, field.name) for field in fields(PipelineSplit)),
+    "num_layers_per_virtual_pipeline_stage",
+)
 
 
 def make_megatron_args(
     model: HfModel,
+    sizes: ParallelSizes = _ONE_RANK,
+    split: PipelineSplit = _EVEN,
     *,
-    tp_size: int = 1,
-    pp_size: int = 1,
-    vpp_size: int | None = None,
     make_vocab_size_divisible_by: int = 128,
     dtype: torch.dtype | None = None,
 ) -> Namespace:
@@ -23,37 +38,35 @@ def make_megatron_args(
 
     Args:
         model: the architecture.
-        tp_size: the layout that the checkpoint is meant for; the tensors do not depend on it.
-        pp_size: as tp_size.
-        vpp_size: model chunks per pipeline rank; None without interleaving.
+        sizes: the layout that the checkpoint is meant for; the tensors do not depend on it.
+        split: how its stages come by their layers.
         make_vocab_size_divisible_by: decides ``padded_vocab_size``.
         dtype: of the parameters; None: the model's.
 
     Raises:
         ValueError: if the model cannot be laid out so.
     """
-    check_layout(model, tp_size, pp_size, vpp_size)
+    check_layout(model, sizes, split)
     dtype = dtype or model.dtype
-    chunks = pp_size * (vpp_size or 1)
+    is_counted = sizes.vpp is not None and split.is_even
     return Namespace(
         **model.megatron_arguments(),
         group_query_attention=model.num_query_groups != model.num_attention_heads,
         seq_length=model.max_sequence_length,
         max_position_embeddings=model.max_sequence_length,
-        use_rotary_position_embeddings=model.yarn is None,
+        use_rotary_position_embeddings=model.has_positions and model.yarn is None,
         add_position_embedding=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         apply_query_key_layer_scaling=False,
         vocab_size=model.vocab_size,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        padded_vocab_size=model.padded_vocab_size(tp_size, make_vocab_size_divisible_by),
-        tensor_model_parallel_size=tp_size,
-        pipeline_model_parallel_size=pp_size,
-        virtual_pipeline_model_parallel_size=vpp_size,
-        num_layers_per_virtual_pipeline_stage=model.num_layers // chunks if vpp_size else None,
-        context_parallel_size=1,
-        expert_model_parallel_size=1,
+        padded_vocab_size=model.padded_vocab_size(sizes.tp, make_vocab_size_divisible_by),
+        **sizes.group_arguments() | {"expert_tensor_parallel_size": sizes.expert_tp},
+        **{_OWN_NAMES.get(name, name): value for name, value in asdict(split).items()},
+        num_layers_per_virtual_pipeline_stage=(
+            model.num_layers // sizes.num_chunks if is_counted else None
+        ),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -68,10 +81,32 @@ def make_megatron_args(
     )
 
 
-def check_layout(model: HfModel, tp_size: int, pp_size: int, vpp_size: int | None = None) -> None:
-    """Refuse a layout in which the model's heads, feed-forward rows or layers do not divide.
+def check_layout(model: HfModel, sizes: ParallelSizes, split: PipelineSplit = _EVEN) -> None:
+    """Refuse a layout in which the model's heads, widths, experts or layers do not divide.
 
     Raises:
         ValueError: listing every size that is below 1 or does not divide, and the remedy.
     """
-    ParallelSizes(tp=tp_size, pp=pp_size, vpp=vpp_size).check(model.sizes)
+    if split.is_even:
+        sizes.check(model.sizes)
+        return
+    sizes.check(replace(model.sizes, num_layers=None))
+    problems = list(_split_problems(model, sizes, split))
+    if problems:
+        raise ValueError("; also ".join(problems))
+
+
+def _split_problems(model: HfModel, sizes: ParallelSizes, split: PipelineSplit) -> Iterator[str]:
+    settings = model.transformer_config() | sizes.group_arguments() | split.settings()
+    try:
+        config = make_transformer_config(settings | {"pipeline_dtype": model.dtype})
+    except (AssertionError, ValueError) as error:
+        yield f"{error}; change {' or '.join(split.settings())}"
+        return
+    if config.virtual_pipeline_model_parallel_size != sizes.vpp:
+        made = config.virtual_pipeline_model_parallel_size
+        yield (
+            f"pipeline_model_parallel_layout={split.pipeline_model_parallel_layout!r} has {made} "
+            f"chunks a rank: set virtual_pipeline_model_parallel_size={made}, got {sizes.vpp}"
+        )
+    yield from stage_problems(config)

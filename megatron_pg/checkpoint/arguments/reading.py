@@ -18,7 +18,7 @@ def hf_model_from_args(args: Namespace, where: str) -> HfModel:
             argument is set of which nothing is known.
     """
     read = ArgumentValues(_values(args, where), where)
-    family = _family(read)
+    family = _family(read).of_arguments(read)
     model = family(**family.read_arguments(read), dtype=read.dtype())
     check_arguments(args, model, where, by_configuration=False)
     return model
@@ -42,6 +42,8 @@ def _family(read: ArgumentValues) -> type[HfModel]:
             read.refuse("hf_architecture", given, f"one of {', '.join(FAMILIES)}")
         return FAMILIES[given]
     found = [family for family in FAMILIES.values() if family.is_of_arguments(read)]
+    # Families whose layers are all alike do not ask for a pattern of them.
+    found = [family for family in found if family.symbols] or found
     if len(found) != 1:
         named = " or ".join(family.architecture for family in found) or "no family that is held"
         raise ValueError(f"{read.where}: args are of {named}; {NEED}")

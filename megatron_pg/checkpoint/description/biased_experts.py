@@ -89,9 +89,23 @@ class BiasedExpertsModel(ExpertsModel):
             moe_router_topk_scaling_factor=None if factor == 1 else factor,
             **_groups(groups or 1, chosen or 1),
         )
-        for problem in _inexpressible(found):
+        for problem in cls.inexpressible(found):
             raise ValueError(f"{read.where}: args have {problem}; {NEED}")
         return found
+
+    @classmethod
+    def inexpressible(cls, fields: dict[str, Any]) -> Iterator[str]:
+        """What of Megatron's experts a ``config.json`` cannot say."""
+        shared, width = fields["moe_shared_expert_intermediate_size"], fields["moe_ffn_hidden_size"]
+        if shared and shared % width:
+            yield (
+                f"moe_shared_expert_intermediate_size={shared}, no multiple of "
+                f"moe_ffn_hidden_size={width}"
+            )
+        pattern = fields["moe_layer_freq"]
+        if pattern and tuple(sorted(pattern)) != pattern:
+            yield f"moe_layer_freq={list(pattern)}, where experts do not begin at one layer"
+        yield from group_problems(fields)
 
 
 def _read_groups(values: ConfigValues, num_experts: int, topk: int) -> dict[str, int | None]:
@@ -119,17 +133,16 @@ def _groups(groups: int, chosen: int) -> dict[str, int | None]:
     return dict(zip(("moe_router_num_groups", "moe_router_group_topk"), pair))
 
 
-def _inexpressible(fields: dict[str, Any]) -> Iterator[str]:
-    """What of Megatron's experts these families do not have."""
-    shared, width = fields["moe_shared_expert_intermediate_size"], fields["moe_ffn_hidden_size"]
-    if shared and shared % width:
+def group_problems(fields: dict[str, Any]) -> Iterator[str]:
+    """Of these fields, groups that cannot be, or that transformers would choose otherwise."""
+    count, groups = fields["num_experts"], fields["moe_router_num_groups"]
+    topk, chosen = fields["moe_router_topk"], fields["moe_router_group_topk"]
+    if groups is None:
+        return
+    if count % groups or count < _OF_A_GROUP * groups or topk * groups > chosen * count:
         yield (
-            f"moe_shared_expert_intermediate_size={shared}, no multiple of "
-            f"moe_ffn_hidden_size={width}"
+            f"moe_router_num_groups={groups} and moe_router_group_topk={chosen} for {topk} experts "
+            f"of {count}"
         )
-    pattern, chosen = fields["moe_layer_freq"], fields["moe_router_group_topk"]
-    if pattern and tuple(sorted(pattern)) != pattern:
-        yield f"moe_layer_freq={list(pattern)}, where experts do not begin at one layer"
-    topk = fields["moe_router_topk"]
-    if chosen and topk // chosen != _OF_A_GROUP:
+    elif topk // chosen != _OF_A_GROUP:
         yield f"moe_router_topk={topk} with moe_router_group_topk={chosen}"

@@ -47,8 +47,8 @@ def parse_hf_config(config: dict[str, Any], where: str = "config.json") -> HfMod
             setting that contradicts another.
         NotImplementedError: an architecture, rope type or setting that is not supported.
     """
-    family = _family(config, where)
     values = ConfigValues(config, where)
+    family = _family(config, where).of_config(values)
     fields = family.read_config(values)
     values.finish(_NEUTRAL_KEYS)
     return family(**fields, dtype=_dtype(config, where))
@@ -72,14 +72,31 @@ def _family(config: dict[str, Any], where: str) -> type[HfModel]:
     return family
 
 
+# ``from_pretrained`` of the text model's class finds no weight by its name, and draws them all.
+_ITS_TEXT_MODEL = (
+    ". Take its text model, saved alone: whole = AutoModelForImageTextToText.from_pretrained(...); "
+    "text = {name}(whole.config.text_config); "
+    "text.model, text.lm_head = whole.model.language_model, whole.lm_head; "
+    "text.save_pretrained(...). {name}.from_pretrained would begin with random weights"
+)
+
+# Of layers that no supported Megatron-Core has, so that nothing can convert them.
+_LAYERS_OF_THEIR_OWN = {
+    "KimiLinearForCausalLM": "its delta attention has a decay of its own in every channel",
+}
+
+
 def _advice(config: dict[str, Any], architecture: Any) -> str:
     """What can be done about an architecture that is not held."""
+    if isinstance(architecture, str) and architecture in _LAYERS_OF_THEIR_OWN:
+        why = _LAYERS_OF_THEIR_OWN[architecture]
+        return f". No supported Megatron-Core has such layers: {why}; choose another model"
     within = config.get("text_config")
     texts = [config, within] if isinstance(within, dict) else [config]
     for name, family in FAMILIES.items():
         if any(text.get("model_type") == family.model_type for text in texts):
             if texts[1:]:
-                return f". Save its text model alone, as {name}, and take that folder"
+                return _ITS_TEXT_MODEL.format(name=name)
             if not architecture:
                 return f". By its model_type it may be {name}: name that in architectures"
     return ". tools/hf_to_megatron.py --bridge converts others by Megatron Bridge"

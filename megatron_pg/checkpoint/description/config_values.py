@@ -66,6 +66,13 @@ class ConfigValues:
                     f"key {key!r} is missing: name it, for transformers has a default of its own"
                 )
 
+    def take_as(self, key: str, older: str) -> None:
+        """Read what older files call ``older`` as ``key``; a file with both says the same twice."""
+        value = self.get(older)
+        if value is not None:
+            self.must(key, value)
+            self.config = {**self.config, key: value}
+
     def must(self, key: str, *values: Any) -> None:
         """A key that the file has is one of ``values``, or no model is built from it."""
         value = self.get(key, values[0])

@@ -39,6 +39,10 @@ class Decoder:
         rotary_percent: part of a head's channels that positions rotate, the first ones.
         num_experts: of a layer that has experts; None where none has.
         is_latent: whether keys and values come out of a latent (multi-latent attention).
+        has_positions: whether rotary embeddings encode them.
+        embedding: Hugging Face's name of the token embedding.
+        layers: with what its names of layers begin.
+        last_norm: names of the norm behind the last layer, Megatron's and Hugging Face's.
         yarn: what YaRN scales with; None for other rope types.
         window: of layers that attend to the last tokens alone; None without such.
     """
@@ -49,6 +53,10 @@ class Decoder:
         "pre_mlp_layernorm": "post_attention_layernorm",
     }
     is_latent: ClassVar[bool] = False
+    has_positions: ClassVar[bool] = True
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+    layers: ClassVar[str] = "model.layers."
+    last_norm: ClassVar[tuple[str, str]] = "decoder.final_layernorm.weight", "model.norm.weight"
 
     num_layers: int
     hidden_size: int
@@ -79,6 +87,15 @@ class Decoder:
     def is_homogeneous(self) -> bool:
         """Whether all layers have the same parameters."""
         return True
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether it is a ``HybridModel``, whose layers a pattern names."""
+        return False
+
+    def has_linear_attention(self, layer: int) -> bool:
+        """Whether a layer's attention is linear: a state that goes from token to token."""
+        return False
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts, and not one MLP."""
@@ -169,11 +186,11 @@ class Decoder:
     def weights(self, padded_vocab_size: int) -> Iterator[Row]:
         """The rows of the weight table."""
         shape = self.vocab_size, self.hidden_size
-        yield vocabulary(EMBEDDING, "model.embed_tokens.weight", shape, padded_vocab_size)
+        yield vocabulary(EMBEDDING, self.embedding, shape, padded_vocab_size)
         for layer in range(self.num_layers):
-            names = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+            names = f"decoder.layers.{layer}.", f"{self.layers}{layer}."
             yield from self.layer_weights(layer, *names)
-        yield whole("decoder.final_layernorm.weight", "model.norm.weight", (self.hidden_size,))
+        yield whole(*self.last_norm, (self.hidden_size,))
         if not self.tied:
             yield vocabulary(HEAD, "lm_head.weight", shape, padded_vocab_size)
 

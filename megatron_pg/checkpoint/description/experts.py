@@ -14,6 +14,7 @@ from .argument_values import NEED, ArgumentValues
 from .config_values import ConfigValues
 from .hf_model import MAX_EXPERTS, HfModel
 from .layer_patterns import read_pattern
+from .layer_symbols import pattern_of_arguments
 
 # What TransformerConfig and Megatron-LM's arguments call alike.
 _SHARED = (
@@ -32,7 +33,7 @@ class ExpertNames:
     Attributes:
         block: of everything that a layer has in the place of an MLP.
         bias: of what is added to the scores by which experts are chosen, within the block.
-        mlp: an expert's gate, what it multiplies, and the way down.
+        mlp: an expert's gate, what it multiplies, and the way down; of shared ones as well.
         shared: of the shared experts, which are one MLP.
     """
 
@@ -221,13 +222,17 @@ class ExpertsModel(HfModel):
             yield whole(f"{ours}router.expert_bias", bias, (count,), dtype=torch.float32)
         for expert in range(count):
             names = f"{ours}experts.local_experts.{expert}.", f"{theirs}experts.{expert}."
-            yield from gated_mlp(*names, hidden, self.moe_ffn_hidden_size, names=self.names.mlp)
+            yield from self.expert_weights(*names, self.moe_ffn_hidden_size)
         if self.moe_shared_expert_intermediate_size:
             names = f"{ours}shared_experts.", f"{theirs}{self.names.shared}"
-            yield from gated_mlp(*names, hidden, self.moe_shared_expert_intermediate_size)
+            yield from self.expert_weights(*names, self.moe_shared_expert_intermediate_size)
         if self.moe_shared_expert_gate:
             gate = f"{theirs}shared_expert_gate.weight"
             yield whole(f"{ours}shared_experts.gate_weight", gate, (1, hidden))
+
+    def expert_weights(self, ours: str, theirs: str, width: int) -> Iterator[Row]:
+        """Rows of one expert of this width, or of those that every token takes."""
+        return gated_mlp(ours, theirs, self.hidden_size, width, names=self.names.mlp)
 
 
 def pattern_of_sparse_step(values: ConfigValues, num_layers: int) -> tuple[int, ...]:
@@ -250,12 +255,17 @@ def kind_of_experts(read: ArgumentValues) -> str | None:
     """Whose experts Megatron-LM's arguments describe; families know them by these words.
 
     Returns:
-        ``latent`` beside latent attention, ``biased`` where scores are, ``sinks`` beside attention
-        with them, ``gated`` where a gate weighs shared experts, ``plain`` for experts as wide as
-        an MLP in layers of nothing else, ``own`` for all others, and None without experts.
+        ``hybrid`` in a pattern of layers, ``linear`` beside linear attention, ``latent`` beside
+        latent attention, ``biased`` where scores are, ``sinks`` beside attention with them,
+        ``gated`` where a gate weighs shared experts, ``plain`` for experts as wide as an MLP in
+        layers of nothing else, ``own`` for all others, and None without experts.
     """
     if not read.get("num_experts"):
         return None
+    if pattern_of_arguments(read):
+        return "hybrid"
+    if read.get("experimental_attention_variant") == "gated_delta_net":
+        return "linear"
     if read.get("multi_latent_attention"):
         return "latent"
     if read.get("softmax_type") == "learnable":

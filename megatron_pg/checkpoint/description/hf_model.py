@@ -26,7 +26,6 @@ MAX_LAYERS, MAX_EXPERTS = 1000, 1000
 _CONFIG_KEYS = dict(
     num_layers="num_hidden_layers",
     hidden_size="hidden_size",
-    ffn_hidden_size="intermediate_size",
     num_attention_heads="num_attention_heads",
     num_query_groups="num_key_value_heads",
     kv_channels="head_dim",
@@ -35,6 +34,8 @@ _CONFIG_KEYS = dict(
     max_sequence_length="max_position_embeddings",
     tied="tie_word_embeddings",
 )
+# How transformers dequantises while it loads: quant_method -> its class.
+_DEQUANTISE = dict(fp8="FineGrainedFP8Config", mxfp4="Mxfp4Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class HfModel(Decoder):
         own_rotary_percent: ``partial_rotary_factor`` where a file has none; None where a family
             rotates whole heads.
         own_tied: ``tie_word_embeddings`` where a file has none.
-        dequantised_by: how a folder of quantised weights becomes one that is read.
+        ffn_key: of the width of an MLP.
+        symbols: of layers in the pattern of a hybrid; empty in families that have none.
         mtp_num_layers: layers that predict further tokens; they are not built, and their tensors
             go along as they are.
     """
@@ -71,9 +73,15 @@ class HfModel(Decoder):
     own_defaults: ClassVar[tuple[str, ...]] = ("num_key_value_heads",)
     own_rotary_percent: ClassVar[float | None] = None
     own_tied: ClassVar[bool] = False
-    dequantised_by: ClassVar[str] = ""
+    ffn_key: ClassVar[str] = "intermediate_size"
+    symbols: ClassVar[str] = ""
 
     mtp_num_layers: int = 0
+
+    @property
+    def may_carry(self) -> bool:
+        """Whether there may be tensors that go along."""
+        return bool(self.mtp_num_layers)
 
     def goes_along(self, name: str) -> bool:
         """Whether a tensor is of a layer that is not built."""
@@ -92,6 +100,11 @@ class HfModel(Decoder):
     # What config.json says, and back.
 
     @classmethod
+    def of_config(cls, values: ConfigValues) -> type[HfModel]:
+        """The class of the model that a ``config.json`` describes, of those that a family has."""
+        return cls
+
+    @classmethod
     def read_config(cls, values: ConfigValues) -> dict[str, Any]:
         """Fields (but the dtype) from a ``config.json``; what is wrong is left in ``values``.
 
@@ -101,7 +114,7 @@ class HfModel(Decoder):
         """
         fields = dict(
             num_layers=values.size("num_hidden_layers", MAX_LAYERS),
-            ffn_hidden_size=values.size("intermediate_size"),
+            ffn_hidden_size=values.size(cls.ffn_key),
             layernorm_epsilon=values.number("rms_norm_eps", 1e-20, 1.0),
             vocab_size=values.size("vocab_size"),
             max_sequence_length=values.size("max_position_embeddings"),
@@ -111,11 +124,8 @@ class HfModel(Decoder):
         )
         values.require(*cls.own_defaults)
         values.must(*cls.hidden_act)
-        if values.get("quantization_config"):
-            values.refused.append(
-                "quantization_config: weights are read in bfloat16, float16 or float32; "
-                f"dequantise the model first{cls.dequantised_by}"
-            )
+        if quantised := values.section("quantization_config"):
+            values.refused.append(_about_quantised(quantised))
         fields["window"] = cls.windows.read(values, fields["num_layers"])
         percent = read_rotary_percent(values, cls.own_rotary_percent)
         check_rotated(fields["kv_channels"], percent, values)
@@ -168,6 +178,7 @@ class HfModel(Decoder):
             model_type=self.model_type,
             **dict([self.hidden_act]),
             **{key: getattr(self, field) for field, key in _CONFIG_KEYS.items()},
+            **{self.ffn_key: self.ffn_hidden_size},
             torch_dtype=str(self.dtype).removeprefix("torch."),
             **self.windows.config_json(self.window, self.num_layers),
             **rope_json(self.rope_type, self.rope_factor, self.rotary_base, self.yarn),
@@ -179,6 +190,11 @@ class HfModel(Decoder):
     def is_of_arguments(cls, read: ArgumentValues) -> bool:
         """Whether layers are such as these arguments describe, where they name no architecture."""
         return False
+
+    @classmethod
+    def of_arguments(cls, read: ArgumentValues) -> type[HfModel]:
+        """As ``of_config``, of the model that these arguments describe."""
+        return cls
 
     @classmethod
     def read_arguments(cls, read: ArgumentValues) -> dict[str, Any]:
@@ -232,3 +248,19 @@ class HfModel(Decoder):
     def rope_arguments(self) -> dict[str, Any]:
         """Those of them that are of rotary positions."""
         return rope_arguments(self.rope_type, self.rope_factor, self.rotary_base, self.yarn)
+
+
+def _about_quantised(section: dict[str, Any]) -> str:
+    """Why such weights are refused, and how they become what is read."""
+    method = section.get("quant_method")
+    told = (
+        f"quantization_config of {method!r}: weights are read in bfloat16, float16 or float32; "
+        "dequantise the model first"
+    )
+    name = _DEQUANTISE.get(method) if isinstance(method, str) else None
+    if name is None:
+        return told
+    return told + (
+        f": from_pretrained(..., dtype='bfloat16', quantization_config={name}(dequantize=True)) of "
+        "transformers, then save_pretrained"
+    )

@@ -8,7 +8,12 @@ from .argument_values import ArgumentValues
 
 # argument -> what every n-th layer has where it is the number n (the others have the contrary),
 # and the number of the first of them
-_NTH = dict(window_attn_skip_freq=(0, None), no_rope_freq=(1, None), moe_layer_freq=(1, 0))
+_NTH = dict(
+    window_attn_skip_freq=(0, None),
+    no_rope_freq=(1, None),
+    moe_layer_freq=(1, 0),
+    linear_attention_freq=(0, None),
+)
 
 
 def expand_pattern(name: str, value: Any, num_layers: int) -> Any:

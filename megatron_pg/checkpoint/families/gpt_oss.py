@@ -32,11 +32,6 @@ class GptOss(ExpertsModel):
     keys = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
     own_defaults = ("num_key_value_heads", "head_dim", "sliding_window", "num_experts_per_tok")
     windows = WindowByPeriod(2)
-    # Of mxfp4, in which the folders on the hub are.
-    dequantised_by = (
-        ": from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) of transformers, "
-        "then save_pretrained"
-    )
 
     swiglu_limit: float = 7.0
 

@@ -19,4 +19,5 @@ class Qwen3(HfModel):
     @classmethod
     def is_of_arguments(cls, read: ArgumentValues) -> bool:
         """See ``HfModel``."""
-        return bool(read.get("qk_layernorm") and not read.get("num_experts"))
+        is_linear = read.get("experimental_attention_variant") == "gated_delta_net"
+        return bool(read.get("qk_layernorm") and not read.get("num_experts") and not is_linear)

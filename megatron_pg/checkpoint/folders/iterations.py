@@ -22,6 +22,10 @@ from .huggingface import copy_side_files, open_carried, write_carried
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "huggingface"
+_EITHER = (
+    "a Hugging Face folder, or a Megatron checkpoint: the folder that holds its tracker, or one "
+    "iter_XXXXXXX/ or release/"
+)
 
 
 def iteration_name(iteration: int | None) -> str:
@@ -40,8 +44,7 @@ def find_iteration(path: str | Path) -> Path:
         raise ValueError(f"{root}: no such folder; pass a Megatron checkpoint folder")
     tracker = root / TRACKER
     if not tracker.is_file():
-        parts = ("metadata.json", ".metadata", "common.pt")
-        if any((root / name).is_file() for name in parts) or list(root.glob("mp_rank_*")):
+        if _is_iteration(root):
             return root
         if (root / "config.json").is_file():
             raise ValueError(f"{root}: a Hugging Face folder; pass a Megatron checkpoint folder")
@@ -55,6 +58,11 @@ def find_iteration(path: str | Path) -> Path:
             "another iteration into the tracker"
         )
     return folder
+
+
+def _is_iteration(folder: Path) -> bool:
+    parts = ("metadata.json", ".metadata", "common.pt")
+    return any((folder / name).is_file() for name in parts) or any(folder.glob("mp_rank_*"))
 
 
 def read_tracker(root: Path) -> int | None:
@@ -81,18 +89,25 @@ def read_tracker(root: Path) -> int | None:
     return int(content)
 
 
-def check_one_kind(path: Path) -> None:
-    """Refuse a Hugging Face folder that holds a Megatron checkpoint besides.
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder that may be of either kind is Hugging Face's.
 
     Raises:
-        ValueError: naming what belongs to the checkpoint.
+        ValueError: if there is no such folder, or none of either kind, or it is one of both.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; pass {_EITHER}")
+    if not (path / "config.json").is_file():
+        if not ((path / TRACKER).is_file() or _is_iteration(path)):
+            raise ValueError(f"{path}: neither config.json nor {TRACKER} is in it; pass {_EITHER}")
+        return False
     for name in (TRACKER, "common.pt", "metadata.json"):
         if (path / name).is_file():
             raise ValueError(
                 f"{path}: holds config.json of a Hugging Face folder and {name} of a Megatron "
                 "checkpoint; keep them in two folders, or pass that of the iteration"
             )
+    return True
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..table import FUSED_NORMS
+from ..table import FUSED_NORMS, RENAMED
 from .contents import is_empty, is_extra_state, loose_tensors
 from .torch_files import load_torch_file, named_entries
 
@@ -86,7 +86,7 @@ class LegacyShards:
                 known = name
                 if match:
                     layers.add(int(match[1]))
-                    leaf = FUSED_NORMS.get(match[2], match[2])
+                    leaf = (FUSED_NORMS | RENAMED).get(match[2], match[2])
                     known = f"decoder.layers.{offset + int(match[1])}.{leaf}"
                 if known in self._where:
                     raise ValueError(

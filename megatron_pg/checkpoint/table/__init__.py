@@ -3,11 +3,13 @@
 from .rows import (
     EMBEDDING,
     HEAD,
+    Piece,
     Row,
     Shard,
     columns,
     gated_expert,
     gated_mlp,
+    gated_qkv,
     grouped_qkv,
     joined,
     outputs,
@@ -21,14 +23,17 @@ from .shards import (
     copy_into_shard,
     is_same,
     make_shard,
+    shifted,
 )
-from .table import FUSED_NORMS, WeightTable
+from .table import FUSED_NORMS, RENAMED, WeightTable, section_names
 
 __all__ = [
     "EMBEDDING",
     "FUSED_NORMS",
     "HEAD",
     "Merger",
+    "Piece",
+    "RENAMED",
     "Row",
     "Shard",
     "WeightTable",
@@ -38,11 +43,14 @@ __all__ = [
     "copy_into_shard",
     "gated_expert",
     "gated_mlp",
+    "gated_qkv",
     "grouped_qkv",
     "is_same",
     "joined",
     "make_shard",
     "outputs",
+    "section_names",
+    "shifted",
     "vocabulary",
     "whole",
 ]

@@ -3,6 +3,8 @@
 ::
 
     grouped_qkv   q rows of group 0 | k rows of group 0 | v rows of group 0 | q rows of group 1 ...
+              (with gates: q rows of group 0 | gates of group 0 | k rows of group 0 | ...)
+sections      this rank's heads of the first | of the second | ...
     joined        this rank's gate rows | this rank's up rows
     columns       this rank's columns
     vocabulary    this rank's rows of the vocabulary | zeros where it is padded
@@ -47,12 +49,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows (or columns) ``[start, stop)`` of a Hugging Face tensor, or of a matrix in one."""
+    """Rows (or columns) ``[start, stop)`` of a Hugging Face tensor, or of a matrix in one.
+
+    Attributes:
+        shift: what is added to the tensor's values in the parameter.
+    """
 
     name: str
     start: int
     stop: int
     place: Place | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,11 @@ class Row:
     dtype: torch.dtype | None = None
     shape: Shape | None = None
 
+    @property
+    def block_lengths(self) -> list[int]:
+        """Of every block along ``dim``."""
+        return [_length(block) for block in self.blocks]
+
     def shard(self, rank: int, size: int) -> Shard:
         """One tensor-parallel rank's part.
 
@@ -143,9 +155,16 @@ def _cut(block: Sequence[Piece], low: int, high: int) -> Iterator[Piece]:
         at = end
 
 
-def whole(name: str, tensor: str, shape: Shape, dtype: torch.dtype | None = None) -> Row:
+def whole(
+    name: str,
+    tensor: str,
+    shape: Shape,
+    dtype: torch.dtype | None = None,
+    shift: float = 0.0,
+) -> Row:
     """A parameter that every rank holds whole."""
-    return Row(name, {tensor: shape}, ((Piece(tensor, 0, shape[0]),),), is_cut=False, dtype=dtype)
+    block = (Piece(tensor, 0, shape[0], shift=shift),)
+    return Row(name, {tensor: shape}, (block,), is_cut=False, dtype=dtype)
 
 
 def outputs(name: str, tensor: str, shape: Shape, num_heads: int = 0) -> Row:
@@ -193,6 +212,29 @@ def grouped_qkv(
         for tensor, count in parts
     )
     shapes = {tensor: (num_groups * count, *rest) for tensor, count in parts}
+    return Row(name, shapes, (block,), num_units=num_heads)
+
+
+def gated_qkv(
+    name: str, tensors: Sequence[str], *, num_heads: int, num_groups: int, width: int, rest: Shape
+) -> Row:
+    """As ``grouped_qkv``, of queries whose tensor has every head's gate behind its query."""
+    query, key, value = tensors
+    per_group = num_heads // num_groups
+
+    def of_group(group: int) -> Iterator[Piece]:
+        for half in (0, 1):
+            for head in range(group * per_group, (group + 1) * per_group):
+                start = (2 * head + half) * width
+                yield Piece(query, start, start + width)
+        for tensor in (key, value):
+            yield Piece(tensor, group * width, (group + 1) * width)
+
+    block = tuple(piece for group in range(num_groups) for piece in of_group(group))
+    shapes = {
+        query: (2 * num_heads * width, *rest),
+        **dict.fromkeys((key, value), (num_groups * width, *rest)),
+    }
     return Row(name, shapes, (block,), num_units=num_heads)
 
 

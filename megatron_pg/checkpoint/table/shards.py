@@ -33,7 +33,7 @@ def copy_into_shard(target: Tensor, shard: Shard, read: Read, name: str) -> None
     position = 0
     for piece in shard.pieces:
         width = piece.stop - piece.start
-        source = _read_piece(read, piece, shard.dim)
+        source = shifted(_read_piece(read, piece, shard.dim), piece.shift)
         target.narrow(shard.dim, position, width).copy_(cast(source, target.dtype, piece.name))
         position += width
     if shard.padding:
@@ -78,6 +78,11 @@ def make_shard(shard: Shard, read: Read, dtype: torch.dtype, name: str) -> Tenso
     return target
 
 
+def shifted(tensor: Tensor, shift: float) -> Tensor:
+    """A tensor plus a number, in a dtype in which nothing is lost yet."""
+    return tensor.double() + shift if shift else tensor
+
+
 def _read_piece(read: Read, piece: Piece, dim: int) -> Tensor:
     place = piece.place
     if place is None:
@@ -117,7 +122,9 @@ class Merger:
         target, filled = self._begun[piece.name]
         if piece.place is not None:
             target = piece.place.within(target[piece.place.index])
-        target.narrow(dim, piece.start, piece.stop - piece.start).copy_(content)
+        target.narrow(dim, piece.start, piece.stop - piece.start).copy_(
+            shifted(content, -piece.shift)
+        )
         filled[piece] = content.numel()
 
     def _is_complete(self, name: str) -> bool:

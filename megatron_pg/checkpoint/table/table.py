@@ -5,19 +5,39 @@ Reading, exporting and merging shards all follow from it, at any tensor-parallel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from .rows import EMBEDDING, HEAD, Row, Shard
 
 # Norms that Transformer Engine fuses into the linear layer behind them, in local-spec names.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
 }
+# Parameters that core 0.19 calls otherwise; checkpoints do not.
+RENAMED = {f"mixer.conv1d_{kind}": f"mixer.conv1d.{kind}" for kind in ("weight", "bias")}
+
+# Parameters that torch_dist stores block by block, each under its parameter's name and its own.
+SECTIONS = {
+    "self_attention.in_proj.weight": ("query", "key", "value", "z", "beta", "alpha"),
+    "self_attention.conv1d.weight": ("query", "key", "value"),
+    "mixer.in_proj.weight": ("z", "x", "B", "C", "dt"),
+    "mixer.conv1d.weight": ("x", "B", "C"),
+    "mixer.conv1d.bias": ("x", "B", "C"),
+}
+
+
+def section_names(name: str) -> list[str]:
+    """Names under which torch_dist stores a parameter."""
+    leaf = name.split(".", 3)[-1] if name.startswith("decoder.layers.") else name
+    return [f"{name}.{section}" for section in SECTIONS[leaf]] if leaf in SECTIONS else [name]
 
 
 class WeightTable:
@@ -49,6 +69,11 @@ class WeightTable:
         """Every tensor's dtype in a folder of weights in ``dtype``."""
         return {key: row.dtype or dtype for row in self._rows.values() for key in row.shapes}
 
+    def shifts(self) -> dict[str, float]:
+        """Tensors to whose values something is added in their parameter, and what."""
+        pieces = (piece for row in self._rows.values() for block in row.blocks for piece in block)
+        return {piece.name: piece.shift for piece in pieces if piece.shift}
+
     def shard(self, name: str, tp_rank: int = 0, tp_size: int = 1) -> Shard:
         """The shard of a parameter (local-spec name, layer and expert numbered globally).
 
@@ -60,6 +85,14 @@ class WeightTable:
             raise ValueError(f"this {self._architecture} has no parameter {name}")
         row = self._rows.get(name) or self._rows[EMBEDDING]
         return row.shard(tp_rank, tp_size)
+
+    def sections(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A whole parameter as torch_dist stores it: its blocks, by ``section_names``."""
+        names = section_names(name)
+        if len(names) == 1:
+            yield name, whole
+            return
+        yield from zip(names, whole.split(self._rows[name].block_lengths), strict=True)
 
     def __contains__(self, name: str) -> bool:
         """Whether the model has a parameter; a tied output layer is the embedding again."""

@@ -52,14 +52,17 @@ def open_carried(folder: Path | None, model: HfModel) -> CarriedTensors:
     Raises:
         ValueError: naming the file: damaged files, or a tensor that is of no such layer.
     """
-    if folder is None or not model.mtp_num_layers:
+    if folder is None or not model.may_carry:
         return CarriedTensors()
     kept = folder / FOLDER
     if kept.is_symlink():
         raise ValueError(f"{kept}: a link out of the folder; put the folder itself there")
     if not kept.is_dir():
-        has_weights = any((folder / name).is_file() for name in (INDEX, SINGLE))
-        return CarriedTensors.of(TensorFiles(folder), model) if has_weights else CarriedTensors()
+        if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+            return CarriedTensors()
+        # All others are the concern of who reads the weights.
+        files = TensorFiles(folder, skip=lambda name: not model.goes_along(name))
+        return CarriedTensors.of(files, model)
     files = TensorFiles(kept)
     carried = CarriedTensors.of(files, model)
     for name in files.shapes.keys() - carried.shapes.keys():

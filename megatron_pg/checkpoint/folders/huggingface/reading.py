@@ -85,7 +85,7 @@ class HfFolder:
 
     def _check_tied_head(self) -> None:
         """Some folders store a tied head a second time; it must be the embedding."""
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        head, embedding = "lm_head.weight", self.model.embedding
         same = self.shapes[head] == self.shapes.get(embedding)
         for start in range(0, self.shapes[head][0] if same else 0, 8192):
             rows = (0, start, start + 8192)

@@ -42,6 +42,6 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether one of the files is there from which ``transformers`` makes a tokenizer."""
     vocabularies = (
         *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"),
-        *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model"),
+        *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "tiktoken.model"),
     )
     return any((folder / name).is_file() for name in vocabularies)

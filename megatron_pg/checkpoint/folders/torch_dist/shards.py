@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...description import HfModel
-from ...table import FUSED_NORMS, check_finite, is_same
+from ...table import FUSED_NORMS, check_finite, is_same, section_names
 from ..contents import is_extra_state, is_optimizer_state, is_per_rank, loose_tensors
 from .reading import COMMON_STATE, TorchDistReader
 
@@ -59,7 +59,7 @@ def written_places(name: str, model: HfModel) -> list[WrittenPlace]:
     if layer is None:
         return [WrittenPlace(key, (), ()) for key, _ in leaves]
     if len(leaves) > 1:
-        leaves = leaves[_norm_names(name, model.has_experts(layer), model.is_latent)]
+        leaves = _norm_names(name, layer, model, leaves)
     if not model.is_homogeneous:
         prefix = f"decoder.layers.{layer}."
         return [WrittenPlace(prefix + leaf, i, experts[: len(i)]) for leaf, i in leaves]
@@ -69,14 +69,18 @@ def written_places(name: str, model: HfModel) -> list[WrittenPlace]:
     ]
 
 
-def _norm_names(name: str, has_experts: bool, is_latent: bool) -> slice:
-    """Which of a norm's two names specs have for it: fused into a linear layer, and its own."""
-    fused, own, both = slice(0, 1), slice(1, 2), slice(0, 2)
+def _norm_names(name: str, layer: int, model: HfModel, leaves: list[Place]) -> list[Place]:
+    """Which of a norm's names specs have for it: fused into a linear layer, and its own."""
+    fused, own, is_latent = leaves[:-1], leaves[-1:], model.is_latent
+    has_experts = model.has_experts(layer)
     if name.endswith(".input_layernorm.weight"):
-        return own if is_latent else fused
+        of_layer = "in_proj" if model.has_linear_attention(layer) else "linear_qkv"
+        return own if is_latent else [leaf for leaf in fused if f".{of_layer}." in leaf[0]]
     if name.endswith(".pre_mlp_layernorm.weight"):
-        return own if is_latent and has_experts else both if is_latent or has_experts else fused
-    return both
+        if has_experts:
+            return own if is_latent or model.is_hybrid else leaves
+        return leaves if is_latent else fused
+    return leaves
 
 
 def _leaves(name: str) -> tuple[int | None, list[Place]]:
@@ -96,6 +100,10 @@ def _stacked(layer: int, leaves: list[Place]) -> list[Place]:
     return [(f"decoder.layers.{leaf}", (layer, *index)) for leaf, index in leaves]
 
 
+def _parts(names: Sequence[str]) -> list[str]:
+    return [part for name in names for part in section_names(name)]
+
+
 class TorchDistShards:
     """As ``LegacyShards``: every parameter is one shard, the whole of it.
 
@@ -111,24 +119,47 @@ class TorchDistShards:
         self.common = self.reader.read_common(trust_pickle=trust_pickle)
 
     def __contains__(self, name: str) -> bool:
-        return bool(self._places(name))
+        return any(self._places(part) for part in section_names(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter."""
-        key, index = self._place(name)
-        return self.reader.tensors[key].shape[len(index) :]
+        """Shape of a parameter.
+
+        Raises:
+            ValueError: naming the folder: parts that are no parts of one.
+        """
+        shapes = []
+        for part in section_names(name):
+            key, index = self._place(part)
+            shapes.append(self.reader.tensors[key].shape[len(index) :])
+        if len(shapes) == 1:
+            return shapes[0]
+        if not all(shape and shape[1:] == shapes[0][1:] for shape in shapes):
+            raise ValueError(f"{self.folder}: parts of {name} are {shapes}; restore the checkpoint")
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype in which a parameter is stored."""
-        return self.reader.tensors[self._place(name)[0]].dtype
+        """Dtype in which a parameter is stored.
+
+        Raises:
+            ValueError: naming the folder: parts of several.
+        """
+        keys = [self._place(part)[0] for part in section_names(name)]
+        dtypes = dict.fromkeys(self.reader.tensors[key].dtype for key in keys)
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{self.folder}: parts of {name} are stored as {', '.join(map(str, dtypes))}; save "
+                "the model in one dtype"
+            )
+        return next(iter(dtypes))
 
     def read(self, name: str) -> list[Tensor]:
         """The parameter, as a list of one."""
-        return [self.reader.read(*self._place(name))]
+        parts = [self.reader.read(*self._place(part)) for part in section_names(name)]
+        return parts if len(parts) == 1 else [torch.cat(parts)]
 
     def file(self, name: str) -> Path:
         """A file in which (the first part of) a parameter lies."""
-        key, index = self._place(name)
+        key, index = self._place(section_names(name)[0])
         for chunk in self.reader.tensors[key].chunks:
             box = zip(index, chunk.offsets, chunk.sizes)
             if all(start <= i < start + size for i, start, size in box):
@@ -141,7 +172,7 @@ class TorchDistShards:
         Raises:
             ValueError: naming the places that differ, or values that are not finite.
         """
-        for name in names:
+        for name in _parts(names):
             first, *others = self._places(name) or [self._place(name)]
             for other in others:
                 copies = self.reader.read(*first), self.reader.read(*other)
@@ -163,7 +194,7 @@ class TorchDistShards:
             ValueError: naming file and key: an extra state that is not empty.
         """
         read: dict[str, set[tuple[int, ...]]] = {}
-        for name in names:
+        for name in _parts(names):
             for key, index in self._places(name):
                 read.setdefault(key, set()).add(index)
         unread = []
