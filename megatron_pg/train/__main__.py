@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import TRACKER
+from ..data import CARDS
 from .config import RunConfig, config_example, config_help, load_config
 from .dry_run import dry_run
 from .launcher import launched_world_size
@@ -14,13 +18,16 @@ from .lifetime import PROGRAM
 from .ranks import parallel_run
 from .run import open_run
 
+# Machines like this one, whatever they have.
+_HERE = "here"
+
 
 def main() -> None:
     """Parse the command line and run.
 
     What a person can mend (a mistake, a server that fails for good, a full disk) ends with one
     message and exit code 2, the loss of another rank or of the launcher with 3, Ctrl-C with 130,
-    SIGTERM with 143.
+    SIGTERM with 143; a dry run of what does not fit its cards with 1.
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_pg.train",
@@ -31,9 +38,17 @@ def main() -> None:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the config in one process, build nothing"
+        "--dry-run",
+        action="store_true",
+        help="check the config in one process, build nothing; exit code 1 if a rank does not fit",
     )
     parser.add_argument("--world-size", type=int, help="ranks to check for with --dry-run")
+    parser.add_argument(
+        "--card",
+        choices=[*sorted(CARDS), _HERE],
+        help="of every rank of a --dry-run; unless said h100 where this machine has no CUDA, and "
+        "what it has elsewhere",
+    )
     parser.add_argument("-h", "--help", action=_Help, help="show this, and every field, and exit")
     parser.add_argument(
         "--example", action=_Example, help="print a config of all fields at their defaults and exit"
@@ -41,9 +56,13 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size must be at least 1 and belongs to --dry-run")
+    if arguments.card is not None and not arguments.dry_run:
+        parser.error("--card belongs to --dry-run")
     PROGRAM.watch()
     with PROGRAM.telling():
-        _run(arguments)
+        fits = _run(arguments)
+    if not fits:
+        sys.exit(1)
 
 
 class _Help(argparse.Action):
@@ -66,12 +85,15 @@ class _Example(_Help):
         parser.exit()
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> bool:
+    """Whether nothing is known against the run."""
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         world_size = arguments.world_size or launched_world_size()
-        print("\n".join(dry_run(config, world_size).lines), flush=True)
-        return
+        card = arguments.card or (_HERE if torch.cuda.is_available() else "h100")
+        told = dry_run(config, world_size, None if card == _HERE else card)
+        print("\n".join(told.lines), flush=True)
+        return told.fits is not False
     PROGRAM.advice = lambda: how_to_go_on(config.run)
     # Inside, so that an error is told before the ranks take leave of each other.
     with (
@@ -80,6 +102,7 @@ def _run(arguments: argparse.Namespace) -> None:
         open_run(config, ranks) as trainer,
     ):
         trainer.run()
+    return True
 
 
 def how_to_go_on(run: RunConfig) -> str:

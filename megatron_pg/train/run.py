@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from ..grpo import GrpoStep, Ranks, with_ref_logprobs
@@ -103,9 +102,7 @@ def _build(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Train
     step = GrpoStep(
         model.chunks,
         vocab_size=plan.vocab_size,
-        algorithm=replace(algorithm, skip_groups_without_spread=True)
-        if algorithm.filter_groups.enable
-        else algorithm,
+        algorithm=algorithm.of_step,
         settings=config.prefix_group,
         reference=build_reference(config) if needs_reference else None,
         offload_reference=algorithm.ref_offload,

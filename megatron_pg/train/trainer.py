@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..attention import ATTENTION_BACKENDS, merge_implementation
+from ..attention import describe_backend
 from ..checkpoint import export_hf
 from ..data import Group
 from ..grpo import GrpoStep, StepBatch, total_over_replicas
@@ -271,9 +271,8 @@ class Trainer:
         history = [metrics for metrics in steps if metrics["step"]]
         evaluations = self.validation.evaluations
         chunks = torch.nn.ModuleList(self._bare_chunks())
-        merge = f", {merge_implementation(self.ranks.device)} merge"
         backends = [
-            name + merge * ATTENTION_BACKENDS[name].merges for name in attention_backends(chunks)
+            describe_backend(name, self.ranks.device) for name in attention_backends(chunks)
         ]
         path = self.folder / "summary.json"
         write_summary(
@@ -290,8 +289,10 @@ class Trainer:
             with writing(plot):
                 plot_reward(history, evaluations, plot)
         calls = count_attention_calls(chunks)
+        # A stage may hold layers of linear attention alone, which have no backend.
+        named = f" ({', '.join(backends)})" if backends else ""
         kinds = {
-            f"prefix-grouped ({', '.join(backends)})": calls.prefix_grouped,
+            f"prefix-grouped{named}": calls.prefix_grouped,
             "ordinary": calls.ordinary,
         }
         self._say(closing_table(history, self.totals, self.model.plan.layers, kinds))

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory, commands: Path) -> TrainConfig:
     from tests.train.saved_run import train_and_save
 
-    return train_and_save(tmp_path_factory.mktemp("run"))
+    return train_and_save(tmp_path_factory.mktemp("run"), commands)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ NUM_STEPS = 5
 # Narrow enough to clip second minibatches.
 LOSS = dense.LossCase(low=0.01, high=0.02, kl=0.1)
 LAYOUTS = ("tp2_sp", "pp2")
-# What no optimizer has, or no token came to.
-_MAY_STAY = ("e_score_correction_bias", ".experts.")
+# What no optimizer has, no token came to, or is a logarithm, of which little is much.
+_MAY_STAY = ("e_score_correction_bias", ".experts.", ".A_log")
 
 
 def prepare(folder: Path, name: str, **overrides: object) -> TrainConfig:
@@ -29,7 +29,8 @@ def prepare(folder: Path, name: str, **overrides: object) -> TrainConfig:
     Some have experts in not all of their layers; each of two stages has a layer with them.
     """
     family = FAMILIES[name]
-    save_hf(family, folder / "model", num_layers=4 if family.has_experts else 2)
+    is_mixed = family.has_experts or family.is_hybrid
+    save_hf(family, folder / "model", num_layers=4 if is_mixed else 2)
     groups = [g for g in tiny.make_groups(6, seed=3) if len(g.samples) == 4]
     sections = tiny.run_sections(folder, groups)
     sections["rollout"]["shuffle"] = False

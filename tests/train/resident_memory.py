@@ -23,8 +23,8 @@ from megatron_pg.train.model.plan import ModelPlan, plan_model
 from tools.bench.timing import peak_bytes
 
 VOCAB = 64
-NUM_PROMPTS, PROMPT_LEN, RESPONSE_LEN = 8, 256, 64
-# A prompt and one of its four responses: every group is larger.
+NUM_PROMPTS, PROMPT_LEN, NUM_RESPONSES, RESPONSE_LEN = 8, 256, 5, 63
+# A prompt and one of its responses, or all of them beside it: every group is larger.
 MAX_TOKENS = 320
 MODEL = ModelConfig(
     vocab_size=VOCAB,
@@ -69,7 +69,7 @@ def make_groups() -> list[Group]:
                 reward=float(i),
                 loss_mask=torch.ones(RESPONSE_LEN, dtype=torch.bool),
             )
-            for i in range(4)
+            for i in range(NUM_RESPONSES)
         )
         return Group(str(number), tuple(samples))
 

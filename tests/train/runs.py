@@ -19,7 +19,7 @@ from megatron_pg.train import TrainConfig, parallel_run
 from tests.checkpoint import tiny as stock
 from tests.ranks import Pool
 from tests.train import dense, late_imports, tiny  # noqa: F401
-from tests.train.layouts import LAYOUTS, NUM_RANKS
+from tests.train.layouts import NUM_RANKS, with_layout
 from tests.train.tiny import VOCAB
 
 TIMEOUT_MINUTES = 3.0
@@ -57,7 +57,8 @@ def run(ranks: Pool, config: TrainConfig, layout: str, out: Path, **changes: obj
 
 def on_layout(config: TrainConfig, layout: str, out: Path, **changes: object) -> TrainConfig:
     # Long enough for a machine that is busy with other things.
-    parallel = replace(LAYOUTS[layout], distributed_timeout_minutes=TIMEOUT_MINUTES)
+    config = with_layout(config, layout)
+    parallel = replace(config.parallel, distributed_timeout_minutes=TIMEOUT_MINUTES)
     values = {"out": str(out), "export_hf": True, **changes}
     return replace(config, parallel=parallel, run=replace(config.run, **values))
 

@@ -120,12 +120,12 @@ def resumes(run: SavedRun, folder: Path, *names: object) -> bool:
     return True
 
 
-def train_and_save(folder: Path) -> TrainConfig:
+def train_and_save(folder: Path, commands: Path) -> TrainConfig:
     """Two steps and a checkpoint, in a process of its own."""
     sections = tiny.run_sections(folder, tiny.make_groups(7, has_rollout_logprobs=True))
     sections["run"] |= {"num_steps": STEP, "save_interval": STEP, "self_check_interval": None}
     path = tiny.write_config(folder / "config.yaml", sections)
-    done = tiny.launch([str(path)])
+    done = tiny.launch([str(path)], commands=commands)
     assert done.returncode == 0, done.stderr
     return load_config(path)
 

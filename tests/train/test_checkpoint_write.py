@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
 
@@ -22,8 +23,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # no
     FileSystemWriterAsync,
 )
 
+from megatron_pg.checkpoint import TorchDistReader, file_checksum  # noqa: E402
 from megatron_pg.train import parallel_run  # noqa: E402
-from megatron_pg.train.checkpoints.write import CheckpointWrite  # noqa: E402
+from megatron_pg.train.checkpoints.write import CheckpointWrite, SaveStrategy  # noqa: E402
 from megatron_pg.train.config import ParallelConfig  # noqa: E402
 
 NAMES = [f"weight{i}" for i in range(5)]
@@ -78,8 +80,9 @@ def test_what_changes_meanwhile_is_not_in_the_checkpoint(
     write = CheckpointWrite(
         state_of(tensors),
         tmp_path,
+        SaveStrategy(),
         in_background=in_background,
-        publish=lambda: published.append((tmp_path / "metadata.json").is_file()),
+        publish=lambda own: published.append((own, (tmp_path / "metadata.json").is_file())),
     )
     assert not write.is_done() and not published
     if in_background:
@@ -87,20 +90,47 @@ def test_what_changes_meanwhile_is_not_in_the_checkpoint(
             tensor.add_(1)
     may_write.set()
     write.finish()
-    assert write.is_done() and published == [True]
+    ((checksums, is_described),) = published
+    files = sorted(path.name for path in tmp_path.glob("*.distcp"))
+    assert write.is_done() and is_described and sorted(checksums) == files
+    assert all(file_checksum(tmp_path / name) == checksums[name] for name in files)
     loaded = load(tmp_path)
     assert all(torch.equal(loaded[name], saved[name]) for name in NAMES)
     assert loaded["iteration"] == 3 and loaded["schedule"] == {"lr": 1.5}
 
 
+def noted(function: Any, calls: list[str]) -> Any:
+    def call(*arguments: Any, **settings: Any) -> Any:
+        calls.append(function.__name__)
+        return function(*arguments, **settings)
+
+    return call
+
+
 def test_the_files_are_those_that_megatron_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    exchanges = []
+    for name in ("all_gather_object", "gather_object", "scatter_object_list"):
+        monkeypatch.setattr(dist, name, noted(getattr(dist, name), exchanges))
     tensors = make_tensors()
     ours, theirs = tmp_path / "ours__", tmp_path / "theirs"
     for folder in (ours, theirs):
         folder.mkdir()
-    CheckpointWrite(state_of(tensors), ours, in_background=False, publish=lambda: None).finish()
+    strategy = SaveStrategy()
+    # The later ones as the first was settled.
+    for again in range(4):
+        folder = ours if again == 3 else tmp_path / str(again)
+        folder.mkdir(exist_ok=True)
+        state = state_of(tensors)
+        exchanges.clear()
+        write = CheckpointWrite(
+            state, folder, strategy, in_background=False, publish=lambda own: None
+        )
+        assert bool(exchanges) == (again < 2)
+        write.finish()
+        reader = TorchDistReader(folder)
+        assert all(torch.equal(reader.read(name), tensors[name]) for name in NAMES)
     monkeypatch.undo()
     dist_checkpointing.save(state_of(tensors), str(theirs))
     names = sorted(path.name for path in theirs.iterdir())
@@ -128,8 +158,9 @@ def test_a_failed_write_names_its_file_and_gives_the_space_back(
     write = CheckpointWrite(
         state_of(make_tensors()),
         folder,
+        SaveStrategy(),
         in_background=True,
-        publish=lambda: pytest.fail("published"),
+        publish=lambda own: pytest.fail("published"),
     )
     with pytest.raises(OSError, match="No space left") as error:
         write.finish()

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
+from megatron_pg.train import DryRun, TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.config.file import config_dict  # noqa: E402
 from megatron_pg.train.model import plan as model_plan  # noqa: E402
+from megatron_pg.train.rollouts.tokenizer import load_tokenizer  # noqa: E402
+from tests.checkpoint.tiny import FAMILIES, save_hf  # noqa: E402
 from tests.train import tiny  # noqa: E402
 from tests.utils import ROOT  # noqa: E402
 
@@ -44,6 +47,8 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
     [
         # Unknown keys at every level.
         (["modle.hf=x"], "modle is unknown; did you mean 'model'?"),
+        (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather is not offered"),
+        (["parallel.tp_comm_overlap=true"], "parallel.tp_comm_overlap is not offered"),
         (["run.num_step=3"], "run.num_step is unknown; did you mean 'num_steps'?"),
         (["rollout.task.nmae=x"], "rollout.task.nmae is unknown; did you mean 'name'?"),
         (
@@ -89,6 +94,7 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["algorithm.policy.importance_mode=tis"], "importance mode='tis' must be one of"),
         (["prefix_group.attention_backend=flahs"], "did you mean 'flash"),
         (["optimizer.optimizer=lion"], "must be one of 'adam'"),
+        (["parallel.cp_comm_type=p2p"], "parallel.cp_comm_type='p2p' must be one of 'a2a'"),
         (["optimizer.lr_decay_style=step"], "must be one of 'constant', 'linear'"),
         (["model.position_embedding_type=alibi"], "must be one of 'rope'"),
         # Combinations.
@@ -347,7 +353,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
             ["algorithm.policy.importance_mode=token_mask"],
             "needs rollout_logprobs on every row",
         ),
-        (1, ["rollout.source=model", "rollout.files=[]"], "has no usable tokenizer"),
+        (1, ["rollout.source=model", "rollout.files=[]"], "there is no tokenizer.json or other"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(
@@ -359,6 +365,18 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert message in str(error.value)
 
 
+def test_a_tokenizer_that_transformers_makes_up_is_none(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    """Of this architecture it makes an empty one from config.json, and every prompt is empty."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_next"}')
+    assert not len(AutoTokenizer.from_pretrained(tmp_path)("text")["input_ids"])
+    sampled = "rollout.source=model", "rollout.files=[]"
+    config = load(tmp_path, sections, *sampled, f"model.hf={tmp_path}")
+    with pytest.raises(ValueError, match=r"has no usable tokenizer: there is no tokenizer\.json"):
+        load_tokenizer(config)
+
+
 def test_a_dry_run_refuses_unreadable_weights(tmp_path: Path, sections: dict[str, Any]) -> None:
     reference = tmp_path / "reference"
     shutil.copytree(tmp_path / "model", reference)
@@ -367,9 +385,13 @@ def test_a_dry_run_refuses_unreadable_weights(tmp_path: Path, sections: dict[str
     (reference / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="reference/model.safetensors: not readable"):
         dry_run(load(tmp_path, sections, *both), 1)
-    (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="model: neither model.safetensors nor"):
-        dry_run(load(tmp_path, sections), 1)
+    # A description alone is said to be one; what is left of weights is not.
+    (reference / "model.safetensors").unlink()
+    told = dry_run(load(tmp_path, sections, *both), 1)
+    assert f"{reference} holds no weights, which the run will need" in told.lines
+    (reference / "model.safetensors.index.json").write_text('{"weight_map": {"x": "lost"}}')
+    with pytest.raises(ValueError, match="reference"):
+        dry_run(load(tmp_path, sections, *both), 1)
 
 
 def test_recorded_advantages_leave_their_estimator_nothing_to_do(
@@ -388,11 +410,11 @@ def test_recorded_advantages_leave_their_estimator_nothing_to_do(
 def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[str, Any]) -> None:
     config = load(tmp_path, sections)
     one = dry_run(config, 1)
-    # Embedding and output, four layers of attention, gated MLP and two norms; the last norm aside.
+    # Embedding and output, four layers of attention, gated MLP and two norms, and the last norm.
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
-    assert one.parameters_per_rank == 2 * tiny.VOCAB * 32 + 4 * layer
+    assert one.parameters_per_rank == 2 * tiny.VOCAB * 32 + 4 * layer + 32
     assert one.lines[0] == "1 ranks: tp 1 x pp 1 (vpp 1) x dp 1"
-    assert re.search(r"first 5 of 7 groups: \d+ logical tokens, \d+ encoded", one.lines[1])
+    assert re.search(r"first step of 5 of 7 groups: \d+ logical tokens, \d+ encoded", one.lines[1])
     assert " local (model.transformer_impl=auto)" in one.lines[2]
     many = dry_run(
         load(
@@ -406,6 +428,32 @@ def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[
     )
     assert many.lines[0] == "64 ranks: tp 2 with sp x pp 2 (vpp 1) x dp 16"
     assert many.parameters_per_rank < one.parameters_per_rank / 3
+
+
+@pytest.mark.parametrize(("num_groups", "num_minibatches"), [(4, 3), (16, 1)])
+def test_a_dry_run_packs_what_the_first_step_trains(
+    tmp_path: Path, num_groups: int, num_minibatches: int
+) -> None:
+    """Of seven groups, in the order of the run; a step of more has some of them again."""
+    step = tiny.first_step(
+        tmp_path,
+        run__groups_per_step=num_groups,
+        algorithm__num_minibatches=num_minibatches,
+        prefix_group__max_tokens_per_microbatch=120,
+    )
+    assert num_minibatches == 1 or step["packing/microbatches"] > step["tokens/unique"] // 120 + 1
+    line = dry_run(load_config(tmp_path / "run.yaml"), 1).lines[1]
+    found = re.search(r": ([\d,]+) logical tokens, ([\d,]+) encoded .* (\d+) microbatches", line)
+    assert found is not None
+    said = [int(number.replace(",", "")) for number in found.groups()]
+    assert said == [step[f"tokens/{n}"] for n in ("logical", "unique")] + [
+        step["packing/microbatches"]
+    ]
+    again = "16 groups, but 7 were recorded, and some of them stand in it 3 times"
+    assert (again in line) == (num_groups == 16)
+    # The first four of the file are others.
+    first = tiny.make_groups()[:4]
+    assert said[0] != sum(len(s.tokens) for group in first for s in group.samples)
 
 
 def test_a_dry_run_tells_transformer_engine_s_layers(
@@ -426,12 +474,18 @@ def test_a_dry_run_tells_which_prompts_are_resident(
     assert "resident" not in "".join(dry_run(load(tmp_path, sections, *overrides), 1).lines)
 
 
+def resident_line(told: DryRun) -> str:
+    (line,) = (line for line in told.lines if line.startswith("of it resident prompts"))
+    return line
+
+
 def test_a_dry_run_counts_what_resident_prompts_keep(
     tmp_path: Path, sections: dict[str, Any]
 ) -> None:
     """Of 4 layers with 4 and 2 heads of 8 channels, in fp32."""
     kv = 2 * 2 * 8 * 4
-    activations = (4 * 32 + 3 * 32 + 3 * 16 + 3 * 48) * 4
+    # On a CPU norms keep what they scale, too; a log-sum-exp for each head.
+    activations = (6 * 32 + 3 * 32 + 3 * 16 + 5 * 48 + 4) * 4
     cases = {"recompute": 4 * (kv + kv), "retain": 4 * (activations + kv)}
     small = "prefix_group.max_tokens_per_microbatch=24", "prefix_group.prefix_resident=always"
     never = dry_run(load(tmp_path, sections, small[0], "prefix_group.prefix_resident=never"), 1)
@@ -441,7 +495,7 @@ def test_a_dry_run_counts_what_resident_prompts_keep(
         told = dry_run(load(tmp_path, sections, *overrides), 1)
         found = re.fullmatch(
             rf"of it resident prompts: (\d+) tokens at once \({mode}\), about \d\.\d\d GiB",
-            told.lines[-1],
+            resident_line(told),
         )
         assert found and 0 < int(found[1]) <= 24, told.lines
         assert told.resident_bytes_per_rank == int(found[1]) * per_token
@@ -451,7 +505,7 @@ def test_a_dry_run_counts_what_resident_prompts_keep(
         unknown += ("rollout.files=[]", "rollout.server.model=x", "rollout.server.reload=vllm")
         tiny.save_tokenizer(tmp_path / "model")
         told = dry_run(load(tmp_path, sections, *unknown), 1)
-        assert told.lines[-1].startswith("of it resident prompts: up to 1,000 tokens at once")
+        assert resident_line(told).startswith("of it resident prompts: up to 1,000 tokens at once")
         # Every one of two stages keeps half of the layers.
         halved = dry_run(
             load(tmp_path, sections, *unknown, "parallel.pipeline_model_parallel_size=2"), 2
@@ -460,12 +514,87 @@ def test_a_dry_run_counts_what_resident_prompts_keep(
         assert halved.resident_bytes_per_rank == 500 * per_token
 
 
+def test_a_dry_run_counts_the_states_of_resident_prompts(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    """Of 4 layers in fp32, every second one keeps a state and what its convolution sees."""
+    sizes = dict(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+    sizes |= dict(experimental_attention_variant="gated_delta_net", linear_attention_freq=2)
+    sizes |= dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=3)
+    sizes |= dict(linear_key_head_dim=6, linear_value_head_dim=10, kv_channels=8)
+    sections["model"] = dict(vocab_size=tiny.VOCAB, transformer=sizes)
+    overrides = ("prefix_group.max_tokens_per_microbatch=24", "prefix_group.prefix_resident=always")
+    overrides += ("prefix_group.prefix_resident_mode=recompute",)
+    kept, tokens = [], 0
+    for width in (10, 20):
+        value = f"model.transformer.linear_value_head_dim={width}"
+        told = dry_run(load(tmp_path, sections, *overrides, value), 1)
+        kept.append(told.resident_bytes_per_rank)
+        found = re.search(r"(\d+) tokens at once", resident_line(told))
+        assert found is not None
+        tokens = int(found[1])
+    # States of 4 heads of 6 x value, and 2 tokens of 2 x 12 + 4 x value; as many gradients.
+    one, two = (2 * 2 * 4 * (24 * width + 2 * (24 + 4 * width)) for width in (10, 20))
+    prompts, rest = divmod(kept[1] - kept[0], two - one)
+    assert prompts >= 1 and rest == 0
+    # Keys and values of 2 heads of 8 in the other layers, and as many gradients.
+    assert kept[0] == tokens * 2 * 2 * (2 * 2 * 8 * 4) + prompts * one
+
+
+def test_a_dry_run_tells_what_a_checkpoint_takes(tmp_path: Path, sections: dict[str, Any]) -> None:
+    plain = dry_run(load(tmp_path, sections), 2)
+    assert not any("checkpoint" in line for line in plain.lines)
+    overrides = ("run.save_interval=5", "run.async_save=true")
+    told = dry_run(load(tmp_path, sections, *overrides), 2)
+    assert told.bytes_per_rank == plain.bytes_per_rank
+    # Weights and two moments in fp32, divided by two ranks; a distributed optimizer has copies.
+    assert told.checkpoint_bytes_per_rank == told.parameters_per_rank * 12 // 2
+    (line,) = (line for line in told.lines if line.startswith("a checkpoint: 0.00 GiB of each"))
+    assert line.endswith("written beside the next steps; nothing more on its device")
+    for dtype, width in (("bfloat16", 2), ("float32", 4)):
+        overrides += (f"model.transformer.params_dtype={dtype}",)
+        shared = dry_run(
+            load(tmp_path, sections, *overrides, "parallel.use_distributed_optimizer=true"), 2
+        )
+        assert shared.checkpoint_bytes_per_rank == told.parameters_per_rank * (width + 12) // 2
+
+
+def test_a_dry_run_predicts_the_first_step(tmp_path: Path, sections: dict[str, Any]) -> None:
+    def seconds(*overrides: str, world_size: int = 1, card: str = "h100") -> dict[str, float]:
+        line = dry_run(load(tmp_path, sections, *overrides), world_size, card).lines[-2]
+        line, *idle = line.split("; pipeline idle ")
+        assert bool(idle) == any("pipeline" in override for override in overrides)
+        start = f"first step on {card} cards in bf16, predicted, at the least: "
+        assert line.startswith(start)
+        total, named = line.removeprefix(start).split(" s (")
+        parts = (part.split() for part in named.removesuffix(")").split(", "))
+        return {"total": float(total)} | {name: float(value) for name, value in parts}
+
+    plain = seconds()
+    assert plain["total"] > 0 and plain.keys() >= {"products", "attention", "head", "optimizer"}
+    assert seconds(card="a100")["products"] == pytest.approx(790 / 250 * plain["products"], 0.1)
+    # Two epochs, and logprobs of the policy before them: 7 forward passes for 3.
+    twice = seconds("algorithm.ppo_epochs=2")
+    assert twice["products"] == pytest.approx(7 / 3 * plain["products"], 0.1)
+    assert twice["optimizer"] == pytest.approx(2 * plain["optimizer"], 0.1)
+    full = ("granularity=full", "method=uniform", "num_layers=1")
+    again = seconds(*(f"model.transformer.recompute_{setting}" for setting in full))
+    assert again["products"] == pytest.approx(4 / 3 * plain["products"], 0.1)
+    piped = seconds("parallel.pipeline_model_parallel_size=2", world_size=2)
+    assert piped["idle"] > 0 and piped["products"] == pytest.approx(plain["products"] / 2, 0.1)
+    divided = seconds("parallel.context_parallel_size=2", world_size=2)
+    assert divided["exchange"] > 0
+    assert divided["products"] == pytest.approx(plain["products"] / 2, 0.1)
+
+
 @pytest.mark.parametrize("mode", ["recompute", "retain"])
 def test_a_dry_run_counts_what_windows_reach_of_resident_prompts(
     tmp_path: Path, sections: dict[str, Any], mode: str
 ) -> None:
     """Of 4 layers with 2 heads of 8 channels in fp32, every second one sees all keys."""
     kv = 2 * 2 * 8 * 4
+    sizes = dict(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+    sections["model"] = dict(vocab_size=tiny.VOCAB, transformer=sizes)
     overrides = (
         "prefix_group.max_tokens_per_microbatch=24",
         "prefix_group.prefix_resident=always",
@@ -475,7 +604,7 @@ def test_a_dry_run_counts_what_windows_reach_of_resident_prompts(
 
     def kept(*window: str) -> tuple[int, int]:
         told = dry_run(load(tmp_path, sections, *overrides, *window), 1)
-        tokens = re.search(r"(\d+) tokens at once", told.lines[-1])
+        tokens = re.search(r"(\d+) tokens at once", resident_line(told))
         assert tokens is not None
         return told.resident_bytes_per_rank, int(tokens[1])
 
@@ -488,6 +617,17 @@ def test_a_dry_run_counts_what_windows_reach_of_resident_prompts(
     copies = 2 * 2 * kv
     prompts = (windows[1] - windows[0]) // copies
     assert prompts > 0 and windows[1:] == [windows[0] + n * copies * prompts for n in (1, 2)]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmo3"])
+def test_a_dry_run_counts_the_norms_that_a_family_has(
+    family: str, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    model = save_hf(FAMILIES[family], tmp_path / family, num_layers=2)
+    told = dry_run(load(tmp_path, sections, f"model.hf={tmp_path / family}"), 1)
+    names = [name for name, _ in model.named_parameters()]
+    assert sum(n.endswith("layernorm.weight") for n in names) == (8 if family == "gemma3" else 4)
+    assert told.parameters_per_rank == sum(x.numel() for x in model.parameters())
 
 
 def test_a_model_from_scratch_needs_its_sizes(tmp_path: Path, sections: dict[str, Any]) -> None:

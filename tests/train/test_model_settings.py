@@ -15,11 +15,10 @@ pytest.importorskip("megatron.core")
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_pg.data import Group, Sample  # noqa: E402
-from megatron_pg.mcore import layer_windows  # noqa: E402
+from megatron_pg.mcore import layer_windows, layers_per_stage  # noqa: E402
 from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.model import plan as model_plan  # noqa: E402
-from megatron_pg.train.model.megatron_rules import layers_per_stage  # noqa: E402
 from megatron_pg.train.model.plan import check_attention, plan_model  # noqa: E402
 from megatron_pg.train.rollouts import open_sampling  # noqa: E402
 from tests.train import tiny  # noqa: E402
@@ -31,6 +30,9 @@ EXPERTS = SIZES | dict(
     moe_router_load_balancing_type="none",
     add_bias_linear=False,
 )
+COUNTED = dict(
+    account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+)
 # Fields that belong to other sections, that runs decide themselves or do not look at.
 ELSEWHERE = {
     "tensor_model_parallel_size": (2, "set by parallel.tensor_model_parallel_size"),
@@ -39,7 +41,7 @@ ELSEWHERE = {
     "expert_model_parallel_size": (2, "set by parallel.expert_model_parallel_size"),
     "sequence_parallel": (True, "set by parallel.sequence_parallel"),
     "expert_tensor_parallel_size": (1, "set by parallel.expert_tensor_parallel_size"),
-    "context_parallel_size": (1, "needs process groups that no run makes"),
+    "context_parallel_size": (2, "set by parallel.context_parallel_size"),
     "hierarchical_context_parallel_sizes": ([1, 2], "needs process groups"),
     "hybrid_context_parallel": (True, "needs process groups"),
     "pipeline_model_parallel_comm_backend": ("ucc", "needs process groups"),
@@ -58,6 +60,8 @@ ELSEWHERE = {
     "calculate_per_token_loss": (True, "must stay true"),
     "variable_seq_lengths": (False, "must stay true"),
     "cross_entropy_loss_fusion": (True, "would be ignored"),
+    "apply_residual_connection_post_layernorm": (True, "would be ignored"),
+    "fp32_residual_connection": (True, "hands fp32 to linear layers"),
     "use_te_activation_func": (True, "needs a layer spec that no run makes"),
     "moe_use_legacy_grouped_gemm": (True, "as no folder does"),
     "perform_initialization": (False, "break the start"),
@@ -65,7 +69,7 @@ ELSEWHERE = {
     "finalize_model_grads_func": ("print", "is set by the run"),
     "no_sync_func": (None, "is set by the run"),
     # Only beside a setting that is off.
-    "cp_comm_type": ("a2a", "would be ignored: what it qualifies is off"),
+    "cp_comm_type": ("a2a", "set by parallel.cp_comm_type"),
     "tp_comm_overlap_ag": (False, "would be ignored: what it qualifies is off"),
     "fp8_recipe": ("mxfp8", "would be ignored"),
     "mamba_state_dim": (64, "would be ignored"),
@@ -163,6 +167,13 @@ def test_all_problems_of_a_model_are_in_one_error() -> None:
         (dict(moe_layer_freq=[0, 0, 0, 0]), {}, "with a 1 among them"),
         (dict(moe_layer_freq=[0, 1, 2, 0]), {}, "or a 1 (experts) or 0"),
         (dict(moe_aux_loss_coeff=0.01), {}, "moe_aux_loss_coeff=0.01 would be ignored"),
+        (dict(moe_router_bias_update_rate=0.1), {}, "bias_update_rate=0.1 would be ignored"),
+        (
+            dict(moe_router_load_balancing_type="seq_aux_loss"),
+            {},
+            "'seq_aux_loss' would be ignored: moe_aux_loss_coeff is 0",
+        ),
+        (dict(fp8="hybrid"), {}, "scaling factors of a packed row differ"),
         (dict(moe_z_loss_coeff=-0.1), {}, "moe_z_loss_coeff=-0.1 must be at least 0"),
         (
             dict(moe_router_load_balancing_type=["aux_loss"], moe_aux_loss_coeff=[-0.1]),
@@ -229,11 +240,22 @@ def test_experts_that_megatron_would_refuse(
             "num_layers_in_first_pipeline_stage",
         ),
         (
+            dict(pipeline_model_parallel_layout="Ett||t|tL"),
+            dict(pipeline_model_parallel_size=4),
+            "pipeline stages of [2, 0, 1, 1] layers; give every chunk between",
+        ),
+        (
             dict(pipeline_model_parallel_layout="Et|tttL"),
             dict(pipeline_model_parallel_size=4),
             "Megatron-Core refuses the model settings",
         ),
         (dict(num_attention_heads=3), dict(tensor_model_parallel_size=2), "num_attention_heads"),
+        (
+            dict(num_moe_experts=4, add_bias_linear=True),
+            dict(tensor_model_parallel_size=2),
+            "set parallel.expert_tensor_parallel_size=1 and spread the experts by "
+            "parallel.expert_model_parallel_size=2, or another size above 1; with rollout.source=m",
+        ),
         (
             dict(pipeline_model_parallel_layout="Et|t|t|tL"),
             dict(pipeline_model_parallel_size=2),
@@ -298,7 +320,7 @@ def test_the_backend_must_take_every_kind_of_layer(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(gradient_accumulation_fusion=True), "gradient_accumulation_fusion=True needs Apex"),
+        (dict(gradient_accumulation_fusion=True), "gradient_accumulation_fusion=True needs Apex's"),
         (dict(moe_router_fusion=True), "moe_router_fusion needs Transformer Engine"),
         (
             dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
@@ -319,14 +341,18 @@ def test_kernels_that_are_not_there(changes: dict[str, Any], message: str) -> No
         (dict(num_layers_in_first_pipeline_stage=1), 2, [1, 3]),
         (dict(num_layers_in_last_pipeline_stage=1), 2, [3, 1]),
         (dict(pipeline_model_parallel_layout="Et|tttL"), 2, [1, 3]),
+        # A stage of the loss alone.
+        (dict(pipeline_model_parallel_layout="Et|ttt|L"), 3, [1, 3, 0]),
+        (dict(num_layers=94, **COUNTED), 4, [23, 24, 24, 23]),
+        (dict(num_layers=94, **COUNTED), 8, [11, *[12] * 6, 11]),
+        (dict(num_layers=94, num_layers_in_last_pipeline_stage=10), 8, [*[12] * 7, 10]),
         (
-            dict(
-                num_layers=6,
-                account_for_embedding_in_pipeline_split=True,
-                account_for_loss_in_pipeline_split=True,
-            ),
-            4,
-            [1, 2, 2, 1],
+            dict(num_layers=94, pipeline_model_parallel_layout="Et*23|(t*24|)*2t*23L"),
+            *(4, [23, 24, 24, 23]),
+        ),
+        (
+            dict(num_layers=6, **COUNTED),
+            *(4, [1, 2, 2, 1]),
         ),
     ],
 )
@@ -400,6 +426,9 @@ def test_a_folder_says_what_its_model_is(
         dry_run(load(tmp_path, sections, f"model.transformer.{override}"), 1)
     assert f"model.transformer.{override.split('=')[0]}=" in str(error.value)
     assert "contradicts model.hf, which says" in str(error.value)
+    # Also what it says by having nothing of it.
+    with pytest.raises(ValueError, match="softmax_type=.* makes another model of the weights"):
+        dry_run(load(tmp_path, sections, "model.transformer.softmax_type=off-by-one"), 1)
     # The same again is no contradiction.
     dry_run(load(tmp_path, sections, "model.transformer.num_layers=4"), 1)
 
@@ -412,10 +441,15 @@ def test_experts_under_tensor_parallelism_are_refused_before_the_run(
     with pytest.raises(ValueError, match="under tensor parallelism with sequence parallelism only"):
         dry_run(load(tmp_path, sections, tp), 2)
     told = dry_run(load(tmp_path, sections, tp, "parallel.sequence_parallel=true"), 2)
-    attention, router, norms = 4 * 32 * 32, 4 * 32, 2 * 32
+    assert told.lines[0] == "2 ranks: tp 2 with sp x pp 1 (vpp 1) x dp 1"
+    spread = dry_run(load(tmp_path, sections, "parallel.expert_model_parallel_size=2"), 2)
+    assert spread.lines[0] == "2 ranks: tp 1 x pp 1 (vpp 1) x dp 2; experts: ep 2 x etp 1"
+    # Norms with weight and bias.
+    attention, router, norms, last_norm = 4 * 32 * 32, 4 * 32, 2 * 64, 64
     experts = 4 * 2 * 32 * 16
     embedding = -(-tiny.VOCAB // 2) * 32
-    assert told.parameters_per_rank == 4 * ((attention + experts) // 2 + router + norms) + embedding
+    layer = (attention + experts) // 2 + router + norms
+    assert told.parameters_per_rank == 4 * layer + last_norm + embedding
 
 
 def long_group(tokens: int) -> Group:

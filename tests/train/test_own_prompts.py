@@ -97,7 +97,9 @@ def test_a_reward_that_hangs_is_scored_and_the_run_goes_on(ranks: Pool, tmp_path
     assert metrics[0]["reward/min"] == -1.0
 
 
-def test_a_reward_that_raises_ends_the_run_and_the_newest_checkpoint_stands(tmp_path: Path) -> None:
+def test_a_reward_that_raises_ends_the_run_and_the_newest_checkpoint_stands(
+    tmp_path: Path, commands: Path
+) -> None:
     notes = tmp_path / "calls"
     reward = {
         "name": f"{MODULE}:raises_after",
@@ -105,14 +107,14 @@ def test_a_reward_that_raises_ends_the_run_and_the_newest_checkpoint_stands(tmp_
         "num_processes": 1,
     }
     config_of(tmp_path, reward, run__save_interval=1, run__num_steps=5)
-    done = tiny.launch([str(tmp_path / "config.yaml")])
+    done = tiny.launch([str(tmp_path / "config.yaml")], commands=commands)
     assert done.returncode == 2, done.stderr
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert f"error: rollout.reward '{MODULE}:raises_after' for prompt '{tmp_path}" in told
     assert "raised OSError: [Errno 28] no space left for verdicts (" in told
     assert "goes on after step 2, the newest checkpoint" in told and "Traceback" not in done.stderr
     notes.write_text("")
-    again = tiny.launch([str(tmp_path / "config.yaml"), "run.num_steps=4"])
+    again = tiny.launch([str(tmp_path / "config.yaml"), "run.num_steps=4"], commands=commands)
     assert again.returncode == 0, again.stderr
     assert "prompts: 9 from 1 file; held out: 1 from 1 file" in again.stdout
     steps = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

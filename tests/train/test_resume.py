@@ -18,7 +18,8 @@ from megatron_pg.checkpoint import (
     reshard_checkpoint,
     write_manifest,
 )
-from megatron_pg.train import dry_run, open_run
+from megatron_pg.data import Group
+from megatron_pg.train import dry_run, load_config, open_run
 from megatron_pg.train.checkpoints.checkpoints import sharded_state
 from megatron_pg.train.checkpoints.resume import _take_over_rates
 from megatron_pg.train.checkpoints.torch_adam import loading_torch_adam
@@ -26,6 +27,8 @@ from megatron_pg.train.model import build_trained_model
 from megatron_pg.train.model.plan import plan_model
 from tests.checkpoint.poison import POISONS, poison, replace_records, serialised
 from tests.hostile import refused
+from tests.ranks import Pool
+from tests.train import runs, tiny
 from tests.train.saved_run import STEP, SavedRun, assert_state, forget_manifest, resumes
 
 pytestmark = pytest.mark.megatron
@@ -188,3 +191,23 @@ def test_saved_groups_are_found_by_the_running_rates() -> None:
     first, second = state[0]["optimizer"]["param_groups"]
     assert first == saved | {"max_lr": 0.5}
     assert second == saved | {"max_lr": 0.5, "wd_mult": 0.0}
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2_sp_distributed"])
+def test_a_run_that_has_trained_nothing_yet_is_taken_up(
+    ranks: Pool, tmp_path: Path, layout: str
+) -> None:
+    """Its first group has no spread, so the optimizer has made no step when it is saved."""
+    first, *others = tiny.make_groups(2)
+    even = Group("even", tuple(replace(sample, reward=0.5) for sample in first.samples))
+    sections = tiny.run_sections(tmp_path, [even, first, *others])
+    sections["rollout"]["shuffle"] = False
+    sections["algorithm"] = dict(skip_groups_without_spread=True)
+    sections["run"] |= dict(groups_per_step=1, num_steps=3, save_interval=1)
+    config = load_config(tiny.write_config(tmp_path / "run.yaml", sections))
+    want, steps = runs.run(ranks, config, layout, tmp_path / "whole")
+    assert [step["actor/updates"] for step in steps] == [0, 1, 1]
+    once = replace(config, run=replace(config.run, num_steps=1))
+    runs.run(ranks, once, layout, tmp_path / "parts")
+    got, others = runs.run(ranks, config, layout, tmp_path / "parts")
+    runs.assert_same((got, others[1:]), (want, steps[1:]))

@@ -38,11 +38,26 @@ MODEL = dict(
     gated_linear_unit=True,
     activation_func="silu",
 )
+# With attention that keeps state of its own, in 16 bits.
+SIXTEEN_BITS = MODEL | dict(
+    params_dtype="bfloat16",
+    multi_latent_attention=True,
+    q_lora_rank=16,
+    kv_lora_rank=12,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=8,
+    rope_type="rope",
+    window_size=[4, 0],
+    window_attn_skip_freq=[1, 0, 0, 1],
+    softmax_type="learnable",
+)
 
 
-def config_of(folder: Path, out: str, **parallel: Any) -> Any:
+def config_of(folder: Path, out: str, layout: str) -> Any:
     sections = tiny.run_sections(folder)
-    sections["model"] = dict(vocab_size=tiny.VOCAB, transformer=MODEL)
+    transformer, parallel = LAYOUTS[layout]
+    sections["model"] = dict(vocab_size=tiny.VOCAB, transformer=transformer)
     sections["parallel"] = sections.get("parallel", {}) | parallel
     sections["run"] |= dict(
         num_steps=4, save_interval=3, out=str(folder / out), export_hf=False, keep_checkpoints=3
@@ -67,14 +82,17 @@ def end_of(config: Any, stop_after: int | None = None) -> dict[str, torch.Tensor
         }
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {},
-    "tp2_sp_pp2_ep2_etp1": dict(
-        tensor_model_parallel_size=2,
-        sequence_parallel=True,
-        pipeline_model_parallel_size=2,
-        expert_model_parallel_size=2,
-        expert_tensor_parallel_size=1,
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one": (MODEL, {}),
+    "tp2_sp_pp2_ep2_etp1_16_bits": (
+        SIXTEEN_BITS,
+        dict(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            pipeline_model_parallel_size=2,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
     ),
 }
 
@@ -83,9 +101,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_a_resumed_run_has_the_same_weights_and_biases(
     ranks: Pool, tmp_path: Path, layout: str
 ) -> None:
-    num_ranks = 1 if layout == "one" else 4
-    whole = config_of(tmp_path, "whole", **LAYOUTS[layout])
-    parts = config_of(tmp_path, "parts", **LAYOUTS[layout])
+    num_ranks = 4 if LAYOUTS[layout][1] else 1
+    whole = config_of(tmp_path, "whole", layout)
+    parts = config_of(tmp_path, "parts", layout)
     assert dry_run(whole, num_ranks).lines
     wanted = ranks.run(num_ranks, end_of, whole, timeout=240)
     halfway = ranks.run(num_ranks, end_of, parts, 3, timeout=240)
@@ -99,7 +117,10 @@ def test_a_resumed_run_has_the_same_weights_and_biases(
             if name.endswith("expert_bias"):
                 biases += 1
                 assert before[name].any(), "nothing to be saved"
-    assert biases == (3 if layout == "one" else 3 * 2)
+                assert theirs[name].dtype == torch.float32
+        weights = {x.dtype for n, x in theirs.items() if n.endswith("proj.weight")}
+        assert weights == {torch.bfloat16 if "16" in layout else torch.float32}
+    assert biases == 3 * min(num_ranks, 2)
     steps = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open()]
     assert len(steps) == 4
     for step in steps:

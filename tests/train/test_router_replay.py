@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("megatron.core")
 
-from megatron_pg.data import Group, RouteShape, write_rollouts  # noqa: E402
+from megatron_pg.data import Group, RouteShape, Sample, read_rollouts, write_rollouts  # noqa: E402
 from megatron_pg.rollout import OpenAIServerSource  # noqa: E402
 from megatron_pg.train import dry_run, load_config  # noqa: E402
 from megatron_pg.train.rollouts import Sampling, make_stream  # noqa: E402
 from tests.data.routed import with_routes  # noqa: E402
-from tests.train import tiny  # noqa: E402
+from tests.ranks import Pool  # noqa: E402
+from tests.rollout.stand_in import completion, stand_in, vllm_like  # noqa: E402
+from tests.train import family_runs, runs, tiny  # noqa: E402
 
 SHAPE = (3, 2)
 TRANSFORMER = dict(
@@ -77,6 +82,112 @@ def test_a_run_is_taken_up_with_its_routes_to_the_last_bit(tmp_path: Path) -> No
     assert not all(torch.equal(alone[name], whole[name]) for name in whole)
 
 
+# Losses that weigh as much as the policy's, and biases that go on by what is replayed.
+LOSSES = dict(
+    moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"],
+    moe_aux_loss_coeff=[0.3, 0.2],
+    moe_z_loss_coeff=0.1,
+    moe_router_bias_update_rate=0.01,
+)
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run on one rank with recorded routes, of GLM-4.5, and its end."""
+    folder = tmp_path_factory.mktemp("glm")
+    settings = dict(
+        algorithm__router_replay="R3",
+        model__transformer=LOSSES,
+        prefix_group__min_shared=1,
+        run__num_steps=3,
+    )
+    config = family_runs.prepare(folder, "glm4_moe", **settings)
+    groups = read_rollouts(config.rollout.files, vocab_size=family_runs.VOCAB)
+    routed = with_routes(groups, (4, 2), num_experts=8, divergence=0.3)
+    write_rollouts(routed, Path(config.rollout.files[0]))
+    return config, runs.load_weights(folder / "model"), runs.run(ranks, config, "one", folder / "o")
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "tp2_ep2_etp1_sp", "cp2_ep2"])
+def test_ranks_train_routers_as_one(
+    ranks: Pool, straight: Any, layout: str, tmp_path: Path
+) -> None:
+    """Coefficients of losses, counts of replayed experts and what is logged of them."""
+    config, start, (want, steps) = straight
+    got, others = runs.run(ranks, config, layout, tmp_path / "out")
+    assert family_runs.largest_difference(got, want, start) <= 2e-4
+    biases = [name for name in want if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3
+    for name in biases:
+        assert torch.equal(got[name], want[name]) and not torch.equal(want[name], start[name])
+    for ours, theirs in zip(others, steps, strict=True):
+        assert theirs["tokens/split_by_routes"] > 5
+        for name in (n for n in theirs if n.startswith(("router/", "actor/", "tokens/split"))):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+        assert len([name for name in theirs if name.startswith("router/")]) == 3
+
+
+def engine(path: str, body: Any) -> Any:
+    """A vLLM whose samples part in their routes within a prompt, the same for the same request."""
+    if path in ("/collective_rpc", "/reset_prefix_cache"):
+        return 200, {"success": True}
+    status, answer = vllm_like(path, body)
+    if path != "/v1/completions":
+        return status, answer
+    prompt, choices = body["prompt"], []
+    for index in range(body["n"]):
+        own = np.random.default_rng([*prompt, body.get("seed") or 0, index])
+        tokens = own.integers(3, 20, min(body["max_tokens"], 2 + index)).tolist()
+        rows = len(prompt) + len(tokens) - 1
+        routes = np.random.default_rng(prompt).random((rows, 4, 8)).argsort(axis=-1)[..., :2]
+        routes = routes.astype(np.uint8)
+        routes[len(prompt) // 2 :] += np.uint8(index % 3)
+        routes %= 8
+        routes[:, 0] = 0
+        stream = io.BytesIO()
+        np.save(stream, routes)
+        told = base64.b64encode(stream.getvalue()).decode()
+        words = " ".join(["7"] * (index if sum(prompt) % 3 else 0) + ["a"])
+        choices.append(completion(tokens, index=index, text=words, routed_experts=told))
+    return 200, {"choices": choices}
+
+
+def test_a_run_from_a_server_replays_its_routes_and_is_taken_up(
+    ranks: Pool, tmp_path: Path
+) -> None:
+    """Of groups with spread alone, on two stages, in two minibatches of two epochs."""
+    with stand_in(engine) as server:
+        settings = dict(
+            rollout__source="server",
+            rollout__files=[],
+            rollout__num_generations=4,
+            rollout__max_response_tokens=6,
+            rollout__reward="tests.train.rewards:share_of_digits",
+            rollout__server=dict(base_url=server.url, reload="vllm"),
+            algorithm__router_replay="R3",
+            algorithm__ppo_epochs=2,
+            algorithm__filter_groups=dict(enable=True),
+            prefix_group__min_shared=1,
+            run__num_steps=3,
+            run__save_interval=1,
+            run__eval_prompts=2,
+            run__self_check_interval=1,
+        )
+        config = family_runs.prepare(tmp_path, "glm4_moe", **settings)
+        tiny.save_tokenizer(tmp_path / "model")
+        want, steps = runs.run(ranks, config, "pp2", tmp_path / "whole")
+        runs.run(ranks, with_steps(config, 1), "pp2", tmp_path / "parts")
+        got, rest = runs.run(ranks, config, "pp2", tmp_path / "parts")
+    assert all(step["tokens/split_by_routes"] > 5 for step in steps)
+    assert max(step["check/packed_vs_written_out"] for step in steps) < 1e-5
+    assert sum(step["filter_groups/without_spread"] for step in steps) > 0
+    runs.assert_same((got, rest), (want, steps))
+
+
+def with_steps(config: Any, num_steps: int) -> Any:
+    return replace(config, run=replace(config.run, num_steps=num_steps))
+
+
 def test_routes_that_the_old_policy_takes_are_replayed(tmp_path: Path) -> None:
     """A second update with the routes of the first policy is another one."""
     found = {}
@@ -98,6 +209,28 @@ def test_a_dry_run_tells_what_routes_cost(tmp_path: Path) -> None:
     assert "tokens more for their routes" in told
     without = dry_run(config_of(tmp_path, algorithm__router_replay="disabled"), 1)
     assert "routes" not in "\n".join(without.lines)
+
+
+def test_routes_of_layers_without_experts_cost_nothing(tmp_path: Path) -> None:
+    """What an engine says of a dense layer is not read, in a dry run as little as in a step."""
+
+    def with_odd_layer(sample: Sample, number: int) -> Sample:
+        assert sample.routed_experts is not None
+        routes = sample.routed_experts.clone()
+        routes[:, 0] = torch.tensor([number % 4, (number + 1) % 4], dtype=torch.int16)
+        return replace(sample, routed_experts=routes)
+
+    odd = [
+        Group(g.group_id, tuple(with_odd_layer(s, i) for i, s in enumerate(g.samples)))
+        for g in ROUTED
+    ]
+    for groups in (ROUTED, odd):
+        config = config_of(tmp_path, groups)
+        (told,) = (line for line in dry_run(config, 1).lines if line.startswith("first step"))
+        with tiny.opened(replace(config, run=replace(config.run, load=False))) as trainer:
+            got = trainer.train_step()
+        assert f" {got['tokens/unique']:.0f} encoded" in told
+        assert f" {got['tokens/split_by_routes']:.0f} tokens more for their routes" in told
 
 
 def other_routes(change: Any) -> list[Group]:

@@ -31,7 +31,9 @@ from megatron_pg.train.rollouts import make_stream
 from megatron_pg.train.rollouts.evaluate import evaluate
 from megatron_pg.train.rollouts.sampling import Sampling
 from megatron_pg.train.rollouts.shared_stream import SharedStream
+from tests.ranks import Pool
 from tests.rollout.helpers import CharTokenizer, make_response
+from tests.train import dealt_prompts
 
 RANKS = Ranks(
     device=torch.device("cpu"), rank=0, world_size=1, dp_rank=0, dp_size=1, is_last_stage=True,
@@ -44,6 +46,20 @@ ABORTED = Response(response_ids=torch.tensor([], dtype=torch.int64), text="", st
 def sampling() -> Sampling:
     task = ReasoningGymTask(tokenizer=CharTokenizer())
     return Sampling(tokenizer=CharTokenizer(), task=task, reward=lambda p, r: 1.0, params=PARAMS)
+
+
+def test_prompts_are_dealt_over_context_parallel_ranks(ranks: Pool) -> None:
+    """Two replicas of two ranks: no prompt is sampled twice, and the leaders have them in order."""
+    found = ranks.run(4, dealt_prompts.sample, 10, 2)
+    assert sorted(n for one in found for n in one["seen"]) == list(range(10))
+    assert [one["own"] for one in found[::2]] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    assert [len(one["seen"]) for one in found] == [3, 2, 3, 2]
+    for replica, other in zip(found[::2], found[1::2]):
+        assert replica["got"] == [[10 * n, 10 * n + 1] for n in replica["own"]]
+        assert other["got"] is None
+    assert [one["got"] for one in ranks.run(2, dealt_prompts.sample, 1, 2)] == [[[0, 1]], None]
+    for one in ranks.run(2, dealt_prompts.sample, 4, 2, 3):
+        assert one["error"] == "prompt 3 is none"
 
 
 @pytest.mark.parametrize("kind", ["model", "server"])

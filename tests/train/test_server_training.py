@@ -67,7 +67,7 @@ def test_two_ranks_train_from_transformers_serve(tmp_path: Path) -> None:
 
 
 def test_what_the_server_can_do_is_told_and_its_failure_is_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Path
 ) -> None:
     sections = tiny.run_sections(tmp_path)
     tiny.save_tokenizer(tmp_path / "model")
@@ -96,9 +96,9 @@ def test_what_the_server_can_do_is_told_and_its_failure_is_one_message(
 
     with stand_in(handler) as server:
         url = f"rollout.server.base_url={server.url}"
-        trained = tiny.launch([path, url])
+        trained = tiny.launch([path, url], commands=commands)
         refuses = True
-        failed = tiny.launch([path, url, f"run.out={tmp_path / 'other'}"])
+        failed = tiny.launch([path, url, f"run.out={tmp_path / 'other'}"], commands=commands)
     assert trained.returncode == 0, trained.stderr
     assert {h.get("Authorization") for h in server.headers} == {f"Bearer {key}"}
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -145,7 +145,7 @@ def test_a_best_checkpoint_that_is_gone_is_the_best_no_more(ranks: Pool, tmp_pat
     assert checkpoints(config) == ["iter_0000004", "iter_0000005"]
 
 
-@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["pp2", "dp2", "cp2"])
 def test_the_model_is_judged_alike_on_every_layout(
     ranks: Pool, tmp_path: Path, layout: str
 ) -> None:

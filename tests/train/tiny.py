@@ -198,10 +198,14 @@ def first_step(folder: Path, **overrides: Any) -> dict[str, float]:
 
 
 def launch(
-    arguments: Sequence[str], *, num_ranks: int = 1, timeout: float = 240
+    arguments: Sequence[str],
+    *,
+    num_ranks: int = 1,
+    timeout: float = 240,
+    commands: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m megatron_pg.train`` in one process, or under torchrun."""
-    start = [sys.executable, "-m"]
+    """``python -m megatron_pg.train``, or under torchrun; ``commands`` is the fixture."""
+    start = [sys.executable if commands is None else str(commands / "python"), "-m"]
     if num_ranks > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
     return subprocess.run(

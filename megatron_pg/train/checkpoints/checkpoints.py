@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from ...checkpoint import (
 )
 from ...parallel import on_all_ranks, on_first_rank
 from ..model import Origin, TrainedModel
+from .own_shards import with_own_shards
 from .progress import Progress
 from .run_folder import write_atomically
-from .write import CheckpointWrite
+from .torch_adam import make_first_state
+from .write import CheckpointWrite, SaveStrategy
 
 PROGRESS = "progress.json"
 _PARTIAL = ".partial-"
@@ -52,6 +54,11 @@ class Checkpoints:
         self.is_async = is_async
         self._write: CheckpointWrite | None = None
 
+    @cached_property
+    def _strategy(self) -> SaveStrategy:
+        # Not before there are parallel groups.
+        return SaveStrategy()
+
     def save(self, model: TrainedModel, progress: Progress) -> None:
         """Write the state after ``progress.step`` steps; waits for an earlier write first.
 
@@ -68,6 +75,7 @@ class Checkpoints:
             self._remove_partial()
             partial.mkdir(parents=True)
         dist.barrier()
+        make_first_state(model.optimizer)
         state = sharded_state(model, is_loading=False) | {
             "iteration": step,
             "checkpoint_version": 3.0,
@@ -79,8 +87,9 @@ class Checkpoints:
         self._write = CheckpointWrite(
             state,
             partial,
+            self._strategy,
             in_background=self.is_async,
-            publish=lambda: self._publish(partial, step, text, best),
+            publish=lambda own: self._publish(partial, step, text, best, own),
         )
         if not self.is_async:
             self.wait()
@@ -154,10 +163,15 @@ class Checkpoints:
             os.replace(partial / HF_FOLDER, final)
             partial.rmdir()
 
-    def _publish(self, partial: Path, step: int, progress: str, best: str | None) -> None:
-        rank = dist.get_rank()
+    def _publish(
+        self,
+        partial: Path,
+        step: int,
+        progress: str,
+        best: str | None,
+        own: Mapping[str, FileChecksum],
+    ) -> None:
         parts: list[Any] = [None] * dist.get_world_size()
-        own = on_all_ranks(lambda: _checksums(partial, _files_of(partial, rank)))
         dist.all_gather_object(parts, own)
         known = {name: checksum for part in parts for name, checksum in part.items()}
         on_first_rank(lambda: self._complete_and_rename(partial, step, progress, known))
@@ -191,12 +205,6 @@ class Checkpoints:
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def _files_of(folder: Path, rank: int) -> list[str]:
-    """Names of the tensor files that a rank wrote."""
-    names = [path.name for path in folder.iterdir()]
-    return [name for name in names if re.fullmatch(rf"__{rank}_\d+\.distcp", name)]
-
-
 def _checksums(folder: Path, names: Iterable[str]) -> dict[str, FileChecksum]:
     return {name: file_checksum(folder / name) for name in names}
 
@@ -218,16 +226,12 @@ def sharded_state(model: TrainedModel, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {
         name: chunk.sharded_state_dict() for name, chunk in named_chunks(model).items()
     }
-    state["optimizer"] = model.optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=_METADATA
-    )
+    with with_own_shards(model.optimizer):
+        state["optimizer"] = model.optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=_METADATA
+        )
     return state
 
 
-_METADATA = {
-    # One file layout for every parallel layout, so that a run can continue on another.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    # Gathered on the first data-parallel rank, in host memory: else every rank would hold the
-    # whole shard's state, on its accelerator too.
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+# One file layout for every parallel layout, so that a run can continue on another.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint import iteration_name, parse_json
+from ...parallel import PipelineSplit
 from ..config import TrainConfig, config_dict
 from ..rollouts import Evaluation
 
 # Sections and settings that change how a run computes, reports or is kept, not what it computes.
 _FREE = (
     *("parallel.", "rollout.files", "rollout.format", "rollout.max_batch_samples"),
+    *(f"model.transformer.{field.name}" for field in fields(PipelineSplit)),
     *("rollout.prompts.files", "rollout.prompts.val_files"),
     *("rollout.server.", "model.transformer_impl", "prefix_group.attention_backend"),
     *("prefix_group.max_", "prefix_group.prefix_resident", "prefix_group.logprob_chunk_tokens"),

@@ -15,6 +15,7 @@ from ..config import TrainConfig
 from ..model import TrainedModel
 from ..rollouts import SharedStream
 from .checkpoints import PROGRESS, is_distributed, named_chunks, sharded_state
+from .own_shards import with_own_shards
 from .progress import Progress, changed_settings, course_settings, parse_progress
 from .torch_adam import loading_torch_adam
 
@@ -109,7 +110,7 @@ def load_checkpoint(saved: SavedRun, model: TrainedModel) -> None:
         )
     on_all_ranks(lambda: files.verify(files.names[dist.get_rank() :: dist.get_world_size()]))
     files.accept()
-    with loading_torch_adam(model.optimizer):
+    with loading_torch_adam(model.optimizer), with_own_shards(model.optimizer):
         loaded = load_sharded_state(sharded_state(model, is_loading=True), saved.reader)
         on_all_ranks(lambda: _take(loaded, model, saved))
 

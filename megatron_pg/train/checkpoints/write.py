@@ -12,11 +12,55 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from ...checkpoint import FileChecksum, file_checksum
 from ...mcore import OWN_WRITER
 from .run_folder import writing
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Megatron's, which leaves what every rank means to write out of a checkpoint's description."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *more: Any) -> Any:
+        if planned[1] is not None:
+            vars(planned[1]).pop("all_local_plans", None)
+        return super()._get_save_and_finalize_callbacks(writer, planned, *more)
+
+
+class SaveStrategy:
+    """Who writes what of a run's checkpoints: settled once, as their structure does not change.
+
+    What several data-parallel ranks hold is written by one of them, each its share. Megatron-Core
+    exchanges the structure for a first and a second checkpoint, and nothing for those that follow.
+    """
+
+    def __init__(self) -> None:
+        self._is_checked = False
+        self._strategy: Any = _Strategy("torch_dist", 1, cached_metadata=True)
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if replicas.size() > 1:
+            self._strategy = FullyParallelSaveStrategyWrapper(
+                self._strategy, replicas, do_cache_distribution=True
+            )
+
+    def request(self, state: Mapping[str, Any], folder: Path) -> Any:
+        """Megatron's request to write a sharded state dict; every rank takes part."""
+        request = dist_checkpointing.save(
+            dict(state),
+            str(folder),
+            self._strategy,
+            async_sharded_save=True,
+            validate_access_integrity=not self._is_checked,
+            **OWN_WRITER,
+        )
+        self._is_checked = True
+        return request
 
 
 class CheckpointWrite:
@@ -29,8 +73,10 @@ class CheckpointWrite:
     Args:
         state: sharded state dict.
         folder: exists, is empty, and goes when the write fails.
+        strategy: of the run.
         in_background: let a thread write a copy of the tensors, which may change meanwhile.
-        publish: called by ``finish`` when the checkpoint is complete.
+        publish: called by ``finish`` when the checkpoint is complete, with the checksums of this
+            rank's files, which are read again where they are written: beside the next steps.
 
     Raises:
         OSError: naming the file that cannot be written.
@@ -40,19 +86,19 @@ class CheckpointWrite:
         self,
         state: Mapping[str, Any],
         folder: Path,
+        strategy: SaveStrategy,
         *,
         in_background: bool,
-        publish: Callable[[], None],
+        publish: Callable[[Mapping[str, FileChecksum]], None],
     ) -> None:
         self._folder = folder
         self._publish = publish
+        self._checksums: dict[str, FileChecksum] = {}
         self._failure: Exception | None = None
         # Megatron would start a server process to make this queue.
         filesystem_async._results_queue = queue.Queue()
         with self._discarded_on_failure():
-            self._request = dist_checkpointing.save(
-                dict(state), str(folder), async_sharded_save=True, **OWN_WRITER
-            )
+            self._request = strategy.request(state, folder)
         buckets = self._request.preload_fn() if self._request.preload_fn else []
         if in_background:
             sources = self._request.async_fn_args[1] if buckets else []
@@ -81,14 +127,16 @@ class CheckpointWrite:
                     raise failure
             for finalize in self._request.finalize_fns:
                 finalize()
-            self._publish()
+            self._publish(self._checksums)
 
     def _write(self, buckets: Sequence[Any]) -> None:
         written = {}
         try:
             for number, bucket in enumerate(buckets):
-                with writing(bucket[0]):
+                path = Path(bucket[0])
+                with writing(path):
                     written[number] = self._write_file(number, bucket)
+                    self._checksums[path.name] = file_checksum(path)
         except Exception as error:  # raised by finish, on every rank
             self._failure = error
             return

@@ -19,6 +19,13 @@ from ...rollout import load_callable
 from .checks import config_problems, nearest, raise_problems
 from .sections import TrainConfig
 
+# Known to Megatron-LM's users, with why no run has it.
+_NOT_OFFERED = {
+    "parallel.overlap_param_gather": "is not offered: logprobs and samples read the output layer's "
+    "weights outside of its module, whose call would wait for them; omit it",
+    "parallel.tp_comm_overlap": "is not offered: its buffers are made for rows of one length; "
+    "omit it",
+}
 # Settings of prefix groups that earlier versions had in other sections.
 _MOVED = {
     "model.attention_backend": "prefix_group.attention_backend",
@@ -109,7 +116,7 @@ def _read(cls: type, content: Any, where: str, problems: list[str]) -> Any:
         if name not in hints:
             moved = _MOVED.get(path)
             hint = f"; it is {moved}" if moved else nearest(str(name), list(hints))
-            problems.append(f"{path} is unknown{hint}")
+            problems.append(f"{path} {_NOT_OFFERED.get(path, f'is unknown{hint}')}")
         elif dataclasses.is_dataclass(hints[name]):
             section = {} if value is None else value
             values[name] = _read(typing.cast(type, hints[name]), section, path, problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...grpo import GrpoConfig
@@ -47,6 +47,11 @@ class AlgorithmConfig(GrpoConfig):
     ref_offload: bool = False
     precompute_ref_logprobs: bool = False
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+
+    @property
+    def of_step(self) -> AlgorithmConfig:
+        """What a step is told: it leaves out what groups were filtered for, filled up or not."""
+        return replace(self, skip_groups_without_spread=True) if self.filter_groups.enable else self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,10 +49,15 @@ class ModelConfig:
 class ParallelConfig:
     """How the model is laid over ranks, in Megatron's own argument names.
 
-    What is left of the ranks after tensor and pipeline parallelism is data parallel. The sizes are
-    those of ``parallel.ParallelSizes``, at least 1 each.
+    What is left of the ranks after tensor, context and pipeline parallelism is data parallel. The
+    sizes are those of ``parallel.ParallelSizes``, at least 1 each.
 
     Attributes:
+        context_parallel_size: ranks that divide the tokens of a row, and in attention the heads:
+            a rank's share of the heads must be a multiple of it.
+        cp_comm_type: how these ranks exchange in attention: all tokens of some heads for all heads
+            of some tokens, which is exact for any tree of samples; other types of Megatron's
+            (``p2p``, ``all_gather``, ``a2a+p2p``) know whole samples alone.
         expert_tensor_parallel_size: ranks that divide an expert's widths; as many as divide other
             layers' when None.
         sequence_parallel: whether tensor-parallel ranks divide the tokens, too, between the layers
@@ -65,6 +70,8 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    cp_comm_type: Literal["a2a"] = "a2a"
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
@@ -187,8 +194,9 @@ class RolloutConfig:
     """Where groups come from.
 
     Attributes:
-        source: "recorded" reads files, "model" samples from the trained model itself, "server"
-            asks an inference server; ``module:name`` is a ``rollout.RolloutSource`` of your own.
+        source: "recorded" reads files, "model" samples from the trained model itself, without
+            expert parallelism, "server" asks an inference server; ``module:name`` is a
+            ``rollout.RolloutSource`` of your own.
         source_config: arguments of a source of your own, beside tokenizer and vocab_size.
         files: recorded rollouts.
         format: of the files; "auto" goes by their suffix and fields.
@@ -198,8 +206,9 @@ class RolloutConfig:
         prompts: prompts of "model" and "server" from files.
         task: prompts and rewards of "model" and "server", instead.
         reward: what judges, instead of the task's own reward: ``module:name`` (``f(prompt,
-            response)``, verl's ``compute_score`` or TRL's ``f(prompts, completions, **columns)``,
-            ``async`` or not), "math" (math-verify), a mapping of the fields of
+            response)`` of ``rollout.Prompt`` and ``rollout.Response``, whose text is
+            ``response.text``, verl's ``compute_score`` or TRL's ``f(prompts, completions,
+            **columns)``, ``async`` or not), "math" (math-verify), a mapping of the fields of
             ``rollout.RewardSettings`` (name, kwargs, weight, timeout_seconds, num_processes,
             max_concurrency, on_error, error_score), or a list of these, whose weighted scores are
             added.

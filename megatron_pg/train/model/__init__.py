@@ -7,7 +7,6 @@ from .building import (
     training_configs,
     validate_weights,
 )
-from .megatron_rules import expert_layers_per_stage, layers_per_stage
 from .plan import ModelPlan, Origin, check_attention, plan_model, validate_trainable
 
 __all__ = [
@@ -17,8 +16,6 @@ __all__ = [
     "build_reference",
     "build_trained_model",
     "check_attention",
-    "expert_layers_per_stage",
-    "layers_per_stage",
     "plan_model",
     "training_configs",
     "validate_trainable",

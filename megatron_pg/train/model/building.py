@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from ...checkpoint import load_weights, open_weights
+from ...checkpoint import TRACKER, load_weights, open_weights, read_hf_config
 from ...mcore import build_gpt_chunks
 from ..config import TrainConfig
 from ..ranks import seed_everything
@@ -130,16 +131,37 @@ def build_reference(config: TrainConfig) -> list[Any]:
     return chunks
 
 
-def validate_weights(config: TrainConfig) -> None:
+def validate_weights(config: TrainConfig, *, may_be_bare: bool = False) -> list[str]:
     """Open every folder of weights that a run names; only headers are read.
+
+    Args:
+        config: of the run.
+        may_be_bare: let folders pass that hold a ``config.json`` and no weights.
+
+    Returns:
+        Those folders.
 
     Raises:
         ValueError: naming the file that is missing, damaged, or not what its configuration says.
         NotImplementedError: on a model that is not supported.
     """
+    bare = []
     for folder in (_initial_weights(config), config.algorithm.ref_hf):
-        if folder is not None:
+        if folder is None:
+            continue
+        if may_be_bare and _is_bare(Path(folder)):
+            read_hf_config(folder)
+            bare.append(folder)
+        else:
             open_weights(folder)
+    return bare
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether it describes a model, and nothing in it looks like weights."""
+    weights = ("*.safetensors*", "*.bin*", "*.pt*", TRACKER)
+    has_weights = any(any(folder.glob(pattern)) for pattern in weights)
+    return (folder / "config.json").is_file() and not has_weights
 
 
 def _initial_weights(config: TrainConfig) -> str | None:

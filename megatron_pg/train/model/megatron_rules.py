@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ...mcore import expert_layers_per_stage, layers_per_chunk, stage_problems
 from ...parallel import ModelSizes, ParallelSizes
+from .expert_rules import ignored_expert_settings
+from .fusions import Machine, fusion_problems
+from .linear_rules import linear_problems
 
 _OF_YARN = {
     *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
@@ -19,7 +19,7 @@ _OF_YARN = {
 
 
 def megatron_problems(
-    config: TransformerConfig, asked: Mapping[str, Any], vpp_size: int | None, use_te: bool
+    config: TransformerConfig, asked: Mapping[str, Any], vpp_size: int | None, machine: Machine
 ) -> Iterator[str]:
     """Everything that keeps a configuration from being built and trained as it was asked for.
 
@@ -27,7 +27,7 @@ def megatron_problems(
         config: as Megatron-Core made it.
         asked: the fields that a user set, by name.
         vpp_size: ``parallel.virtual_pipeline_model_parallel_size``.
-        use_te: whether layers are Transformer Engine's.
+        machine: that the run is on.
     """
     for name, value in asked.items():
         # A pattern of layers is kept in a form of its own.
@@ -57,73 +57,16 @@ def megatron_problems(
     sizes = ParallelSizes.from_config(config)
     problems = sizes.model_problems(model) + sizes.training_problems(model)
     if model.num_layers is None:
-        problems += _stage_problems(config)
+        problems += stage_problems(config)
     yield from problems or [*_recompute_problems(config), *_bare_stage_problems(config)]
     yield from _width_problems(config)
     if config.multi_latent_attention:
-        yield from _latent_problems(config, asked, use_te)
-    yield from _kernel_problems(config, use_te)
+        yield from _latent_problems(config, asked, machine.has_te_layers)
+    yield from linear_problems(config, asked)
+    yield from fusion_problems(config, machine)
     if config.num_moe_experts:
         yield from _expert_problems(config)
-
-
-def layers_per_stage(config: TransformerConfig) -> list[int]:
-    """Layers on every pipeline rank, of all its chunks.
-
-    Raises:
-        AssertionError: Megatron-Core's, on layers that do not divide.
-    """
-    return [sum(chunks) for chunks in _layers_per_chunk(config)]
-
-
-def expert_layers_per_stage(config: TransformerConfig) -> list[int]:
-    """Of ``layers_per_stage``, those with experts."""
-    if not config.num_moe_experts:
-        return [0] * config.pipeline_model_parallel_size
-    pattern = config.moe_layer_freq
-    if isinstance(pattern, int):
-        pattern = [int(number % pattern == 0) for number in range(config.num_layers)]
-    chunks, left = _layers_per_chunk(config), iter(pattern)
-    counts = [0] * len(chunks)
-    # Layers go through the first chunks of all stages, then through the second ones.
-    for chunk in range(len(chunks[0])):
-        for rank, of_rank in enumerate(chunks):
-            counts[rank] += sum(itertools.islice(left, of_rank[chunk]))
-    return counts
-
-
-def _layers_per_chunk(config: TransformerConfig) -> list[list[int]]:
-    layout = config.pipeline_model_parallel_layout
-    if layout is not None:
-        return [
-            [sum(kind == LayerType.decoder for kind in chunk) for chunk in chunks]
-            for chunks in layout.layout
-        ]
-    vpp = config.virtual_pipeline_model_parallel_size
-    return [
-        [
-            get_num_layers_to_build(config, vp_stage=stage if vpp else None, pp_rank=rank)
-            for stage in range(vpp or 1)
-        ]
-        for rank in range(config.pipeline_model_parallel_size)
-    ]
-
-
-def _stage_problems(config: TransformerConfig) -> Iterator[str]:
-    """Of layers that are dealt out otherwise than evenly."""
-    vpp = config.virtual_pipeline_model_parallel_size or 1
-    ends = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-    set_to = ", ".join(f"{name}={getattr(config, name)!r}" for name in ends)
-    try:
-        layers = layers_per_stage(config)
-    except AssertionError as error:
-        yield f"num_layers={config.num_layers}, {set_to}: {error}; choose other pipeline sizes"
-        return
-    if sum(layers) != config.num_layers or min(layers) < vpp:
-        yield (
-            f"num_layers={config.num_layers}, {set_to}: pipeline stages of {layers} layers; give "
-            "every stage a layer, and all of them together num_layers"
-        )
+        yield from ignored_expert_settings(config, asked)
 
 
 def _width_problems(config: TransformerConfig) -> Iterator[str]:
@@ -159,34 +102,11 @@ def _recompute_problems(config: TransformerConfig) -> Iterator[str]:
     if config.recompute_granularity != "full" or config.recompute_method != "uniform":
         return
     number = config.recompute_num_layers
-    if wrong := [n for chunks in _layers_per_chunk(config) for n in chunks if n % number]:
+    if wrong := [n for chunks in layers_per_chunk(config) for n in chunks if n % number]:
         yield (
             f"recompute_num_layers={number} with recompute_method='uniform' does not divide the "
             f"{wrong[0]} layers of a stage; choose a divisor, or recompute_method='block'"
         )
-
-
-def _kernel_problems(config: TransformerConfig, use_te: bool) -> Iterator[str]:
-    """What Megatron-Core only finds missing once the model is built or run."""
-    if use_te:
-        return
-    if config.gradient_accumulation_fusion and not _is_there("fused_weight_gradient_mlp_cuda"):
-        yield (
-            "gradient_accumulation_fusion=True needs Apex or Transformer Engine's layers, this "
-            "machine has neither; set it to false"
-        )
-    if config.moe_grouped_gemm:
-        yield "moe_grouped_gemm=True needs Transformer Engine's layers; leave it out"
-    if _is_there("transformer_engine"):
-        return
-    needing = {"moe_router_fusion": config.moe_router_fusion}
-    if config.recompute_granularity == "selective":
-        needing |= {
-            f"recompute_modules={name!r}": name in config.recompute_modules
-            for name in ("layernorm", "moe_act")
-        }
-    for name in [name for name, is_on in needing.items() if is_on]:
-        yield f"{name} needs Transformer Engine, which is not installed; leave it out"
 
 
 def _pattern_problems(config: TransformerConfig) -> Iterator[str]:
@@ -232,10 +152,6 @@ def _bare_stage_problems(config: TransformerConfig) -> Iterator[str]:
             f"({stages} layers with them by stage): Megatron-Core does not save the optimizer of "
             "such stages beside others; choose fewer stages, or deal the layers out otherwise"
         )
-
-
-def _is_there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _expert_problems(config: TransformerConfig) -> Iterator[str]:

@@ -14,12 +14,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ...attention import AttentionInputs, AttentionKind, select_backend
 from ...checkpoint import HfModel, make_megatron_args, read_hf_config
-from ...data import AttentionSizes, CostModel
-from ...grpo import PackingConfig, PrefixGroupConfig
-from ...mcore import cpu, layer_windows, make_transformer_config
+from ...data import AttentionSizes, LayerKind, layer_kinds
+from ...grpo import PackingConfig, PrefixGroupConfig, row_cost_model
+from ...mcore import cpu, layer_windows, make_transformer_config, validate_config
+from ...parallel import PipelineSplit
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
+from .expert_rules import check_expert_biases
+from .fusions import OF_TE, Machine, fusion_defaults
+from .linear_rules import kernel_problems, undivided_problems
 from .megatron_rules import megatron_problems
-from .transformer_settings import transformer_settings
+from .transformer_settings import refused_settings, transformer_settings
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class ModelPlan:
 
     Attributes:
         config: Megatron's configuration.
-        gpt: keyword arguments of ``GPTModel``.
+        gpt: keyword arguments of ``GPTModel``, or of ``HybridModel``.
         vocab_size: entries of the vocabulary without padding.
         use_te: whether layers are Transformer Engine's.
         origin: the Hugging Face folder it comes from; None for a model from scratch.
+        on_cuda: whether it runs on CUDA.
+        card: key of ``data.CARDS`` that ranks will have; None for those of this machine.
     """
 
     config: TransformerConfig
@@ -39,11 +45,25 @@ class ModelPlan:
     vocab_size: int
     use_te: bool
     origin: Origin | None = None
+    on_cuda: bool = False
+    card: str | None = None
 
     def packing(self, settings: PrefixGroupConfig) -> PackingConfig:
         """How rows of this model are packed."""
-        cost_model = CostModel.from_config(self.config, self.vocab_size, layer_windows(self.config))
+        cost_model = row_cost_model(
+            self.config, self.vocab_size, self.card, self.hybrid_layer_pattern
+        )
         return PackingConfig.from_config(settings, self.config, cost_model)
+
+    @property
+    def hybrid_layer_pattern(self) -> str | None:
+        """What names the layers of a ``HybridModel``; None of a ``GPTModel``."""
+        return self.gpt.get("hybrid_layer_pattern")
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """Of every layer of the model."""
+        return layer_kinds(self.config, self.hybrid_layer_pattern)
 
     @property
     def max_positions(self) -> int | None:
@@ -71,13 +91,21 @@ class Origin:
     megatron_args: Namespace
 
 
-def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
+def plan_model(
+    model: ModelConfig, parallel: ParallelConfig, *, card: str | None = None
+) -> ModelPlan:
     """Megatron's configuration of a run, checked without building weights.
+
+    Args:
+        model: the section of the run's configuration.
+        parallel: likewise.
+        card: plan for such cards, with CUDA and Transformer Engine where this machine has no CUDA;
+            None for machines like this one.
 
     Raises:
         ValueError: on ``model.transformer`` keys that are not a run's to set, settings that
-            Megatron-Core refuses or changes, a model from scratch without ``vocab_size``, or a
-            folder without a readable ``config.json``.
+            Megatron-Core or prefix grouping refuses, a model from scratch without ``vocab_size``,
+            or a folder without a readable ``config.json``.
         NotImplementedError: on a Hugging Face model that is not supported (``read_hf_config``).
     """
     sizes = parallel.sizes
@@ -95,53 +123,64 @@ def plan_model(model: ModelConfig, parallel: ParallelConfig) -> ModelPlan:
     else:
         gpt, vocab_size = _from_scratch(model, sizes.tp)
     of_hf = None if model.hf is None else dict(settings)
-    has_cuda, use_te = torch.cuda.is_available(), _uses_te(model.transformer_impl)
+    machine = _machine(model.transformer_impl, card is not None)
     settings |= {
-        "transformer_impl": "transformer_engine" if use_te else "local",
+        "transformer_impl": "transformer_engine" if machine.has_te_layers else "local",
         **sizes.group_arguments(),
         "sequence_parallel": sizes.sp,
         # The loss carries its own global denominators; Megatron must not divide again.
         "calculate_per_token_loss": True,
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
-        "params_dtype": torch.bfloat16 if has_cuda else torch.float32,
+        "params_dtype": torch.bfloat16 if machine.has_cuda else torch.float32,
     }
     if sizes.vpp is not None:
         # Two stages exchange in both directions at once; batched calls would mix them up.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if not has_cuda:
+    if not machine.has_cuda:
         settings |= cpu.transformer_config_defaults()
     overrides = transformer_settings(model.transformer, of_hf)
     settings |= overrides
+    fused = fusion_defaults(settings, gpt["position_embedding_type"], machine)
+    settings |= {name: value for name, value in fused.items() if name not in overrides}
+    # Megatron-Core refuses kernels that are not installed here, wherever the model is to run.
+    elsewhere = {} if machine.is_here else {n: settings.pop(n) for n in OF_TE if n in settings}
     if settings.get("multi_latent_attention") and model.hf is None:
         # Its layers have rotary embeddings of their own.
         settings["rotary_base"] = model.rotary_base
     settings["pipeline_dtype"] = settings["params_dtype"]
     settings["bf16"] = settings["params_dtype"] is torch.bfloat16
+    check_expert_biases(settings, sizes)
     try:
         config = make_transformer_config(settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
+        refused = [*refused_settings(overrides), *undivided_problems(settings)]
+        raise_problems("with the model's settings", refused)
         named = [n for n, v in vars(parallel).items() if v != getattr(ParallelConfig, n)]
         raise ValueError(
             f"Megatron-Core refuses the model settings: {str(error) or type(error).__name__}; "
             f"change of parallel {', '.join(named) or 'a size'}, or of model.transformer "
             f"{', '.join(overrides) or 'a field'}"
         ) from error
-    problems = list(megatron_problems(config, overrides, sizes.vpp, use_te))
+    for name, value in elsewhere.items():
+        setattr(config, name, value)
+    problems = list(megatron_problems(config, overrides, sizes.vpp, machine))
     problems += _position_problems(config, gpt["position_embedding_type"])
+    if machine.has_cuda and machine.is_here:
+        problems += kernel_problems(config, gpt.get("hybrid_layer_pattern") or "")
     raise_problems("with the model's settings", problems)
+    validate_config(config)
     origin = None
     if model.hf is not None:
         args = make_megatron_args(
             hf,
-            tp_size=sizes.tp,
-            pp_size=sizes.pp,
-            vpp_size=sizes.vpp,
+            sizes,
+            PipelineSplit.from_config(config),
             make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
             dtype=config.params_dtype,
         )
         origin = Origin(Path(model.hf), args)
-    return ModelPlan(config, gpt, vocab_size, use_te, origin)
+    return ModelPlan(config, gpt, vocab_size, machine.has_te_layers, origin, machine.has_cuda, card)
 
 
 def validate_trainable(plan: ModelPlan) -> None:
@@ -219,6 +258,12 @@ def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], int
         "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
     }
     return gpt, model.vocab_size
+
+
+def _machine(transformer_impl: str, on_cuda: bool) -> Machine:
+    if on_cuda and not torch.cuda.is_available():
+        return Machine.with_cuda(has_te_layers=transformer_impl != "local")
+    return Machine.here(has_te_layers=_uses_te(transformer_impl))
 
 
 def _uses_te(transformer_impl: str) -> bool:

@@ -68,6 +68,8 @@ def _field_problems(
     verdict = field_verdict(name)
     if of_hf is not None and name in of_hf and name not in _FREE and value != of_hf[name]:
         yield f"{path} contradicts model.hf, which says {of_hf[name]!r}; remove it"
+    elif of_hf is not None and name not in of_hf and _makes_another_model(name, value, field):
+        yield f"{path} makes another model of the weights of model.hf; remove it"
     elif verdict is not None and verdict.is_inert and value != field.default:
         yield f"{path} would be ignored: what it qualifies is off; remove it"
     least = 1 if name in _SIZES else -math.inf
@@ -77,6 +79,24 @@ def _field_problems(
                 yield f"{path} must be finite"
             elif number < least or (name in _ABOVE_ZERO and number <= 0):
                 yield f"{path} must be {'at least 1' if name in _SIZES else 'above 0'}"
+
+
+def _makes_another_model(name: str, value: Any, field: Any) -> bool:
+    """Whether it is a value that packed rows take, and the same weights compute something else."""
+    verdict = field_verdict(name)
+    if verdict is None or not verdict.changes_model or not verdict.allows(value):
+        return False
+    return bool(value != field.default)
+
+
+def refused_settings(values: Mapping[str, Any]) -> list[str]:
+    """Those that ``mcore.validate_config`` would refuse, had Megatron-Core taken them."""
+    verdicts = ((name, value, field_verdict(name)) for name, value in values.items())
+    return [
+        f"model.transformer.{name}={value!r}: {verdict.problem}"
+        for name, value, verdict in verdicts
+        if verdict is not None and not verdict.allows(value)
+    ]
 
 
 _DTYPES: dict[str, Any] = {
@@ -101,6 +121,8 @@ _SIZES = {
     "num_layers_in_last_pipeline_stage",
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     "original_max_position_embeddings",
+    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
 }
 _ABOVE_ZERO = {
     *("layernorm_epsilon", "softmax_scale", "init_method_std", "embedding_init_method_std"),
@@ -123,6 +145,8 @@ _OFFERED_PARALLEL = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "cp_comm_type",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "sequence_parallel",
@@ -141,7 +165,6 @@ _OWNED = {name: _PARALLEL.format(name) for name in _OFFERED_PARALLEL} | {
     "overlap_p2p_comm": _FOLLOWS_VPP,
     "batch_p2p_comm": _FOLLOWS_VPP,
     "microbatch_group_size_per_vp_stage": _FOLLOWS_VPP,
-    "context_parallel_size": _GROUPS,
     "hierarchical_context_parallel_sizes": _GROUPS,
     "hybrid_context_parallel": _GROUPS,
     "gtp_weight_remat_size": _GROUPS,
@@ -157,10 +180,17 @@ _OWNED = {name: _PARALLEL.format(name) for name in _OFFERED_PARALLEL} | {
     "rotary_base": "is set by model.rotary_base; set it there",
     "cross_entropy_loss_fusion": _OWN_LOGPROBS,
     "cross_entropy_fusion_impl": _OWN_LOGPROBS,
+    "apply_residual_connection_post_layernorm": "would be ignored: no layer reads it; omit it",
+    "fp32_residual_connection": "hands fp32 to linear layers of 16-bit weights; omit it",
     "use_te_activation_func": "needs a layer spec that no run makes; omit it",
     "moe_use_legacy_grouped_gemm": "lays experts out as no folder does; set moe_grouped_gemm",
     "perform_initialization": _SEEDED,
     "init_model_with_meta_device": _SEEDED,
+    "is_hybrid_model": "would be ignored: hybrid models come of model.hf alone; omit it",
+    **dict.fromkeys(
+        ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+        "would be ignored: state-space layers come of model.hf alone; omit it",
+    ),
     "use_te_rng_tracker": _SEEDED,
     "inference_rng_tracker": _SEEDED,
     **dict.fromkeys(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from ...data import Group, without_aborted
+from ...rollout import RecordedRollouts
 from ..config import FilterGroupsConfig
 from .shared_stream import SharedStream
 
@@ -54,6 +55,27 @@ def groups_with_spread(
     Raises:
         ValueError: on every rank, at the limit, if told so.
     """
+    return _with_spread(stream.next_groups, _tell, num_groups, settings)
+
+
+def recorded_with_spread(
+    recorded: RecordedRollouts, num_groups: int, settings: FilterGroupsConfig
+) -> list[Group]:
+    """``groups_with_spread`` of recorded groups, in one process."""
+
+    def next_groups(count: int) -> dict[int, Group]:
+        return dict(enumerate(recorded.next_groups(count)))
+
+    groups, _ = _with_spread(next_groups, dict, num_groups, settings)
+    return [groups[place] for place in sorted(groups)]
+
+
+def _with_spread(
+    next_groups: Callable[[int], dict[int, Group]],
+    tell: Callable[[Mapping[int, _Told]], dict[int, _Told]],
+    num_groups: int,
+    settings: FilterGroupsConfig,
+) -> tuple[dict[int, Group], dict[str, float]]:
     own: list[Group | None] = []
     told: list[_Told] = []
     batches = 0
@@ -61,8 +83,8 @@ def groups_with_spread(
         if batches == settings.max_num_gen_batches:
             _check_limit(told, num_groups, settings)
             break
-        mine = stream.next_groups(num_groups)
-        batch = _tell({number: _Told.of(group) for number, group in mine.items()})
+        mine = next_groups(num_groups)
+        batch = tell({number: _Told.of(group) for number, group in mine.items()})
         told += [batch[number] for number in sorted(batch)]
         own += [mine.get(number) for number in sorted(batch)]
         batches += 1

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.core import parallel_state
+
 from ...grpo import Ranks
-from ...mcore import generate
+from ...mcore import GeneratedResponse, generate
+from ...parallel import from_all_ranks
 from ...rollout import Prompt, Response, RolloutSource, SamplingParams, WeightExporter
 
 
 class ModelSource(RolloutSource):
     """Samples from the model in training; every rank of the job takes part in each call.
 
-    Prompts are divided over the data-parallel replicas; the first rank of each has its responses.
+    Prompts are divided over the data-parallel replicas, and within one over its context-parallel
+    ranks, which each hold whole weights; the first rank of every replica has its responses.
     """
 
     on_all_ranks = True
@@ -41,27 +45,34 @@ class ModelSource(RolloutSource):
         self, prompts: Sequence[Prompt], params: SamplingParams
     ) -> list[tuple[Response, ...]] | None:
         """See ``RolloutSource.generate``."""
-        sampled = (
-            generate(
-                self.chunks,
-                [prompt.prompt_ids for prompt in prompts],
-                num_generations=params.num_generations,
-                max_response_tokens=params.max_response_tokens,
-                seed=params.seed or 0,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                stop_token_ids=params.stop_token_ids,
-                vocab_size=self.vocab_size,
-                max_batch_samples=self.max_batch_samples,
-                prompt_numbers=list(self.numbers(len(prompts) * self.ranks.dp_size)),
-            )
-            if prompts
-            else []
-        )
+        context: Any = parallel_state.get_context_parallel_group()
+        numbers = self.numbers(len(prompts) * self.ranks.dp_size)
+        own = slice(context.rank(), None, context.size())
+        parts = from_all_ranks(lambda: self._sample(prompts[own], numbers[own], params), context)
         if not self.ranks.leads_replica:
             return None
-        return [tuple(self._response(one) for one in of_prompt) for of_prompt in sampled]
+        dealt = (parts[i % len(parts)][i // len(parts)] for i in range(len(prompts)))
+        return [tuple(self._response(one) for one in of_prompt) for of_prompt in dealt]
+
+    def _sample(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], params: SamplingParams
+    ) -> Sequence[Sequence[GeneratedResponse]]:
+        if not prompts:
+            return []
+        return generate(
+            self.chunks,
+            [prompt.prompt_ids for prompt in prompts],
+            num_generations=params.num_generations,
+            max_response_tokens=params.max_response_tokens,
+            seed=params.seed or 0,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            stop_token_ids=params.stop_token_ids,
+            vocab_size=self.vocab_size,
+            max_batch_samples=self.max_batch_samples,
+            prompt_numbers=numbers,
+        )
 
     def update_weights(self, export: WeightExporter, version: int) -> None:
         """Nothing to move: the parameters are read in place."""

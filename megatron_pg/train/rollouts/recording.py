@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...checkpoint import has_tokenizer
 from ...data import (
     Group,
+    GroupShape,
     RouteShape,
     carried_fields,
     group_shape,
@@ -38,10 +39,17 @@ class Recording:
     Attributes:
         groups: all of them on the first rank, none on the others.
         fields: optional per-token values that every sample carries (see ``carried_fields``).
+        routes: of the model, where those of the samples are replayed.
     """
 
     groups: Sequence[Group]
     fields: tuple[str, ...]
+    routes: RouteShape | None = None
+
+    def as_trained(self, groups: Iterable[Group] | None = None) -> list[Group]:
+        """Some of the groups, or all, without aborted samples and with routes as they share."""
+        kept = without_aborted(self.groups if groups is None else groups)
+        return kept if self.routes is None else [self.routes.of_group(group) for group in kept]
 
 
 def read_recording(config: TrainConfig, plan: ModelPlan, packing: PackingConfig) -> Recording:
@@ -66,9 +74,10 @@ def read_recording(config: TrainConfig, plan: ModelPlan, packing: PackingConfig)
     routes = routes_of_run(config, plan)
     if routes is None:
         groups = [without_routes(group) for group in groups]
-    recording = Recording(groups=groups, fields=carried_fields(groups))
-    problems = _recording_problems(config, recording, packing)
-    problems += _route_problems(groups, routes)
+    recording = Recording(groups=groups, fields=carried_fields(groups), routes=routes)
+    problems = _recording_problems(config, recording)
+    wrong_routes = list(_route_problems(groups, routes))
+    problems += wrong_routes or _length_problems(recording, packing)
     problems += recorded_position_problems(groups, plan.max_positions)
     raise_problems("of the recorded rollouts", problems)
     return recording
@@ -99,9 +108,7 @@ _OF_REWARDS = (
 )
 
 
-def _recording_problems(
-    config: TrainConfig, recording: Recording, packing: PackingConfig
-) -> list[str]:
+def _recording_problems(config: TrainConfig, recording: Recording) -> list[str]:
     algorithm, fields = config.algorithm, recording.fields
     problems = []
     if algorithm.policy.importance_mode is not None and "rollout_logprobs" not in fields:
@@ -133,8 +140,7 @@ def _recording_problems(
             "no row has a trained token: every response is aborted or empty, or its loss_mask is 0 "
             "throughout"
         )
-    problems += _rollout_problems(recording.groups, algorithm)
-    return problems + _length_problems(recording.groups, packing)
+    return [*problems, *_rollout_problems(recording.groups, algorithm)]
 
 
 def _route_problems(groups: Sequence[Group], routes: RouteShape | None) -> Iterator[str]:
@@ -161,11 +167,9 @@ def _rollout_problems(groups: Sequence[Group], algorithm: AlgorithmConfig) -> It
             )
 
 
-def _length_problems(groups: Sequence[Group], packing: PackingConfig) -> list[str]:
-    """The first group that fits in no way, and how many there are."""
-    refusals = []
-    for group in without_aborted(groups):
-        shape = group_shape(group, packing.min_shared)
+def unfit_groups(shapes: Iterable[GroupShape], packing: PackingConfig) -> Iterator[str]:
+    """Of every group that fits in no way, why."""
+    for shape in shapes:
         try:
             plan_waves(
                 [shape],
@@ -175,12 +179,18 @@ def _length_problems(groups: Sequence[Group], packing: PackingConfig) -> list[st
                 pad_to_multiple=packing.pad_to_multiple,
             )
         except ValueError as error:
-            refusals.append(str(error))
+            yield str(error)
+
+
+def _length_problems(recording: Recording, packing: PackingConfig) -> list[str]:
+    """The first group that fits in no way, and how many there are."""
+    shapes = (group_shape(group, packing.min_shared) for group in recording.as_trained())
+    refusals = list(unfit_groups(shapes, packing))
     if not refusals:
         return []
     return [
         f"{refusals[0]} (prefix_group.max_tokens_per_microbatch={packing.max_tokens}, "
         f"prefix_group.max_resident_tokens={packing.residency.max_resident_tokens}, "
         f"prefix_group.prefix_resident={packing.residency.choice}; {len(refusals)} of "
-        f"{len(groups)} groups do not fit)"
+        f"{len(recording.groups)} groups do not fit)"
     ]

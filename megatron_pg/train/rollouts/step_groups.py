@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...data import Group
 from ..config import TrainConfig
-from .filter_groups import groups_with_spread
+from .filter_groups import groups_with_spread, recorded_with_spread
 from .own_rewards import own_reward_metrics
 from .shared_stream import SharedStream
+from .stream import recorded_stream
 
 
 def next_step_groups(
@@ -29,3 +32,15 @@ def next_step_groups(
     if run.rollout_ahead and not is_last:
         stream.ask_ahead(run.groups_per_step)
     return groups, metrics | own_reward_metrics(groups)
+
+
+def first_step_groups(config: TrainConfig, groups: Sequence[Group]) -> list[Group]:
+    """The groups of a recorded run's first step: some twice where it takes more than there are.
+
+    Raises:
+        ValueError: as ``groups_with_spread`` does.
+    """
+    stream, settings = recorded_stream(config, groups), config.algorithm.filter_groups
+    if settings.enable:
+        return recorded_with_spread(stream, config.run.groups_per_step, settings)
+    return stream.next_groups(config.run.groups_per_step)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...data import RouteShape
+from ...data import Group, RouteShape
 from ...grpo import Ranks
 from ...parallel import on_first_rank
 from ...rollout import (
@@ -43,24 +43,27 @@ def make_stream(
         ranks: this rank's place.
         routes: of the policy, where those of the rollout engine are replayed.
     """
-    rollout, is_first = config.rollout, ranks.rank == 0
+    is_first = ranks.rank == 0
     if isinstance(inputs, Recording):
         recorded = None
         if is_first:
-            recorded = RecordedRollouts(
-                inputs.groups, shuffle=rollout.shuffle, seed=config.run.seed
-            )
+            recorded = recorded_stream(config, inputs.groups)
         return SharedStream(recorded, is_first=is_first)
     source = _make_source(config, inputs.tokenizer, chunks, vocab_size, ranks, routes)
     if config.run.rollout_ahead and source.on_all_ranks:
         raise ValueError(
-            f"run.rollout_ahead=true, but rollout.source={rollout.source} is called on all ranks, "
-            "which are training meanwhile; set it to false"
+            f"run.rollout_ahead=true, but rollout.source={config.rollout.source} is called on all "
+            "ranks, which are training meanwhile; set it to false"
         )
     sampled = SampledRollouts(
         inputs.task, source, inputs.reward, inputs.params, vocab_size=vocab_size
     )
     return SharedStream(sampled, is_first=is_first)
+
+
+def recorded_stream(config: TrainConfig, groups: Sequence[Group]) -> RecordedRollouts:
+    """Recorded groups in the order in which a run trains them."""
+    return RecordedRollouts(groups, shuffle=config.rollout.shuffle, seed=config.run.seed)
 
 
 def _make_source(
