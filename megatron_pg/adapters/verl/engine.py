@@ -52,7 +52,8 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
 
     Equals it: losses, gradients, logprobs and entropies are those of the written-out samples, in
     the order of the batch. Its forward and backward loop, losses, optimizer, checkpoints and weight
-    exports are verl's. Rows hold ``max_token_len_per_gpu`` unique tokens.
+    exports are verl's. Rows hold ``max_token_len_per_gpu`` unique tokens, times
+    ``context_parallel_size``.
 
     Raises:
         NotImplementedError: listing every setting of verl that it does not honour.
@@ -153,7 +154,8 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
 
         def loss(output: tuple[Tensor, Tensor | None]) -> Any:
             batch = row.batch.to(get_device_id())
-            return postprocess_micro_batch_func(row.model_output(output), data=batch)
+            values = row.model_output(output)
+            return self._counted(*postprocess_micro_batch_func(values, data=batch), batch=batch)
 
         return output, loss
 
@@ -192,7 +194,10 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
 
     def _pack(self, data: TensorDict, samples: Samples, is_dynamic: bool) -> MiniBatch:
         settings = self._prefix_group
-        budget = data["max_token_len_per_gpu"] if is_dynamic else sum(map(len, samples.sequences))
+        budget = sum(map(len, samples.sequences))
+        if is_dynamic:
+            # Of a context-parallel rank, which has an equal part of every row.
+            budget = data["max_token_len_per_gpu"] * self.engine_config.context_parallel_size
         chunks = unwrap_model(list(self.module))
         return pack_mini_batch(
             data,
@@ -208,6 +213,17 @@ class PrefixGroupedMegatronEngine(MegatronEngineWithLMHead):
             with_entropy=bool(tu.get_non_tensor_data(row.batch, "calculate_entropy", False)),
             chunk_tokens=self._prefix_group.logprob_chunk_tokens,
         )
+
+    def _counted(self, loss: Tensor, *counts: Any, batch: TensorDict) -> Any:
+        """What a loss function returns; of context-parallel ranks the first counts the tokens.
+
+        verl has each count its share, rounded down, and Megatron divides by what they count.
+        """
+        if len(counts) == 1:
+            return loss, *counts
+        is_first = parallel_state.get_context_parallel_rank() == 0
+        num_tokens = self._routed_num_tokens(batch).to(torch.int)
+        return loss, num_tokens * is_first, *counts[1:]
 
     def _attention_calls(self) -> int:
         chunks = unwrap_model(list(self.module))

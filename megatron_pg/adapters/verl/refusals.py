@@ -62,13 +62,10 @@ def engine_problems(model_config: Any, engine_config: Any) -> Iterator[str]:
             engine_config.pad_to_length,
             "rows are as long as their tokens; set it to False",
         ),
-        f"context_parallel_size={engine_config.context_parallel_size}": (
-            engine_config.context_parallel_size > 1,
-            "a row is not divided over ranks; set it to 1",
-        ),
         "dynamic_context_parallel=True": (
             engine_config.dynamic_context_parallel,
-            "a row is not divided over ranks; set it to False",
+            "every row is divided over the same ranks; set it to False, and context_parallel_size "
+            "to their number",
         ),
         "vanilla_mbridge=True": (
             getattr(engine_config, "vanilla_mbridge", False),

@@ -55,7 +55,7 @@ class VerlRow(PackedRow):
         offsets = torch.cat([lens.new_zeros(1), lens.cumsum(0)])
         return cls(**own, batch=batch, temperatures=values, offsets=offsets)
 
-    def predictions(self, *, with_entropy: bool, chunk_tokens: int) -> Predictions:
+    def predictions(self, *, with_entropy: bool, chunk_tokens: int | None) -> Predictions:
         """What the last stage is asked for; the padded vocabulary takes part, as in verl."""
         return Predictions(
             predictor_ids=self.predictor_ids,

@@ -7,9 +7,7 @@ from dataclasses import fields, replace
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ...data import CostModel
-from ...grpo import PackingConfig, PrefixGroupConfig
-from ...mcore import layer_windows
+from ...grpo import PackingConfig, PrefixGroupConfig, row_cost_model
 
 KEY = "prefix_group"
 
@@ -65,7 +63,5 @@ def packing_config(
         # Megatron gathers parameters beside the one forward pass that it counts on.
         settings = replace(settings, prefix_resident="never")
     settings = replace(settings, max_tokens_per_microbatch=max_tokens)
-    cost_model = CostModel.from_config(
-        model_config, chunks[0].vocab_size, layer_windows(model_config)
-    )
+    cost_model = row_cost_model(model_config, chunks[0].vocab_size)
     return PackingConfig.from_config(settings, model_config, cost_model)

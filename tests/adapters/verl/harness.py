@@ -6,7 +6,9 @@ Megatron Bridge, for which ``test_start.py`` has a stand-in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from verl.models.mcore.model_forward_fused import patch_fused_forward
 from verl.utils import tensordict_utils as tu
 from verl.utils.megatron import router_replay_utils
 from verl.utils.megatron.router_replay_patch import apply_router_replay_patch
@@ -22,9 +25,10 @@ from verl.workers.engine.megatron import MegatronEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
 from megatron_pg.adapters.verl import PrefixGroupedMegatronEngine
+from megatron_pg.mcore import PrefixSharingGPTModel, count_shared_tokens
 from tests.adapters.verl.batches import BATCHES, jagged, make_batch, padded
 from tests.data.routed import random_routes
-from tests.mcore import harness
+from tests.mcore import cases, harness
 from tests.mcore.harness import MAX_LEN, Case, make_config, on_cpu, wrap_ddp
 
 
@@ -37,6 +41,7 @@ class VerlCase:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    cp: int = 1
     batch: str = "ragged"
     data: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
@@ -50,8 +55,12 @@ class VerlCase:
     sft: bool = False
     # Prompts, responses and what stands beside them are padded.
     padded: bool = False
+    # verl's own engine and rows, into the transparent model; with its fused logprobs.
+    transparent: bool = False
+    fused: bool = False
     # Layers with experts (1) and without, of a model that has some; replayed as verl names it.
     experts: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
     replay: str = "disabled"
 
     @property
@@ -62,8 +71,9 @@ class VerlCase:
             pp=self.pp,
             vpp=self.vpp,
             dp=self.dp,
+            cp=self.cp,
             num_layers=len(self.experts) or self.pp * (self.vpp or 1) * (1 if self.pp > 1 else 2),
-            dtype=torch.float32,
+            dtype=self.dtype,
             # verl's regime: losses are divided by micro-batches and averaged over replicas.
             config=self.layers.get("config", {})
             | dict(calculate_per_token_loss=False)
@@ -74,7 +84,12 @@ class VerlCase:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.layout.world_size
+
+    @property
+    def stock(self) -> VerlCase:
+        """As the stock engine runs it: replicas in the place of context-parallel ranks."""
+        return replace(self, cp=1, dp=self.dp * self.cp)
 
 
 EXPERTS = dict(
@@ -82,6 +97,23 @@ EXPERTS = dict(
     moe_router_topk=2,
     moe_ffn_hidden_size=16,
     moe_router_load_balancing_type="none",
+)
+
+
+# A state before gated attention, and experts beside a gated shared one. In fp32 gradients of decays
+# are 3e-5 apart.
+_GATED = cases.gated()
+QWEN3_NEXT = VerlCase(
+    batch="turns",
+    experts=(1, 1),
+    layers=_GATED
+    | dict(
+        config=cases.LINEAR["config"]
+        | _GATED["config"]
+        | dict(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True)
+    ),
+    model=_GATED["model"],
+    dtype=torch.float64,
 )
 
 
@@ -152,10 +184,17 @@ def make_engine(cls: type, case: VerlCase, packed: bool) -> Any:
         config.moe_enable_routing_replay = config.enable_routing_replay = True
     torch.manual_seed(1234)
     harness.GPTModel = Causal
-    chunks = wrap_ddp(layout, config, harness.build(layout, config, packed))
+    chunks = harness.build(layout, config, packed)
+    for chunk in chunks if packed and case.transparent else ():
+        chunk.__class__, chunk.min_shared = PrefixSharingGPTModel, 4
+        if case.fused:
+            patch_fused_forward(chunk)
+    chunks = wrap_ddp(layout, config, chunks)
     engine = object.__new__(cls)
     engine.engine_config = engine_config(
+        context_parallel_size=case.cp,
         use_remove_padding=packed,
+        use_fused_kernels=packed and case.fused,
         override_mcore_model_config={"prefix_group": case.prefix_group},
         router_replay=SimpleNamespace(mode=case.replay),
     )
@@ -172,25 +211,29 @@ def make_engine(cls: type, case: VerlCase, packed: bool) -> Any:
     return engine
 
 
-def make_engines(case: VerlCase) -> dict[str, Any]:
-    """Stock and ours, with equal weights."""
-    harness.initialize(case.layout)
-    engines = {
-        "stock": make_engine(MegatronEngineWithLMHead, case, packed=False),
-        "ours": make_engine(PrefixGroupedMegatronEngine, case, packed=True),
-    }
-    for stock, ours in zip(engines["stock"].module, engines["ours"].module):
-        ours.load_state_dict(stock.state_dict())
-    return engines
+def engines(case: VerlCase) -> Iterator[tuple[str, Any]]:
+    """Ours and then stock, with equal weights; ours must have run where a row is divided."""
+    states: list[Any] = []
+    mine = MegatronEngineWithLMHead if case.transparent else PrefixGroupedMegatronEngine
+    for name, cls in (("ours", mine), ("stock", MegatronEngineWithLMHead)):
+        own = case if name == "ours" else case.stock
+        harness.initialize(own.layout)
+        engine = make_engine(cls, own, packed=name == "ours")
+        states = states or [deepcopy(chunk.state_dict()) for chunk in engine.module]
+        for chunk, state in zip(engine.module, states, strict=True):
+            chunk.load_state_dict(state)
+        yield name, engine
 
 
 def make_data(case: VerlCase, **changes: Any) -> Any:
-    rank = parallel_state.get_data_parallel_rank()
+    """Of this replica."""
+    copies = case.cp // parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank() // copies
     rows = BATCHES[case.batch](rank)
     data = dict(case.data)
     if case.temperature is not None:
         data["temperature"] = torch.tensor(case.temperature)[: len(rows)]
-    batch = make_batch(rows, len(rows) * case.dp, seed=rank, **data | changes)
+    batch = make_batch(rows, len(rows) * case.dp * copies, seed=rank, **data | changes)
     if case.sft:
         masks = [torch.cat([torch.zeros(len(r.prompt)), r.response_mask]) for r in rows]
         for mask, row in zip(masks, rows):
@@ -260,10 +303,9 @@ class Difference:
 
 def compare(case: VerlCase, forward_only: bool = False) -> Difference:
     """One call of both engines; runs on a rank."""
-    with on_cpu():
-        engines = make_engines(case)
-        outputs, found = {}, {}
-        for name, engine in engines.items():
+    with on_cpu(case.layout):
+        outputs, found, shared = {}, {}, {}
+        for name, engine in engines(case):
             for chunk in engine.module:
                 chunk.zero_grad_buffer()
             changes = {} if name == "ours" else STOCK
@@ -273,6 +315,8 @@ def compare(case: VerlCase, forward_only: bool = False) -> Difference:
             with torch.set_grad_enabled(not forward_only):
                 outputs[name] = engine.forward_backward_batch(data, loss, forward_only)
             found[name] = gradients(engine)
+            if name == "ours" and case.transparent:
+                shared = count_shared_tokens(engine.module[0])._asdict()
         stock, ours = outputs["stock"], outputs["ours"]
         last, values = bool(stock), all_values if case.sft else response_values
         assert bool(ours) == last
@@ -294,7 +338,8 @@ def compare(case: VerlCase, forward_only: bool = False) -> Difference:
                 name.removeprefix("prefix_grouped/"): value[0]
                 for name, value in (ours["metrics"].items() if last else ())
                 if name.startswith("prefix_grouped/")
-            },
+            }
+            | shared,
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("verl", reason="verl is installed in its own lane")
 
-from tests.adapters.verl.harness import Difference, VerlCase, compare  # noqa: E402
+from tests.adapters.verl.harness import QWEN3_NEXT, Difference, VerlCase, compare  # noqa: E402
 from tests.mcore import cases  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
@@ -47,6 +49,39 @@ CASES = {
     "pp2": VerlCase(pp=2, data=dict(max_token_len_per_gpu=80)),
     "pp2_vpp2": VerlCase(pp=2, vpp=2, data=dict(max_token_len_per_gpu=80)),
     "dp2": VerlCase(dp=2, batch="turns", data=dict(uids=True, max_token_len_per_gpu=80)),
+    # A rank has half of every row: samples of up to 53 tokens fit.
+    "cp2": VerlCase(cp=2, data=dict(max_token_len_per_gpu=40)),
+    # As Megatron Bridge sets it where a row is divided.
+    "cp2_per_token_loss": VerlCase(
+        cp=2,
+        batch="turns",
+        data=dict(uids=True, max_token_len_per_gpu=45),
+        config=dict(calculate_per_token_loss=True),
+    ),
+    "cp2_latent_temperatures": VerlCase(cp=2, layers=cases.LATENT, temperature=TEMPERATURES),
+    "cp2_resident": VerlCase(
+        cp=2,
+        data=dict(max_token_len_per_gpu=30),
+        config=dict(calculate_per_token_loss=True),
+        prefix_group=dict(prefix_resident="always"),
+    ),
+    "cp2_tp2_sp": VerlCase(cp=2, tp=2, sp=True, data=dict(max_token_len_per_gpu=40)),
+    "cp2_pp2": VerlCase(
+        cp=2,
+        pp=2,
+        data=dict(max_token_len_per_gpu=40),
+        config=dict(calculate_per_token_loss=True),
+    ),
+    "cp2_dp2": VerlCase(cp=2, dp=2, batch="turns", data=dict(uids=True, max_token_len_per_gpu=40)),
+    "next": replace(QWEN3_NEXT, data=dict(uids=True, max_token_len_per_gpu=90)),
+    "next_resident": replace(
+        QWEN3_NEXT,
+        batch="ragged",
+        data=dict(max_token_len_per_gpu=60),
+        prefix_group=dict(prefix_resident="always"),
+    ),
+    "next_tp2_sp": replace(QWEN3_NEXT, tp=2, sp=True, data=dict(max_token_len_per_gpu=90)),
+    "next_cp2": replace(QWEN3_NEXT, cp=2, data=dict(uids=True, max_token_len_per_gpu=45)),
     "tp2_sp_pp2": VerlCase(tp=2, sp=True, pp=2, batch="turns"),
     "resident": VerlCase(
         data=dict(max_token_len_per_gpu=60), prefix_group=dict(prefix_resident="always")

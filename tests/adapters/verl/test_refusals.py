@@ -32,6 +32,7 @@ def model_config(**changes: Any) -> SimpleNamespace:
 
 def test_what_verl_sets_by_default_passes() -> None:
     check_engine(model_config(), McoreEngineConfig())
+    check_engine(model_config(), McoreEngineConfig(context_parallel_size=2))
 
 
 REFUSED = {
@@ -41,7 +42,6 @@ REFUSED = {
     "use_fused_kernels=True": ({}, dict(use_fused_kernels=True)),
     "use_remove_padding=False": ({}, dict(use_remove_padding=False)),
     "pad_to_length=True": ({}, dict(pad_to_length=True)),
-    "context_parallel_size=2": ({}, dict(context_parallel_size=2)),
     "dynamic_context_parallel=True": (
         {},
         dict(dynamic_context_parallel=True, max_seqlen_per_dp_cp_rank=8),
@@ -71,7 +71,7 @@ def test_all_settings_are_refused_at_once() -> None:
     with pytest.raises(NotImplementedError, match=r"asks for 3 thing\(s\)"):
         check_engine(
             model_config(mtp=SimpleNamespace(enable=True)),
-            McoreEngineConfig(context_parallel_size=2, use_fused_kernels=True),
+            McoreEngineConfig(pad_to_length=True, use_fused_kernels=True),
         )
 
 

@@ -20,10 +20,10 @@ from tests.adapters.verl.harness import (  # noqa: E402
     STOCK,
     VerlCase,
     compare,
+    engines,
     gradients,
     loss_function,
     make_data,
-    make_engines,
     rollout_routes,
 )
 from tests.mcore.harness import on_cpu  # noqa: E402
@@ -38,6 +38,7 @@ CASES = {
     "mixed_layers": MIXED,
     "turns": replace(MIXED, batch="turns"),
     "pp2": replace(MIXED, pp=2, experts=(0, 1, 1, 1)),
+    "cp2": replace(MIXED, cp=2, data=dict(uids=True, max_token_len_per_gpu=55)),
     "resident": replace(
         MIXED,
         data=dict(max_token_len_per_gpu=60),
@@ -79,44 +80,27 @@ class Recorded:
 
 def record_and_train(case: VerlCase) -> Recorded:
     with on_cpu():
-        engines = make_engines(case)
         routes: dict[str, list[Tensor]] = {}
         found: dict[str, dict[str, Tensor]] = {}
-        recorded: dict[str, Any] = {}
-        for name, engine in engines.items():
+        for name, engine in engines(case):
             settings = {} if name == "ours" else STOCK
             with torch.no_grad():
                 output = engine.forward_backward_batch(make_data(case, **settings), None, True)
             given = output["model_output"]["routed_experts"] if output else None
-            recorded[name] = given
             routes[name] = [] if given is None else list(given.unbind())
-        # The trainer hands every stage what the last one returned.
-        for name, engine in engines.items():
             if case.pp > 1:
+                # The trainer hands every stage what the last one returned.
                 parts: list[Any] = [None, None]
                 torch.distributed.all_gather_object(parts, routes[name])
                 given = torch.nested.as_nested_tensor(parts[-1], layout=torch.jagged)
-            else:
-                given = recorded[name]
-            generator = torch.Generator().manual_seed(3)
-            with torch.no_grad():
-                for chunk in engine.module:
-                    for own, parameter in sorted(chunk.named_parameters()):
-                        if "router" in own:
-                            noise = torch.randn(parameter.shape, generator=generator)
-                            parameter.add_(noise)
-            data = make_data(case, **({} if name == "ours" else STOCK))
+            change_routers(engine)
+            data = make_data(case, **settings)
             data["routed_experts"] = given
-            for chunk in engine.module:
-                chunk.zero_grad_buffer()
-            engine.forward_backward_batch(data, loss_function(), False)
-            found[name] = gradients(engine)
-        for chunk in engines["ours"].module:
-            chunk.zero_grad_buffer()
-        data = make_data(case)
-        tu.assign_non_tensor(data, enable_routing_replay=False)
-        engines["ours"].forward_backward_batch(data, loss_function(), False)
-        found["without"] = gradients(engines["ours"])
+            found[name] = trained(engine, data)
+            if name == "ours":
+                data = make_data(case)
+                tu.assign_non_tensor(data, enable_routing_replay=False)
+                found["without"] = trained(engine, data)
 
         def differences(name: str) -> dict[str, float]:
             return {
@@ -127,7 +111,23 @@ def record_and_train(case: VerlCase) -> Recorded:
         return Recorded(routes, differences("ours"), differences("without"))
 
 
-@pytest.mark.parametrize("name", ["mixed_layers", "pp2", "resident"])
+def change_routers(engine: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for chunk in engine.module:
+            for own, parameter in sorted(chunk.named_parameters()):
+                if "router" in own:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+def trained(engine: Any, data: Any) -> dict[str, Tensor]:
+    for chunk in engine.module:
+        chunk.zero_grad_buffer()
+    engine.forward_backward_batch(data, loss_function(), False)
+    return gradients(engine)
+
+
+@pytest.mark.parametrize("name", ["mixed_layers", "pp2", "cp2", "resident"])
 def test_routes_are_recorded_and_replayed_as_by_the_stock_engine(ranks: Pool, name: str) -> None:
     case = replace(CASES[name], replay="R2")
     if name == "pp2":

@@ -65,6 +65,8 @@ class Provider(TransformerConfig):
         settings = dict(params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16)
         for name, value in (settings | overrides).items():
             setattr(self, name, value)
+        # As Megatron Bridge does.
+        self.calculate_per_token_loss = self.context_parallel_size > 1
         super().__post_init__()
 
     def provide_distributed_model(self, *, wrap_with_ddp: bool, **_: Any) -> list[Any]:
@@ -242,22 +244,27 @@ class Run:
 def run_worker(case: Any, packed: bool, num_updates: int) -> Run:
     """Logprobs, then updates of two mini-batches each, through verl's worker; runs on a rank."""
     with on_cpu(), without_cuda_numbers():
-        overrides = {"prefix_group": case.prefix_group} if packed else {}
-        config = worker_config(packed, override_mcore_model_config=overrides)
+        changes: dict[str, Any] = {}
+        if packed:
+            overrides = {"prefix_group": case.prefix_group}
+            changes = dict(override_mcore_model_config=overrides, context_parallel_size=case.cp)
+        config = worker_config(packed, **changes)
         worker = make_worker(packed, config)
         found = Run(type(worker.engine).__name__)
         drop = dict(use_dynamic_bsz=None, max_token_len_per_gpu=None)
-        for _ in range(num_updates):
+        # Of context-parallel ranks verl reads the first.
+        is_read = worker.engine.is_mp_src_rank_with_outputs()
+        for update in range(num_updates):
             data = make_data(case, **drop)
-            if not found.logprobs:
+            if update == 0:
                 output = worker.infer_batch(with_settings(data, compute_loss=False))
                 answer = dict(model_output=output)
-                found.logprobs = response_values(answer, data, "log_probs")
+                found.logprobs = response_values(answer, data, "log_probs") if is_read else []
             settings = dict(mini_batch_size=4 * case.dp, epochs=1, seed=1)
             output = worker.train_mini_batch(
                 with_settings(data, global_batch_size=4 * case.dp, **settings)
             )
-            found.metrics.append(dict(output["metrics"]))
+            found.metrics += [dict(output["metrics"])] if is_read else []
         for name, parameter in worker.engine.module[0].module.named_parameters():
             found.weights[name] = parameter.detach().clone()
         return found
