@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,36 @@ def dtype(name: str) -> torch.dtype:
         raise argparse.ArgumentTypeError(str(error)) from error
     assert found is not None
     return found
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Options for everything of a layout beside tp and pp, under Megatron-LM's names."""
+    parser.add_argument("--vpp", type=int, help="model chunks per pipeline rank")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel size")
+    parser.add_argument("--etp", type=int, help="expert-tensor-parallel size (default: tp)")
+    for end in ("first", "last"):
+        flag = f"--decoder-{end}-pipeline-num-layers"
+        parser.add_argument(flag, type=int, metavar="N", help=f"layers of the {end} stage")
+    for what in ("embedding", "loss"):
+        flag = f"--account-for-{what}-in-pipeline-split"
+        parser.add_argument(flag, action="store_true", help=f"count the {what} as a layer")
+    layout = "every chunk by what it holds, such as Ett|tttL"
+    parser.add_argument("--pipeline-model-parallel-layout", metavar="TEXT", help=layout)
+
+
+def layout_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``hf_to_megatron`` and ``reshard_checkpoint`` are told of a layout."""
+    from megatron_pg.parallel import PipelineSplit
+
+    split = PipelineSplit(
+        num_layers_in_first_pipeline_stage=args.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=args.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=args.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=args.account_for_loss_in_pipeline_split,
+        pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
+    )
+    sizes = {f"{name}_size": getattr(args, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+    return sizes | {"split": split}
 
 
 @contextmanager

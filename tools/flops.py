@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron_pg import PrefixTree
-from megatron_pg.data import CostModel
+from megatron_pg.data import FORWARD, FORWARD_BACKWARD, CostModel, FlopWeights
 from megatron_pg.tree import pairs_within
 
-
-@dataclass(frozen=True)
-class FlopWeights:
-    """FLOPs of a pass relative to the forward FLOPs of ``CostModel``."""
-
-    per_token: float
-    per_attention_pair: float
-    per_loss_token: float
-
-
-FORWARD = FlopWeights(1, 1, 1)
-# The backward of a matrix product costs twice its forward; that of attention 2.5 times, since
-# scores are computed anew; that of the chunked output layer 3 times, since logits are.
-FORWARD_BACKWARD = FlopWeights(3, 3.5, 4)
+__all__ = [
+    "FORWARD",
+    "FORWARD_BACKWARD",
+    "FlopWeights",
+    "flops",
+    "packed_flops",
+    "written_out_flops",
+]
 
 
 def packed_flops(

@@ -10,7 +10,7 @@ if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.cli import dtype, progress_bar, report_errors
+from tools.cli import add_layout, dtype, layout_of, progress_bar, report_errors
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to record")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size to record")
-    parser.add_argument("--vpp", type=int, help="model chunks per pipeline rank to record")
+    add_layout(parser)
     parser.add_argument("--dtype", type=dtype, help="of the written weights (default: as stored)")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
@@ -40,9 +40,7 @@ def main() -> None:
         folder = hf_to_megatron(
             args.hf,
             args.out,
-            tp_size=args.tp,
-            pp_size=args.pp,
-            vpp_size=args.vpp,
+            **layout_of(args),
             dtype=args.dtype,
             make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
             dry_run=args.dry_run,

@@ -35,13 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="write a page of plots here")
     parser.add_argument("--tp", type=int, default=1, help="with sequence parallelism")
     parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--cp", type=int, default=1, help="refused above 1")
+    parser.add_argument("--cp", type=int, default=1, help="ranks that divide the tokens of a row")
     parser.add_argument("--max-tokens", type=int, help="token budget of a row")
     parser.add_argument("--min-shared", type=int, help="share every run of this length, any depth")
     parser.add_argument(
         "--router-replay", choices=["disabled", "R3"], default="disabled", help="of recorded routes"
     )
     parser.add_argument("--activation-gib", type=float, help="memory of a rank for activations")
+    parser.add_argument(
+        "--card", choices=["a100", "h100", "h200"], default="h100", help="to predict seconds for"
+    )
     parser.add_argument("--bytes-per-value", type=int, default=2, help="4 for fp32")
     parser.add_argument("--format", default="auto", help="format of the rollouts")
     parser.add_argument("--tokenizer", help="for rollouts of text: a Hugging Face tokenizer")
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         settings, dims, tokenizer = _prepare(args)
-        groups = _read_groups(args, tokenizer)
+        groups = _read_groups(args, dims, tokenizer)
         report = make_report(groups, dims, settings)
     except (ValueError, ImportError) as error:
         print(f"plan_sharing: {error}", file=sys.stderr)
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
+def _read_groups(args: argparse.Namespace, dims: ModelDims, tokenizer: Any) -> list[Group]:
     """What training would encode. Raises: ValueError when that is nothing."""
     from megatron_pg.data import carried_fields, read_rollouts, without_aborted
 
@@ -94,6 +97,9 @@ def _read_groups(args: argparse.Namespace, tokenizer: Any) -> list[Group]:
         raise ValueError(
             "--router-replay R3, but the rollouts carry no routed_experts; leave it out"
         )
+    routes = dims.mlps.routes
+    if args.router_replay == "R3" and routes is not None:
+        trained = [routes.of_group(group) for group in trained]
     return trained
 
 
@@ -109,6 +115,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, ModelDims, Any]:
         min_shared=args.min_shared,
         bytes_per_value=args.bytes_per_value,
         activation_gib=args.activation_gib,
+        card=args.card,
         replays_routes=args.router_replay == "R3",
     )
     problems = list(_output_problems(args))

@@ -1,4 +1,4 @@
-"""Rewrite a Megatron-LM checkpoint for another tensor- and pipeline-parallel layout."""
+"""Rewrite a Megatron-LM checkpoint for another parallel layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if __name__ == "__main__":
     # Modules are found from the repository root, not from beside this script.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.cli import progress_bar, report_errors
+from tools.cli import add_layout, layout_of, progress_bar, report_errors
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
     parser.add_argument("--tp", type=int, required=True, help="new tensor-parallel size")
     parser.add_argument("--pp", type=int, required=True, help="new pipeline-parallel size")
-    parser.add_argument("--vpp", type=int, help="new number of model chunks per pipeline rank")
+    add_layout(parser)
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer out")
     parser.add_argument("--hf-config", metavar="DIR", help="folder with the model's config.json")
     parser.add_argument(
@@ -36,9 +36,7 @@ def main() -> None:
         folder = reshard_checkpoint(
             args.megatron,
             args.out,
-            tp_size=args.tp,
-            pp_size=args.pp,
-            vpp_size=args.vpp,
+            **layout_of(args),
             weights_only=args.weights_only,
             hf_config=args.hf_config,
             trust_pickle=args.trust_pickle,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def test_rows_keep_the_contract(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.megatron
 @pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
-@pytest.mark.parametrize("name", ["layer", "logprob", "memory"])
+@pytest.mark.parametrize("name", ["layer", "linear", "logprob", "memory"])
 def test_model_rows_keep_the_contract(name: str, tmp_path: Path) -> None:
     check_rows(name, run(name, tmp_path))
 
@@ -66,6 +68,17 @@ def test_step_runs_on_one_rank_and_on_two(tmp_path: Path) -> None:
     assert {(r["shape"]["tp"], r["shape"]["pp"]) for r in rows} == {(1, 1), (2, 1), (1, 2)}
     (lone,) = (r for r in rows if r["shape"].get("num_generations") == 1)
     assert lone["bound"] == 1.0
+
+
+@pytest.mark.megatron
+@pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
+def test_step_runs_on_ranks_that_divide_its_rows(tmp_path: Path, capsys) -> None:
+    (row,) = run("step", tmp_path, "--cp", "2")
+    assert (row["shape"]["cp"], row["shape"]["tp"], row["shape"]["pp"]) == (2, 1, 1)
+    assert row["max_error"] <= 1e-3 and row["bound"] > 2 and row["threads"] == 1
+    with pytest.raises(SystemExit):
+        main(["layer", "--quick", "--cp", "2"])
+    assert "--cp is of step, not of layer" in capsys.readouterr().err
 
 
 @pytest.mark.megatron
@@ -151,6 +164,93 @@ def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["attention", "--quick", option, "0"])
     assert f"{option}: takes 1 or more, got 0" in capsys.readouterr().err
+
+
+def _differs(options: Options) -> list[BenchmarkRow]:
+    raise BenchmarkMismatch(f"process {os.getpid()}, {torch.get_num_threads()} thread(s)")
+
+
+@pytest.mark.megatron
+def test_a_comparison_has_a_process_of_its_own_that_says_what_differs() -> None:
+    from tools.bench.ranks import on_ranks
+
+    with pytest.raises(BenchmarkMismatch, match=r"process \d+, 3 thread\(s\)$") as found:
+        torch.set_num_threads(3)
+        on_ranks(1, _differs, Options())
+    assert str(os.getpid()) not in str(found.value)
+    with pytest.raises(BenchmarkMismatch, match=f"process {os.getpid()}"):
+        on_ranks(1, _differs, Options(quick=True))
+
+
+@pytest.mark.megatron
+def test_what_a_step_holds_is_what_was_measured() -> None:
+    """The committed peaks of activations, of steps whose head keeps next to nothing."""
+    from tools.bench.gpt import Dims
+    from tools.bench.room import needed_bytes
+
+    file = ROOT / "tools/bench/results/cpu_epyc-2core_2026-11-22.json"
+    rows = [row for row in json.loads(file.read_text()) if row["benchmark"] == "memory"]
+    compared = 0
+    for row in rows:
+        dims = Dims(chunk_tokens=row["shape"]["chunk_tokens"])
+        sizes = {n: row["shape"][n] for n in ("layers", "hidden", "ffn", "heads", "vocab")}
+        assert sizes.items() <= dims.describe().items()
+        for tokens, peak in (
+            (row["shape"]["logical_tokens"], row["baseline_peak_bytes"]),
+            (row["shape"]["unique_tokens"], row["ours_peak_bytes"]),
+        ):
+            more = needed_bytes(dims, tokens, torch.float32) - needed_bytes(dims, 0, torch.float32)
+            assert more / 1.75 == pytest.approx(peak, rel=0.06)
+            compared += 1
+    assert compared > 10
+    # A pipeline's first stage holds the rows of both, its second stage one.
+    none, one, two = (
+        needed_bytes(Dims(pp=pp), n, torch.float32) for pp, n in ((2, 0), (1, 99), (2, 99))
+    )
+    assert (two - none) / (one - needed_bytes(Dims(), 0, torch.float32)) == pytest.approx(1.5)
+
+
+@pytest.mark.megatron
+def test_a_comparison_that_does_not_fit_is_left_out(monkeypatch, capsys) -> None:
+    from tools.bench import room
+
+    monkeypatch.setattr(room, "free_bytes", lambda options: 3 << 30)
+    assert main(["step", "--ranks", "1", "--shapes", "P4096 R512 G8"]) == 0
+    said = capsys.readouterr().err
+    assert "step P4096 R512 G8: needs about 13." in said and "3.0 GiB are free: left out" in said
+    assert room.has_room("tiny", room.Dims(num_layers=1), 10, Options())
+
+
+def test_time_that_no_path_avoids_is_beside_the_bound() -> None:
+    times = timing.Times({"ours": [10.0], "written out": [30.0], "optimizer": [2.0]}, "wall")
+    assert times.beside(4.0, "optimizer") == pytest.approx((4.0 * 8 + 2) / 10)
+    slow = timing.Times({"ours": [1.0], "optimizer": [2.0]}, "wall")
+    assert slow.beside(4.0, "optimizer") == 1.0
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("mode", ["retain", "recompute"])
+def test_bound_with_idle_stages_is_the_planners(mode: str) -> None:
+    """Where every token costs the same and none is predicted; by hand where one is."""
+    from megatron_pg.data import CostModel, ResidencyConfig, step_cost
+    from tools.bench import resident
+
+    case = resident.Case(16, 2, 16, 2, 24)
+    groups, cost = (
+        case.groups(64),
+        CostModel(per_token=1.0, per_attention_pair=0.0, per_loss_token=0.0),
+    )
+    for choice in ("always", "never"):
+        dims = SimpleNamespace(pp=2, cost_model=cost)
+        plans = resident._plan(case, groups, choice, mode, dims)
+        work = resident.phases(plans, mode, dims)
+        config = ResidencyConfig(mode=mode, max_resident_tokens=99, num_stages=2)
+        assert sum(phase.time(2) for phase in work) == pytest.approx(step_cost(plans, config, cost))
+        assert any(len(phase.layers) > 1 for phase in work)
+    # Rows of 4 and 2 on two stages, heads of 3 on the last, which begins 2 later: 2 + 5 + 4.
+    assert resident.Phase([4.0, 2.0], [3.0, 3.0]).time(2) == 2 + (2 + 3) + (1 + 3)
+    assert resident.Phase([4.0, 2.0], [3.0, 3.0]).time(1) == 12
+    assert resident.Phase([], []).time(2) == 0
 
 
 def test_panels_draw_time_and_memory_with_their_bounds() -> None:
@@ -326,6 +426,44 @@ def test_shapes_are_what_their_names_say() -> None:
         s.written_out.total_tokens == s.tree.logical_tokens
         for s in standard_shapes(Options(quick=True, sweep=True))
     )
+
+
+def test_rows_hold_as_many_samples_as_fit() -> None:
+    shape = ragged_star(32, 8, 4)
+    lens = shape.tree.sample_lens.tolist()
+    for limit in (1, 80, 10**6):
+        rows = shape.written_out_rows(limit)
+        tokens = [row.total_tokens for row in rows]
+        assert sum(tokens) == sum(lens) and sum(row.num_trees for row in rows) == len(lens)
+        assert all(row.num_trees == 1 or row.total_tokens <= limit for row in rows)
+        firsts = np.cumsum([0] + [row.num_trees for row in rows])[1:-1]
+        assert all(n + lens[i] > limit for n, i in zip(tokens, firsts))
+        assert len(rows) == {1: 4, 80: 2, 10**6: 1}[limit]
+    (whole,) = shape.written_out_rows(None)
+    assert whole.total_tokens == shape.written_out.total_tokens
+
+
+@pytest.mark.megatron
+@pytest.mark.skipif(torch.cuda.is_available(), reason="quick shapes are for the CPU stand-ins")
+def test_rows_of_a_step_add_up_to_one() -> None:
+    """Loss and gradients of written-out samples, in one row and in one row for each."""
+    from tools.bench.gpt import make_dims, make_microbatches, megatron
+    from tools.bench.training import Trainer
+
+    options = Options(quick=True)
+    dims = make_dims(options)
+    with megatron(dims):
+        trainer = Trainer(dims, torch.float32)
+        one, each = (
+            make_microbatches(ragged_star(32, 8, 4), dims, options.device, max_tokens=limit)
+            for limit in (None, 1)
+        )
+        assert (len(one["written out"]), len(each["written out"])) == (1, 4)
+        paths = {
+            name: lambda works=works: trainer.forward_backward(works["written out"])
+            for name, works in (("ours", one), ("each", each))
+        }
+        assert 0 < trainer.check_equal(paths, "each") < 1e-4
 
 
 def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_pg.data import Group, Sample, write_rollouts
 from tests.data.forests import forest_groups
@@ -16,8 +18,10 @@ from tests.tools.test_plan_sharing import HF
 from tools.plan_sharing import main
 
 
-def report(folder: Path, groups: list[Group], *more: str) -> dict[str, Any]:
-    (folder / "config.json").write_text(json.dumps(HF))
+def report(
+    folder: Path, groups: list[Group], *more: str, model: dict[str, Any] = HF
+) -> dict[str, Any]:
+    (folder / "config.json").write_text(json.dumps(model))
     write_rollouts(groups, folder / "r.jsonl")
     arguments = [str(folder / "r.jsonl"), "--model", str(folder), "--json", str(folder / "out")]
     assert main([*arguments, *more]) == 0
@@ -91,6 +95,26 @@ def test_routes_cost_what_they_split(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = [str(tmp_path / "r.jsonl"), "--model", str(tmp_path), "--router-replay", "R3"]
     assert main(arguments) == 2
     assert "carry no routed_experts" in capsys.readouterr().err
+
+
+def test_routes_of_layers_without_experts_cost_nothing(tmp_path: Path) -> None:
+    experts = HF | dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6, mlp_only_layers=[0]
+    )
+    groups = with_routes(make_large_groups(), (2, 2), divergence=0.5, reports_last=True)
+    read = [
+        replace(g, samples=tuple(replace(s, routed_experts=routes_of_second(s)) for s in g.samples))
+        for g in groups
+    ]
+    arguments = ("--min-shared", "1", "--router-replay", "R3")
+    whole, alone = (report(tmp_path, each, *arguments, model=experts) for each in (groups, read))
+    assert whole["unique_tokens"] == alone["unique_tokens"] > 100
+    assert whole["unique_tokens"] == sum(distinct_prefixes(group.samples) for group in read)
+
+
+def routes_of_second(sample: Sample) -> torch.Tensor:
+    assert sample.routed_experts is not None
+    return sample.routed_experts[:, 1:]
 
 
 def test_of_rollouts_in_one_row_nothing_is_told(

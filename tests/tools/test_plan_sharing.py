@@ -16,6 +16,7 @@ from megatron_pg.data import read_rollouts
 from megatron_pg.parallel import ParallelSizes
 from tools.flops import FORWARD_BACKWARD, FlopWeights, packed_flops, written_out_flops
 from tools.plan_sharing import main
+from tools.sharing.memory import layer_memory
 from tools.sharing.model import GATED, UNGATED, read_model
 from tools.sharing.render import print_report
 from tools.sharing.report import predict_at
@@ -98,11 +99,34 @@ def test_the_hand_computed_case(rollouts: Path) -> None:
     assert got["predicted_step_time_ratio"] == logical / packed
     assert got["does_not_pay"] == ["b"] and got["pays"]
     assert got["does_not_fit"] == [] and got["rows"] == 2
-    # One layer a stage, longest row 9 tokens, 116 values a token of 2 bytes, 8 of them K and V.
+    # One layer a stage, longest row 9 tokens, 120 values a token of 2 bytes (of which a log-sum-exp
+    # of two heads is 4), 8 of them K and V.
     stages = got["memory"]
-    assert [stage["activation_bytes"] for stage in stages] == [2 * 9 * 116 * 2, 9 * 116 * 2]
+    assert [stage["activation_bytes"] for stage in stages] == [2 * 9 * 120 * 2, 9 * 120 * 2]
     assert [stage["kv_bytes"] for stage in stages] == [2 * 9 * 8 * 2, 9 * 8 * 2]
     assert [stage["resident_bytes"] for stage in stages] == [0, 0]
+
+
+def test_seconds_on_a_card_are_counts_over_rates(
+    rollouts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = {}
+    for card in ("h100", "h200", "a100"):
+        seconds[card] = report(rollouts, "--max-tokens", "12", "--card", card)["predicted_seconds"]
+    assert "predicted step on a100, at the least" in " ".join(capsys.readouterr().out.split())
+    # As in the hand-computed case, at 790 TFLOP/s, 3 TB/s and 255 TFLOP/s of attention.
+    assert seconds["h100"]["products"] == pytest.approx(3 * 2304 * 13 / 790e12)
+    assert seconds["h100"]["attention"] == pytest.approx(3.5 * 64 * 49 / 255e12)
+    logits = 3 * 6 * 32 * 2
+    assert seconds["h100"]["head"] == pytest.approx(4 * 512 * 6 / 790e12 + logits / 3e12)
+    # Six tokens attend twice, seven are read twice; 2 heads and 1 of 4 channels, 2 layers.
+    merged = 2 * (8 * 2 * (3 * 6 * 2 + 3 * 7 * 1) + 4 * 3 * 6 * 2)
+    assert seconds["h100"]["merges"] == pytest.approx(merged / 3e12)
+    assert seconds["h100"]["idle"] == 0 == seconds["h100"]["exchange"]
+    assert seconds["h200"]["merges"] < seconds["h100"]["merges"] < seconds["a100"]["merges"]
+    assert all(sum(s.values()) == pytest.approx(2 * s["total"]) for s in seconds.values())
+    piped = report(rollouts, "--max-tokens", "12", "--pp", "2", "--tp", "1")["predicted_seconds"]
+    assert piped["idle"] > 0
 
 
 def test_groups_that_do_not_fit(rollouts: Path) -> None:
@@ -115,12 +139,12 @@ def test_groups_that_do_not_fit(rollouts: Path) -> None:
         assert "beside 3 resident tokens of its prompt" in divided["action"]
         flops = 3 * 2304 * (13 + repeated) + 3.5 * 64 * (49 + 4 * repeated) + 4 * 512 * 6
         assert got["step_flops"]["packed"] == flops
-        # Two layers keep 3 tokens, 116 values of 2 bytes and 8 gradients of 4 bytes each.
+        # Two layers keep 3 tokens, 120 values of 2 bytes and 8 gradients of 4 bytes each.
         (stage,) = got["memory"]
-        assert stage["resident_bytes"] == 2 * 3 * (116 * 2 + 8 * 4)
-        assert stage["activation_bytes"] <= 2 * int(budget) * 116 * 2
+        assert stage["resident_bytes"] == 2 * 3 * (120 * 2 + 8 * 4)
+        assert stage["activation_bytes"] <= 2 * int(budget) * 120 * 2
     got = report(rollouts, "--pp", "2", "--max-tokens", "5")
-    assert [s["resident_bytes"] for s in got["memory"]] == [3 * (116 * 2 + 8 * 4)] * 2
+    assert [s["resident_bytes"] for s in got["memory"]] == [3 * (120 * 2 + 8 * 4)] * 2
     got = report(rollouts, "--max-tokens", "3")
     too_long = got["does_not_fit"][0]
     assert too_long["parts"] is None and "truncate" in too_long["action"]
@@ -129,14 +153,14 @@ def test_groups_that_do_not_fit(rollouts: Path) -> None:
 
 def test_the_budget_follows_the_memory(rollouts: Path) -> None:
     assert report(rollouts)["recommended_max_tokens"] == 1024
-    # 2 layers * 64 values * 2 bytes a token: of 116 values, 12 are of the one head that both need.
-    gib = 200 * 2 * ((116 - 12) // 2 + 12) * 2 / 2**30
+    # 2 layers * 66 values * 2 bytes a token: of 120 values, 12 are of the one head that both need.
+    gib = 200 * 2 * ((120 - 12) // 2 + 12) * 2 / 2**30
     got = report(rollouts, "--activation-gib", str(gib), "--tp", "2")
     assert got["recommended_max_tokens"] == 200
     # Memory for one token less than group a: its prompt stands beside the row.
-    gib = 8 * 2 * 116 * 2 / 2**30
+    gib = 8 * 2 * 120 * 2 / 2**30
     got = report(rollouts, "--activation-gib", str(gib))
-    assert got["recommended_max_tokens"] == 8 * 116 * 2 // (116 * 2 + 116 * 2 + 8 * 4) == 3
+    assert got["recommended_max_tokens"] == 8 * 120 * 2 // (120 * 2 + 120 * 2 + 8 * 4) == 3
     (stage,) = report(rollouts, "--activation-gib", str(gib), "--max-tokens", "5")["memory"]
     assert stage["resident_bytes"] > 0
 
@@ -176,26 +200,39 @@ def test_memory_written_out_is_that_of_the_rows_in_flight(rollouts: Path) -> Non
     write_groups(rollouts, a=[(10, 1)] * 4, b=[(1, 19)])
     for max_tokens, packed, written_out in ((20, 20, 20), (34, 34, 64)):
         (stage,) = report(rollouts, "--max-tokens", str(max_tokens))["memory"]
-        assert stage["activation_bytes"] == 2 * packed * 116 * 2
-        assert stage["written_out_activation_bytes"] == 2 * written_out * 116 * 2
-    # Padded to a multiple of tp, both: 13 tokens to 14, 33 to 34; a rank of two keeps 64 values.
+        assert stage["activation_bytes"] == 2 * packed * 120 * 2
+        assert stage["written_out_activation_bytes"] == 2 * written_out * 120 * 2
+    # Padded to a multiple of tp, both: 13 tokens to 14, 33 to 34; a rank of two keeps 66 values.
     write_groups(rollouts, a=[(10, 1)] * 3)
     (stage,) = report(rollouts, "--tp", "2")["memory"]
-    assert stage["activation_bytes"] == 2 * 14 * 64 * 2
-    assert stage["written_out_activation_bytes"] == 2 * 34 * 64 * 2
+    assert stage["activation_bytes"] == 2 * 14 * 66 * 2
+    assert stage["written_out_activation_bytes"] == 2 * 34 * 66 * 2
     # Groups that fit in no way are in no row: b alone remains.
     write_groups(rollouts, b=[(1, 19)], c=[(1, 30)] * 8)
     (stage,) = report(rollouts, "--max-tokens", "20")["memory"]
-    assert stage["written_out_activation_bytes"] == stage["activation_bytes"] == 2 * 20 * 116 * 2
+    assert stage["written_out_activation_bytes"] == stage["activation_bytes"] == 2 * 20 * 120 * 2
 
 
 def test_memory_beside_resident_prompts(rollouts: Path) -> None:
     # Rows of a, 6 tokens after the 3 resident ones, and of b, 4 tokens. Written out, a is 6 + 7.
     (stage,) = report(rollouts, "--max-tokens", "8")["memory"]
-    assert stage["activation_bytes"] == 2 * 6 * 116 * 2
-    assert stage["written_out_activation_bytes"] == 2 * 13 * 116 * 2
+    assert stage["activation_bytes"] == 2 * 6 * 120 * 2
+    assert stage["written_out_activation_bytes"] == 2 * 13 * 120 * 2
     # Keys and values are 8 of the values, of the row and of the resident tokens.
     assert stage["kv_bytes"] == 2 * (6 + 3) * 8 * 2
+
+
+def test_windows_keep_less_of_resident_prompts(rollouts: Path) -> None:
+    """Of the 3 resident tokens the layer with a window keeps 2, in copies of their own."""
+    config = HF | dict(layer_types=["sliding_attention", "full_attention"])
+    for window, kept in ((3, 2), (4, 3)):
+        layers = config | dict(sliding_window=window, use_sliding_window=True)
+        (rollouts.parent / "config.json").write_text(json.dumps(layers))
+        first, second = report(rollouts, "--max-tokens", "8", "--pp", "2")["memory"]
+        copies = 8 * 2 if kept < 3 else 0
+        assert first["resident_bytes"] == 3 * 120 * 2 + kept * (copies + 8 * 4)
+        assert second["resident_bytes"] == 3 * (120 * 2 + 8 * 4)
+        assert first["kv_bytes"] == (first["rows_in_flight"] * 6 + kept) * 8 * 2
 
 
 def test_prompts_of_one_group_may_differ(rollouts: Path) -> None:
@@ -253,12 +290,38 @@ def test_trained_tokens_are_counted_by_their_masks(rollouts: Path) -> None:
     assert got["step_flops"]["packed"] == 3 * 2304 * 8 + 3.5 * 64 * 20 + 4 * 512 * 5
 
 
-def test_context_parallelism_is_refused(rollouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(rollouts)["settings"]["cp"] == 1
-    capsys.readouterr()
-    message = refusal(capsys, rollouts, "--cp", "2")
-    assert "cp=2: packed rows are not split" in message and "set cp=1" in message
-    assert "tensor parallelism" in message and "resident prefixes" in message
+def test_context_parallel_ranks_divide_tokens_and_heads(
+    rollouts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_groups(rollouts, a=[(10, 1)] * 3)
+    one = report(rollouts, "--max-tokens", "14")
+    got = report(rollouts, "--max-tokens", "14", "--cp", "2")
+    assert "tp=1, pp=1, cp=2" in " ".join(capsys.readouterr().out.split())
+    assert got["step_flops"] == one["step_flops"], "of all ranks"
+    # A row of 13 tokens is padded to 14, of which a rank has 7. Both ranks hold the one key head
+    # that their queries share, and q, k, v as exchanged; the output before and after that: 4
+    # values more than the 120 of a rank that is alone.
+    (stage,) = got["memory"]
+    assert stage["activation_bytes"] == 2 * 7 * (120 + 4) * 2
+    assert stage["kv_bytes"] == 2 * 7 * (8 + 8) * 2
+    assert stage["written_out_activation_bytes"] == 2 * 17 * (120 + 4) * 2
+    alone, half = (r["predicted_seconds"] for r in (one, got))
+    for name in ("products", "attention", "merges", "head"):
+        assert half[name] == pytest.approx(alone[name] / 2)
+    # Half of half of the row, of 2 + 2 heads of 4 + 4 channels, in 2 layers, twice, of 2 bytes.
+    assert half["exchange"] == pytest.approx(13 / 4 * 4 * 8 * 2 * 2 * 2 / 360e9)
+    # Longer rows fit, and what stays resident is divided too.
+    gib = ("--activation-gib", str(14 * 2 * (120 + 4) / 2**30))
+    held = [report(rollouts, *gib, "--cp", cp)["recommended_max_tokens"] for cp in ("1", "2")]
+    assert held == [14 * (120 + 4) // (2 * (120 + 120 + 16)), 14]
+
+
+def test_context_parallelism_is_refused_where_it_divides_no_heads(
+    rollouts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, rollouts, "--cp", "4")
+    assert "num_attention_heads=2 is no multiple of cp=4" in message
+    assert "the largest cp below that fits is 2" in message
 
 
 @pytest.mark.parametrize(
@@ -287,15 +350,15 @@ def test_all_settings_are_refused_at_once(
     rollouts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    more = ("--tp=3", "--pp=0", "--cp=2", "--max-tokens=2", "--tokenizer=nowhere")
+    more = ("--tp=3", "--pp=0", "--cp=4", "--max-tokens=2", "--tokenizer=nowhere")
     message = refusal(capsys, rollouts, *more)
     assert "6 problem(s)" in message
     for part in (
         "num_attention_heads=2 is no multiple of tp=3",
         "ffn_hidden_size=16 is no multiple of tp=3",
         "pp=0 must be at least 1",
-        "cp=2: packed rows are not split",
-        "max_tokens=2 holds no row of a multiple of 6 tokens",
+        "num_attention_heads=2 is no multiple of tp=3 x cp=4",
+        "max_tokens=2 holds no row of a multiple of 12 tokens",
         "--tokenizer needs transformers: pip install",
     ):
         assert part in message
@@ -305,7 +368,7 @@ def test_all_settings_are_refused_at_once(
     # Beside a model that cannot be read, the values alone.
     (rollouts.parent / "config.json").write_text("{")
     message = refusal(capsys, rollouts, *more)
-    assert "5 problem(s)" in message and "config.json is no JSON" in message
+    assert "4 problem(s)" in message and "config.json is no JSON" in message
 
 
 def test_a_tokenizer_that_is_none_is_refused(
@@ -387,6 +450,24 @@ def test_both_kinds_of_config_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.megatron
+@pytest.mark.parametrize("name", ["Kimi-K2", "MiniMax-M2"])
+def test_folders_of_fp8_are_counted_as_their_model(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    from tests.checkpoint.test_published import PUBLISHED
+
+    counted = []
+    for quantised in ({}, dict(quantization_config=dict(quant_method="fp8"))):
+        # As the file says it: layers of full attention, by a key that no other family takes.
+        kinds = dict(attn_type_list=[1] * 62) if name == "MiniMax-M2" else {}
+        config = PUBLISHED[name] | kinds | quantised
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        counted.append(read_model(tmp_path))
+    assert counted[0] == counted[1] and counted[0].training_refusal is None
+    refusal = counted[1].training_refusal
+    assert refusal is not None and "FineGrainedFP8Config(dequantize=True)" in refusal
+
+
+@pytest.mark.megatron
 def test_families_that_training_holds_are_counted_by_their_description(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,17 +477,18 @@ def test_families_that_training_holds_are_counted_by_their_description(
     from tests.checkpoint.folders import make_config
 
     counted = {}
+    architectures = list(FAMILIES)
     for held in (True, False):
         if not held:
             monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
-        for architecture in FAMILIES:
+        for architecture in architectures:
             config = make_config(architecture)
             if config.get("sliding_window") is not None:
                 # Only a family knows which layers have windows where none are named.
                 config["layer_types"] = ["full_attention"] * 2
             (tmp_path / "config.json").write_text(json.dumps(config))
             counted[architecture, held] = read_model(tmp_path)
-    for architecture in FAMILIES:
+    for architecture in architectures:
         ours, generic = counted[architecture, True], counted[architecture, False]
         assert ours == generic and ours.max_positions == generic.max_positions
     monkeypatch.undo()
@@ -429,7 +511,8 @@ def active_weights(model: torch.nn.Module, active: float) -> float:
         # Biases of all experts lie in one tensor.
         is_none = "router" in name or name.endswith(("gate.weight", "_bias"))
         if re.search(r"(layers|\.h)\.\d+\.", name) and weight.ndim > 1 and not is_none:
-            is_routed = weight.ndim == 3 or re.search(r"experts\.\d", name) is not None
+            is_stacked = weight.ndim == 3 and "conv1d" not in name
+            is_routed = is_stacked or re.search(r"experts\.\d", name) is not None
             total += weight.numel() * (active if is_routed else 1.0)
     return total
 
@@ -450,8 +533,25 @@ def test_known_types_are_counted_as_transformers_builds_them(
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((values[key] for key in counts if values.get(key)), 1)
     topk = values.get("num_experts_per_tok") or 1
-    assert dims.cost_model.per_token == 2 * active_weights(model, topk / experts)
+    scans = 0.0 if dims.linear is None else dims.num_linear_layers * dims.linear.scan_flops
+    counted = 2 * active_weights(model, topk / experts) + scans
+    assert dims.cost_model.per_token == pytest.approx(counted, rel=1e-12)
+    # An optimizer updates all experts, and what makes the logits.
+    updated = active_weights(model, 1.0) + dims.hidden_size * dims.vocab_size
+    assert dims.num_parameters == pytest.approx(updated, rel=1e-12)
+    has_scan = any(
+        n.endswith(("linear_attn", "dt_bias", "A_log"))
+        for n, _ in [*model.named_modules(), *model.named_parameters()]
+    )
+    assert (dims.linear is not None) == has_scan
     assert dims.gated == (model_type in GATED)
+    names = " ".join(name for name, _ in model.named_modules())
+    norms = ("q_norm", "q_layernorm", "q_a_layernorm", "kv_a_layernorm", "query_layernorm")
+    assert dims.modules.has_qk_norms == any(norm in names for norm in norms)
+    behind = ("post_feedforward_layernorm", "post_mlp_layernorm")
+    is_behind = any(norm in names for norm in behind)
+    assert dims.modules.has_norms_behind == is_behind
+    assert dims.modules.has_norms_before == ("input_layernorm" in names or not is_behind)
 
 
 @pytest.mark.parametrize("change", [dict(model_type="apertus"), dict(model_type="of_tomorrow")])
@@ -540,6 +640,7 @@ LATENT = dict(
     qk_head_dim=16,
     qk_pos_emb_head_dim=8,
     v_head_dim=20,
+    qk_layernorm=True,
     padded_vocab_size=32,
     swiglu=True,
 )
@@ -570,11 +671,15 @@ def test_latent_attention_and_shared_experts_are_counted(tmp_path: Path) -> None
     assert dims.cost_model.per_token == 2 * weights
     # Scores over 16 + 8 channels, values of 20, four heads, three layers.
     assert dims.cost_model.per_attention_pair == 2 * 3 * 4 * (24 + 20)
-    memory = dims.memory_model(2, 1)
+    memory = layer_memory(dims, Settings())[0]
     assert memory.kv == 2 * 4 * (24 + 20)
-    # Two norms' and two products' inputs; q and k before and after rotary; v; out; latents; MLP.
-    values = 4 * 64 + 4 * 4 * 24 + 2 * 4 * 20 + (24 + 12 + 8) + 3 * 96
-    assert memory.activations == 2 * values
+    # Two norms' and two products' inputs; q, k, v; out and, of 4 bytes, its log-sum-exp; latents
+    # and norms of them; MLP.
+    attention = 4 * 64 + 2 * 4 * 24 + 2 * 4 * 20 + 4 * 2 + 2 * (24 + 12) + 8
+    assert memory.activations == 2 * (attention + 3 * 96)
+    # A copy for each expert and what it makes of it; shared experts; what the router keeps.
+    experts, router = 3 * (64 + 3 * 16) + 3 * 32, 5 * 8 + 24 * 3
+    assert layer_memory(dims, Settings())[1].activations == 2 * (attention + experts) + router
 
 
 @pytest.mark.megatron
@@ -658,15 +763,32 @@ def test_every_layer_s_mlp_is_counted(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HF | change))
     dims = read_model(tmp_path)
-    assert (dims.ffn_hidden_size, dims.ffn_hidden_sizes) == (max(width), sum(width))
+    assert dims.mlps.used == tuple(width)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (dict(sliding_window=4, max_position_embeddings=64), "sliding_window=4"),
-        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types="),
+        (
+            dict(layer_types=["full_attention", "sliding_attention"]),
+            "'sliding_attention', but sliding_window=None; set sliding_window, or name",
+        ),
+        (dict(layer_types=["full_attention"]), "names 1 layers, num_hidden_layers=2; name each"),
+        (dict(layer_types="full_attention"), "is no list, num_hidden_layers=2"),
+        (
+            dict(layer_types=["full_attention", "wide_attention"]),
+            "names 'wide_attention': layers of this type are full_attention, sliding_attention; "
+            "correct it",
+        ),
+        (dict(layer_types=["full_attention", "conv"]), "are not counted"),
+        (
+            dict(model_type="qwen3_next", full_attention_interval="2"),
+            "full_attention_interval=2 must be a whole number from 1",
+        ),
+        (dict(layer_types=["full_attention", "linear_attention"]), "are not counted"),
         (dict(linear_num_key_heads=2), "linear_num_key_heads=2"),
+        (dict(model_type="kimi_linear", linear_attn_config={"a": 1}), "linear_attn_config="),
         (dict(mamba_d_state=16), "mamba_d_state=16"),
         (dict(is_encoder_decoder=True), "is_encoder_decoder=True"),
         (dict(num_experts=4), "num_experts=4"),
@@ -728,6 +850,61 @@ def test_windows_are_counted(
     assert written_out_flops(tree, 0, dims.cost_model, weights) == per_pair * sum(map(sum, logical))
 
 
+NEXT = HF | dict(
+    model_type="qwen3_next",
+    num_hidden_layers=4,
+    full_attention_interval=2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=6,
+    linear_conv_kernel_dim=3,
+    head_dim=4,
+)
+
+
+def test_a_model_with_linear_attention(
+    rollouts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every second of four layers attends; by hand, as the tests of the cost model have it."""
+    monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
+    (rollouts.parent / "config.json").write_text(json.dumps(NEXT))
+    named = {k: v for k, v in MEGATRON.items() if k != "num_layers"}
+    named |= {k: v for k, v in NEXT.items() if k.startswith("linear_")}
+    named |= dict(experimental_attention_variant="gated_delta_net", attention_output_gate=True)
+    named |= dict(qk_layernorm=True)
+    named |= dict(num_layers=4, linear_attention_freq=2, kv_channels=4)
+    (rollouts.parent / "args.json").write_text(json.dumps(named))
+    dims = read_model(rollouts.parent)
+    assert dims == read_model(rollouts.parent / "args.json")
+    assert dims.mixers == ("gated_delta", "attention") * 2 and dims.linear is not None
+    attention, linear = 8 * (2 * 8 + 2 * 4 + 8), 8 * (56 + 24 + 8 + 24) + 3 * 56
+    weights = 2 * attention + 2 * linear + 4 * 3 * 8 * 16
+    assert dims.cost_model.per_token == 2 * weights + 2 * dims.linear.scan_flops
+    # As of the two layers of the model above.
+    assert dims.cost_model.per_attention_pair == 64
+    # Rows of 8 tokens keep the 3 that a waits for resident, in each layer that carries a state as
+    # much as in any other row: 4 heads of 8 x 6 in fp32 and 2 tokens of 56 channels.
+    state = 4 * 4 * 8 * 6
+    whole, longer = (report(rollouts, "--max-tokens", budget)["memory"][0] for budget in ("8", "5"))
+    assert whole["resident_bytes"] > 2 * (2 * state + 2 * 56 * (2 + 4))
+    assert longer["resident_bytes"] == whole["resident_bytes"]
+    kept = layer_memory(dims, Settings())
+    # Of a row of 9 tokens each of 3 segments begins from a state of both layers; written out none.
+    (stage,) = report(rollouts, "--max-tokens", "12")["memory"]
+    whole_rows = sum(memory.activations for memory in kept)
+    assert stage["activation_bytes"] == 9 * whole_rows + 3 * 2 * (state + 2 * 56 * 2)
+    assert stage["written_out_activation_bytes"] == 13 * whole_rows
+    assert [memory.kept == memory.kv == 0 for memory in kept] == [True, False, True, False]
+    got = report(rollouts, "--cp", "2", "--max-tokens", "12")["predicted_seconds"]
+    # 13 tokens; heads as above in 2 layers, 64 channels before the scan and 24 behind it in 2,
+    # forward and backward.
+    per_token = 2 * 4 * 8 / 4 + 2 * (64 + 24) / 4
+    assert got["exchange"] == pytest.approx(2 * 13 * per_token * 2 / 360e9)
+    capsys.readouterr()
+    assert "linear_num_key_heads=2 is no multiple of tp=4" in refusal(capsys, rollouts, "--tp=4")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -735,7 +912,6 @@ def test_windows_are_counted(
         dict(window_size=128),
         dict(window_attn_skip_freq=[1], window_size=[4, 0]),
         dict(window_attn_skip_freq=0, window_size=[4, 0]),
-        dict(hybrid_layer_pattern="M*"),
         dict(moe_latent_size=8),
     ],
 )
@@ -744,4 +920,193 @@ def test_arguments_that_are_not_counted_are_refused_by_name(
 ) -> None:
     (tmp_path / "args.json").write_text(json.dumps(MEGATRON | change))
     with pytest.raises(ValueError, match=f"{next(iter(change))}=.*are not counted"):
+        read_model(tmp_path)
+
+
+NEMOTRON = {k: v for k, v in HF.items() if k != "num_hidden_layers"} | dict(
+    model_type="nemotron_h",
+    layers_block_type=["linear_attention", "mlp", "full_attention", "mamba", "moe", "mlp"],
+    head_dim=4,
+    mamba_num_heads=4,
+    mamba_head_dim=6,
+    n_groups=2,
+    ssm_state_size=5,
+    conv_kernel=4,
+    moe_intermediate_size=6,
+    moe_shared_expert_intermediate_size=10,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+)
+
+
+def as_arguments(config: dict[str, Any], pattern: str) -> dict[str, Any]:
+    sizes = dict(
+        hybrid_layer_pattern=pattern,
+        num_layers=len(pattern.replace("|", "")),
+        is_hybrid_model=True,
+        kv_channels=4,
+        position_embedding_type="none",
+        swiglu=False,
+        num_experts=4,
+        moe_ffn_hidden_size=6,
+        moe_shared_expert_intermediate_size=10,
+        mamba_num_groups=config["n_groups"],
+        mamba_state_dim=config["ssm_state_size"],
+    )
+    return MEGATRON | {k: v for k, v in config.items() if k.startswith("mamba_")} | sizes
+
+
+def test_a_hybrid_is_counted_layer_by_layer(
+    rollouts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
+    config, folder = rollouts.parent / "config.json", rollouts.parent
+    config.write_text(json.dumps(NEMOTRON))
+    (folder / "args.json").write_text(json.dumps(as_arguments(NEMOTRON, "M-*M|E-")))
+    dims = read_model(folder)
+    assert dims == read_model(folder / "args.json") and dims.linear is not None
+    older = {k: v for k, v in NEMOTRON.items() if k != "layers_block_type"}
+    config.write_text(json.dumps(older | dict(hybrid_override_pattern="M-*ME-")))
+    assert read_model(folder) == dims
+    state, attends = "state_space", "attention"
+    assert dims.mixers == (state, None, attends, state, None, None)
+    # Two experts of 6 and what all tokens go through.
+    assert dims.mlps.used == (0, 16, 0, 0, 2 * 6 + 10, 16)
+    inner, groups = 4 * 6, 2 * 2 * 5
+    mamba = 8 * (3 * inner + groups + 4) + 4 * (inner + groups)
+    weights = 2 * mamba + 8 * (2 * 8 + 2 * 4) + 2 * 8 * (16 + 22 + 16)
+    assert dims.cost_model.per_token == 2 * weights + 2 * dims.linear.scan_flops
+    assert dims.cost_model.per_attention_pair == 2 * 2 * (4 + 4)
+    memory = layer_memory(dims, Settings())
+    assert [of.state > 0 for of in memory] == [True, False, False, True, False, False]
+    assert [of.kv for of in memory] == [0, 0, 2 * 2 * 4, 0, 0, 0]
+    # What a norm reads and returns; the MLP.
+    assert memory[1].activations == 2 * (2 * 8 + 2 * 16)
+    # A prefix that stays keeps both states and their gradients, whatever its length.
+    whole, longer = (
+        report(rollouts, "--max-tokens", budget, "--pp", "2")["memory"] for budget in ("8", "5")
+    )
+    assert whole[0]["resident_bytes"] == longer[0]["resident_bytes"] > 0
+    # Rows are gathered and summed around six parts, of which a decoder of six layers has twelve.
+    sent = report(rollouts, "--tp", "2", "--max-tokens", "12")["predicted_seconds"]["exchange"]
+    assert sent == pytest.approx(6 * 5 * 8 / 2 * 13 * 2 / 360e9)
+    capsys.readouterr()
+    assert "mamba_num_groups=2 is no multiple of tp=4" in refusal(capsys, rollouts, "--tp=4")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(layers_block_type=["mamba", "wide"]), "must name every layer, one of linear_att"),
+        (dict(layers_block_type="M*"), "must name every layer"),
+        (dict(num_hidden_layers=7), "'M-*ME-' names 6 layers, its number of layers is 7"),
+        (dict(moe_intermediate_size=None), "has no moe_intermediate_size"),
+        (dict(layers_block_type=None, hybrid_override_pattern="MD"), "layers D are not known"),
+        (dict(moe_latent_size=4), "moe_latent_size=4: FLOPs and memory of such layers"),
+    ],
+)
+def test_layers_of_a_hybrid_that_are_none_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], named: str
+) -> None:
+    monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON | change))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        read_model(tmp_path)
+
+
+def test_arguments_of_two_kinds_of_states_are_refused(tmp_path: Path) -> None:
+    values = as_arguments(NEMOTRON, "MG*")
+    (tmp_path / "args.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="Gated DeltaNet and Mamba-2 layers.*not counted together"):
+        read_model(tmp_path)
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("tp", [1, 2])
+def test_layers_keep_what_the_dry_run_says(tmp_path: Path, tp: int) -> None:
+    """Of every family and every kind of its layers, on a rank of a card with its kernels."""
+    pytest.importorskip("megatron.core")
+    from megatron_pg.checkpoint import FAMILIES
+    from megatron_pg.mcore.versions import HAS_HYBRID_MODEL
+    from megatron_pg.train.config import ModelConfig, ParallelConfig
+    from megatron_pg.train.dry_run.layers import layer_memory as memory_of_kind
+    from megatron_pg.train.model import plan_model
+    from tests.checkpoint.folders import make_config
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        expert_tensor_parallel_size=tp,
+    )
+    settings, found = Settings(sizes=ParallelSizes(tp=tp, sp=tp > 1)), 0
+    for architecture in FAMILIES:
+        if architecture == "NemotronHForCausalLM" and not HAS_HYBRID_MODEL:
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(make_config(architecture)))
+        dims = read_model(tmp_path)
+        if tp > 1 and (architecture == "GptOssForCausalLM" or dims.attention.has_output_gate):
+            # Biases of experts are not divided, nor, in some versions, gates of one group.
+            continue
+        plan = plan_model(ModelConfig(hf=str(tmp_path)), parallel, card="h100")
+        got = layer_memory(dims, settings)
+        want = [memory_of_kind(plan, kind) for kind in plan.layer_kinds]
+        for name in ("activations", "kv", "kept", "kept_grads", "state", "state_grads"):
+            assert [getattr(m, name) for m in got] == [getattr(m, name) for m in want], architecture
+        found += len(got)
+    assert found > 25
+
+
+def test_the_budget_follows_the_fullest_stage(
+    rollouts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage keeps one row of three MLPs, the first two of as many mixers."""
+    monkeypatch.setattr("tools.sharing.model.training_model", lambda *of: (None, None))
+    layers = ["mamba", "full_attention", "full_attention", "mlp", "mlp", "mlp"]
+    config = NEMOTRON | dict(layers_block_type=layers, intermediate_size=800)
+    (rollouts.parent / "config.json").write_text(json.dumps(config))
+    # What a norm reads and returns, and an MLP's two products.
+    gib = 200 * 3 * 2 * (2 * 8 + 2 * 800) / 2**30
+    write_groups(rollouts, a=[(150, 100)] * 2)
+    got = report(rollouts, "--activation-gib", str(gib), "--pp", "2")
+    # Prompts that stay beside a row keep as much on this stage.
+    assert got["recommended_max_tokens"] == 100
+
+
+GATED_DELTA = dict(
+    experimental_attention_variant="gated_delta_net",
+    linear_attention_freq=2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_conv_kernel_dim=4,
+)
+EXPERTS = dict(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=6)
+MAMBA = as_arguments(NEMOTRON, "M-*E")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (EXPERTS | dict(moe_layer_freq=[1]), "moe_layer_freq=[1] must be a whole number from 1"),
+        (EXPERTS | dict(moe_layer_freq=[0, 1, 1]), "or a list of 0 or 1 for each of 2 layers"),
+        (EXPERTS | dict(moe_layer_freq="([1]*2)"), "moe_layer_freq=([1]*2) must be a whole number"),
+        (EXPERTS | dict(moe_router_topk=5), "goes through 5 experts, and there are 4"),
+        (GATED_DELTA | dict(linear_attention_freq=[1]), "linear_attention_freq=[1] must be"),
+        (GATED_DELTA | dict(linear_attention_freq="[1,0]"), "linear_attention_freq=[1,0] must be"),
+        (GATED_DELTA | dict(linear_attention_freq=0), "must be a whole number from 2"),
+        (GATED_DELTA | dict(linear_num_key_heads=3), "is no multiple of linear_num_key_heads=3"),
+        (GATED_DELTA | dict(linear_key_head_dim=-8), "linear key_dim=-8 must be an integer"),
+        (MAMBA | dict(mamba_num_groups=3), "mamba_num_heads=4 is no multiple of mamba_num_gr"),
+        (MAMBA | dict(mamba_state_dim="5"), "mamba_state_dim='5' must be an integer of at least 1"),
+        (MAMBA | dict(num_experts=None), "has no num_experts, which"),
+        ({k: v for k, v in MAMBA.items() if k != "mamba_head_dim"}, "has no mamba_head_dim, which"),
+        (GATED_DELTA | dict(linear_attention_freq=None), "linear_attention_freq=None must be"),
+    ],
+)  # fmt: skip
+def test_contradictory_arguments_are_refused(
+    tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    (tmp_path / "args.json").write_text(json.dumps(MEGATRON | change))
+    with pytest.raises(ValueError, match=re.escape(named)):
         read_model(tmp_path)

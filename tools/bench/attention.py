@@ -13,8 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_pg import PackedLayout, prefix_grouped_attention
-from tools.bench.attention_kinds import NUM_HEADS, kind_rows, measured_path
-from tools.bench.machine import HEAD_DIM
+from tools.bench.attention_kinds import kind_rows, measured_path, plain_layer
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, standard_shapes
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
@@ -41,9 +40,8 @@ def attention(options: Options) -> Iterator[BenchmarkRow]:
 
 
 def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
-    generator = torch.Generator().manual_seed(0)
-    size = (4, shape.tree.unique_tokens, NUM_HEADS, HEAD_DIM)
-    *packed, dout = torch.randn(size, generator=generator).to(options.device, options.dtype)
+    layer = plain_layer(options)
+    packed, dout = layer.inputs(shape.tree.unique_tokens, options)
     expanded = [shape.packed.expand(x) for x in packed]
     expanded_dout = shape.packed.expand(dout)
     ours = _attend(shape.packed)
@@ -53,11 +51,11 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     }
     bounds = {"written out": shape.pair_ratio}
     peers: dict[str, Attend] = {}
-    if _runs_prefix_grouper(shape):
-        for name, causal_prefix in PREFIX_GROUPERS.items():
+    for name, causal_prefix in PREFIX_GROUPERS.items():
+        if options.takes(name) and _runs_prefix_grouper(shape, options):
             peers[name] = _prefix_grouper(shape, options, causal_prefix)
             bounds[name] = prefix_grouper_pairs(shape, causal_prefix) / shape.tree.attention_pairs
-    if options.device.type == "cuda":
+    if options.device.type == "cuda" and options.takes("flex"):
         peers["flex"], bounds["flex"] = flex(shape.packed, options.device), 1.0
     paths |= {name: measured_path(attend, packed, dout) for name, attend in peers.items()}
 
@@ -82,15 +80,22 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
     return [
         BenchmarkRow(
             benchmark="attention",
-            shape=shape.describe(heads=NUM_HEADS, head_dim=HEAD_DIM, dtype=str(options.dtype)),
+            shape=shape.describe(
+                heads=layer.num_heads,
+                query_groups=layer.num_kv_heads,
+                head_dim=layer.head_dim,
+                dtype=str(options.dtype),
+            ),
             baseline=name,
             bound=bounds[name],
             max_error=error[name],
             ours_peak_bytes=peaks["ours"],
             baseline_peak_bytes=peaks[name],
+            ours_flops=2 * layer.multiplications(shape.packed),
             **times.against(name),
         )
         for name in bounds
+        if options.takes(name)
     ]
 
 
@@ -98,8 +103,11 @@ def _attend(layout: PackedLayout) -> Attend:
     return lambda q, k, v: prefix_grouped_attention(q, k, v, layout)
 
 
-def _runs_prefix_grouper(shape: Shape) -> bool:
-    if shape.tree.depth != 1 or shape.tree.segment_lens[1:].min() < 1:
+def _runs_prefix_grouper(shape: Shape, options: Options) -> bool:
+    # On a GPU heads are grouped, which its calls of SDPA do not take.
+    if options.device.type == "cuda" or shape.tree.depth != 1:
+        return False
+    if shape.tree.segment_lens[1:].min() < 1:
         return False
     is_installed = importlib.util.find_spec("prefix_grouper") is not None
     if not is_installed:
@@ -174,7 +182,7 @@ def flex(layout: PackedLayout, device: torch.device) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out: Tensor = run(*heads_first, block_mask=block_mask)
+        out: Tensor = run(*heads_first, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1)
 
     return attend

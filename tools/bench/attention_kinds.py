@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,21 +11,19 @@ from torch import Tensor
 from megatron_pg import PackedLayout, prefix_grouped_attention
 from megatron_pg.attention import AttentionKind
 from megatron_pg.tree import pairs_within
-from tools.bench.machine import HEAD_DIM
 from tools.bench.registry import BenchmarkRow, Options
 from tools.bench.shapes import Shape, select, star
 from tools.bench.timing import check_equal, peak_bytes, time_interleaved
 
-NUM_HEADS = 4
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Layer:
     """Heads of a layer and what its attention computes."""
 
     kind: AttentionKind = field(default_factory=AttentionKind)
-    head_dim: int = HEAD_DIM
-    num_kv_heads: int = NUM_HEADS
+    head_dim: int = 64
+    num_heads: int = 4
+    num_kv_heads: int = 4
 
     @property
     def value_dim(self) -> int:
@@ -34,7 +32,7 @@ class Layer:
     def multiplications(self, layout: PackedLayout) -> int:
         """Of forward and backward: two products and five, per visible pair."""
         per_pair = 4 * self.head_dim + 3 * self.value_dim
-        return NUM_HEADS * per_pair * pairs_within(layout.forest, self.kind.window)
+        return self.num_heads * per_pair * pairs_within(layout.forest, self.kind.window)
 
     def inputs(self, num_tokens: int, options: Options) -> tuple[list[Tensor], Tensor]:
         """q, k, v, a sink where there is one; and the output's gradient."""
@@ -44,15 +42,22 @@ class Layer:
             made = torch.randn(*size, generator=generator)
             return made.to(options.device, options.dtype)
 
-        q, dout = (random(num_tokens, NUM_HEADS, n) for n in (self.head_dim, self.value_dim))
+        q, dout = (random(num_tokens, self.num_heads, n) for n in (self.head_dim, self.value_dim))
         kv = [random(num_tokens, self.num_kv_heads, n) for n in (self.head_dim, self.value_dim)]
-        return [q, *kv, *[random(NUM_HEADS)] * self.kind.has_sink], dout
+        return [q, *kv, *[random(self.num_heads)] * self.kind.has_sink], dout
 
     def attend(self, layout: PackedLayout) -> Callable[..., Tensor]:
         """Of q, k, v and a sink where there is one."""
         return lambda q, k, v, sink=None: prefix_grouped_attention(
             q, k, v, layout, kind=self.kind, sink=sink
         )
+
+
+def plain_layer(options: Options) -> Layer:
+    """The heads that attention is measured with: an 8B model's on a GPU."""
+    if options.device.type == "cuda" and not options.quick:
+        return Layer(head_dim=128, num_heads=32, num_kv_heads=8)
+    return Layer()
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,26 @@ class Case:
 
 def kind_cases(options: Options) -> list[Case]:
     """Windows shorter than a response and than a prompt, a sink, the heads of DeepSeek-V3."""
+    plain = plain_layer(options)
     long, short = star(4096, 512, 8), star(1024, 128, 8)
     windows: tuple[int, ...] = (128, 512, 1024)
     head_dim, value_dim = 192, 128
     if options.quick:
         long, short, windows, head_dim, value_dim = star(32, 8, 4), star(16, 4, 4), (4,), 48, 16
+    elif options.device.type == "cuda":
+        short = star(2048, 512, 8)
     cases = [
-        _case(long, f"window {n}", Layer(kind=AttentionKind(window=n)), {"no window": Layer()})
+        _case(
+            *(long, f"window {n}", replace(plain, kind=AttentionKind(window=n))),
+            {"no window": plain},
+        )
         for n in windows
     ]
-    cases.append(
-        _case(short, "sink", Layer(kind=AttentionKind(has_sink=True)), {"no sink": Layer()})
-    )
-    latent = Layer(head_dim=head_dim, kind=AttentionKind(value_dim=value_dim))
-    grouped = Layer(head_dim=(head_dim + value_dim) // 2, num_kv_heads=NUM_HEADS // 2)
+    sink = replace(plain, kind=AttentionKind(has_sink=True))
+    cases.append(_case(short, "sink", sink, {"no sink": plain}))
+    heads = plain.num_heads
+    latent = Layer(AttentionKind(value_dim=value_dim), head_dim, heads, heads)
+    grouped = Layer(AttentionKind(), (head_dim + value_dim) // 2, heads, heads // 2)
     name = f"grouped heads of {grouped.head_dim}"
     cases.append(_case(short, f"heads {head_dim}/{value_dim}", latent, {name: grouped}))
     return [case for case in cases if select(case.shape, options)]
@@ -105,7 +116,8 @@ def _compare(case: Case, options: Options) -> list[BenchmarkRow]:
     ours = layer.attend(shape.packed)
     paths = {"ours": measured_path(ours, inputs, dout), "written out": written_out}
     work = {"written out": layer.multiplications(shape.written_out)}
-    for name, other in case.others.items():
+    others = {name: other for name, other in case.others.items() if options.takes(name)}
+    for name, other in others.items():
         paths[name] = measured_path(
             other.attend(shape.packed), *other.inputs(shape.tree.unique_tokens, options)
         )
@@ -123,7 +135,8 @@ def _compare(case: Case, options: Options) -> list[BenchmarkRow]:
     times = time_interleaved(paths, options.num_rounds(9), options.clock)
     ours_peak, written_out_peak = peak_bytes(paths["ours"]), peak_bytes(written_out)
     described = shape.describe(
-        heads=NUM_HEADS,
+        heads=layer.num_heads,
+        query_groups=layer.num_kv_heads,
         head_dim=layer.head_dim,
         value_dim=layer.value_dim,
         window=layer.kind.window,
@@ -139,9 +152,11 @@ def _compare(case: Case, options: Options) -> list[BenchmarkRow]:
             max_error=error if name == "written out" else None,
             ours_peak_bytes=ours_peak,
             baseline_peak_bytes=written_out_peak if name == "written out" else None,
+            ours_flops=2 * layer.multiplications(shape.packed),
             **times.against(name),
         )
         for name in work
+        if options.takes(name)
     ]
 
 

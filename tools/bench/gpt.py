@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ class Dims:
     chunk_tokens: int = 512
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """That hold the model."""
+        return self.tp * self.pp * self.cp
 
     @property
     def cost_model(self) -> CostModel:
@@ -69,6 +76,7 @@ class Dims:
             chunk_tokens=self.chunk_tokens,
             tp=self.tp,
             pp=self.pp,
+            cp=self.cp,
         )
 
 
@@ -82,9 +90,22 @@ TINY = dict(
 )
 
 
+# 1.5 billion parameters, 1.0 of them in layers.
+GPU = dict(
+    num_layers=16,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_heads=32,
+    num_query_groups=8,
+    vocab_size=128256,
+    chunk_tokens=2048,
+)
+
+
 def make_dims(options: Options, **more: int) -> Dims:
-    """The benchmarks' model, or a tiny one under ``--quick``."""
-    return Dims(**{**(TINY if options.quick else {}), **more})
+    """The benchmarks' model: small on a CPU, larger on a GPU, tiny under ``--quick``."""
+    sizes = TINY if options.quick else GPU if options.device.type == "cuda" else {}
+    return Dims(**{**sizes, **more})
 
 
 @contextmanager
@@ -100,7 +121,9 @@ def megatron(dims: Dims) -> Iterator[None]:
     )
     try:
         with emulation:
-            parallel_state.initialize_model_parallel(dims.tp, dims.pp)
+            parallel_state.initialize_model_parallel(
+                dims.tp, dims.pp, context_parallel_size=dims.cp
+            )
             torch.manual_seed(1234)
             model_parallel_cuda_manual_seed(1234, inference_rng_tracker=True, force_reset_rng=True)
             yield
@@ -123,6 +146,7 @@ def make_config(dims: Dims, dtype: torch.dtype) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
+        context_parallel_size=dims.cp,
         sequence_parallel=dims.tp > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
@@ -136,6 +160,9 @@ def make_config(dims: Dims, dtype: torch.dtype) -> TransformerConfig:
     )
     if not torch.cuda.is_available():
         settings |= cpu.transformer_config_defaults()
+    elif importlib.util.find_spec("scaled_masked_softmax_cuda") is None:
+        # Only the stock spec's attention would call it, and fail.
+        settings["masked_softmax_fusion"] = False
     return TransformerConfig(**settings)
 
 
@@ -181,12 +208,17 @@ def _build(
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One microbatch: its tokens, where they stand and the weight of every logprob in the loss."""
+    """One microbatch: its tokens, where they stand and the weight of every logprob in the loss.
+
+    Attributes:
+        num_predictions: written out: what a loss is divided by.
+    """
 
     tokens: Tensor
     params: PrefixGroupedSeqParams
     is_trained: Tensor
     weights: Tensor
+    num_predictions: int
 
     def forward(self, model: Any) -> Any:
         """What the model returns: logprobs on the last stage."""
@@ -194,12 +226,20 @@ class Work:
         return model(*inputs, packed_seq_params=self.params)
 
     def loss(self, output: Tensor) -> Tensor:
-        """Weighted sum of logprobs, equal for the packed and the written-out row."""
+        """Weighted sum of logprobs, equal for the packed row and the written-out ones."""
         return -(output * self.weights).sum()
 
 
-def make_work(shape: Shape, dims: Dims, device: torch.device, seed: int = 0) -> dict[str, Work]:
-    """Random tokens of ``shape``, packed ("ours") and "written out".
+def make_work(shape: Shape, dims: Dims, device: torch.device) -> dict[str, Work]:
+    """``make_microbatches`` with all that is written out in one row."""
+    works = make_microbatches(shape, dims, device)
+    return {name: work for name, (work,) in works.items()}
+
+
+def make_microbatches(
+    shape: Shape, dims: Dims, device: torch.device, seed: int = 0, max_tokens: int | None = None
+) -> dict[str, list[Work]]:
+    """Random tokens of ``shape``, packed ("ours") and "written out" in rows of ``max_tokens``.
 
     Every token below a root is trained, with a random weight for each sample that holds it.
     """
@@ -209,11 +249,15 @@ def make_work(shape: Shape, dims: Dims, device: torch.device, seed: int = 0) -> 
     weights = torch.rand(layout.logical_tokens, generator=generator) + 0.5
     is_root = torch.from_numpy(shape.tree.segment_parents < 0)
     is_trained = ~is_root[layout.segment_ids]
-    expanded = layout.expand(tokens), layout.expand(is_trained), weights
-    return {
-        "ours": _make_work(layout, tokens, is_trained, layout.reduce(weights), dims, device),
-        "written out": _make_work(shape.written_out, *expanded, dims, device),
-    }
+    rows = shape.written_out_rows(max_tokens)
+    lens = [row.total_tokens for row in rows]
+    parts = (layout.expand(tokens), layout.expand(is_trained), weights)
+    written_out = [
+        _make_work(row, tokens, is_trained, weights, dims, device)
+        for row, tokens, is_trained, weights in zip(rows, *(x.split(lens) for x in parts))
+    ]
+    ours = _make_work(layout, tokens, is_trained, layout.reduce(weights), dims, device)
+    return {"ours": [ours], "written out": written_out}
 
 
 def per_sample_token(shape: Shape, work: Work, logprobs: Tensor) -> Tensor:
@@ -237,4 +281,6 @@ def _make_work(
         chunk_tokens=dims.chunk_tokens,
     )
     params = PrefixGroupedSeqParams.from_layout(layout, device, predictions=predictions)
-    return Work(tokens.to(device), params, is_trained, weights[is_trained].to(device))
+    num_predictions = int(layout.multiplicity[is_trained].sum())
+    weights = weights[is_trained].to(device)
+    return Work(tokens.to(device), params, is_trained, weights, num_predictions)

@@ -60,12 +60,10 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
             "ours": _path(model, work["ours"], hidden, shape.packed.reduce(dout)),
             "written out": _path(model, work["written out"], expanded, dout),
         }
-        if _stock_score_bytes(shape, dims) <= MAX_STOCK_SCORE_BYTES:
+        if options.takes("stock spec") and _fits_stock(shape, dims):
             stock = build_stock_model(dims, config, whole=False)
             stock.load_state_dict(model.state_dict())
             paths["stock spec"] = _stock_path(stock, shape, expanded, dout)
-        else:
-            print(f"layer: the stock spec's scores are too many at {shape.name}", file=sys.stderr)
         out, dhidden, *dweights = paths["ours"]()
         error = {}
         for name in list(paths)[1:]:
@@ -100,9 +98,11 @@ def _compare(shape: Shape, options: Options) -> list[BenchmarkRow]:
             max_error=error[name],
             ours_peak_bytes=peaks["ours"],
             baseline_peak_bytes=peaks[name],
+            ours_flops=packed_flops(shape.tree, 0, dims.cost_model, weights),
             **times.against(name),
         )
         for name in error
+        if options.takes(name)
     ]
 
 
@@ -120,10 +120,13 @@ def _path(
     return run
 
 
-def _stock_score_bytes(shape: Shape, dims: Dims) -> int:
-    """fp32 scores and probabilities, and what forward and backward make of them: six in all."""
+def _fits_stock(shape: Shape, dims: Dims) -> bool:
+    """Whether its scores do: fp32, with what forward and backward make of them six in all."""
     lens = shape.tree.sample_lens
-    return int(6 * 4 * dims.num_heads * len(lens) * max(lens) ** 2)
+    fits = 6 * 4 * dims.num_heads * len(lens) * max(lens) ** 2 <= MAX_STOCK_SCORE_BYTES
+    if not fits:
+        print(f"layer: the stock spec's scores are too many at {shape.name}", file=sys.stderr)
+    return bool(fits)
 
 
 def _stock_flops(shape: Shape, dims: Dims) -> float:

@@ -14,24 +14,28 @@ from typing import Any
 import torch
 
 from megatron_pg.attention import AttentionInputs, select_backend
+from tools.bench.attention_kinds import plain_layer
 from tools.bench.registry import Options
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "prefix-grouper", "numpy")
-HEAD_DIM = 64
+PACKAGES = (
+    *("torch", "triton", "megatron-core", "transformer-engine", "flash-attn", "flash-attn-3"),
+    *("prefix-grouper", "numpy"),
+)
 
 
 def describe_machine(options: Options) -> dict[str, Any]:
     """Hardware, versions, commit and load, as every row of a result file carries them.
 
-    ``attention_backend`` is what "auto" takes at the benchmarks' head size, ours and written out.
+    ``attention_backend`` is what "auto" takes for the benchmarks' heads, ours and written out.
     """
-    cuda = torch.cuda.is_available()
+    cuda, layer = torch.cuda.is_available(), plain_layer(options)
+    heads = layer.head_dim, layer.num_heads, layer.num_kv_heads
     return {
         "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "attention_backend": select_backend(
-            AttentionInputs(options.device, options.dtype, HEAD_DIM, 1, 1)
+            AttentionInputs(options.device, options.dtype, *heads)
         ).name,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
@@ -75,7 +79,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """Commit of the working tree, marked where files differ from it; "unknown" outside of git."""
+    """Commit of the working tree, marked where files differ from it; "unknown" outside of git.
+
+    A copy without its history is told by the variable COMMIT.
+    """
+    if told := os.environ.get("COMMIT"):
+        return told
     try:
         name = _git("rev-parse", "--short=12", "HEAD")
         return name + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")

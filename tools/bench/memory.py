@@ -7,6 +7,7 @@ from functools import partial
 
 from tools.bench.gpt import make_dims, make_work, megatron
 from tools.bench.registry import BenchmarkRow, Options, register
+from tools.bench.room import has_room
 from tools.bench.shapes import Shape, standard_shapes
 from tools.bench.timing import peak_bytes
 from tools.bench.training import Trainer
@@ -22,7 +23,8 @@ def memory(options: Options) -> Iterator[BenchmarkRow]:
     with megatron(dims):
         trainer = Trainer(dims, options.dtype)
         for shape in standard_shapes(options):
-            yield _compare(shape, trainer, options)
+            if has_room(f"memory {shape.name}", dims, shape.tree.logical_tokens, options):
+                yield _compare(shape, trainer, options)
 
 
 def _compare(shape: Shape, trainer: Trainer, options: Options) -> BenchmarkRow:

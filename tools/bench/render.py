@@ -12,7 +12,10 @@ from rich.table import Table
 
 from tools.bench.registry import BenchmarkRow
 
-COLUMNS = ("benchmark", "shape", "baseline", "ratio", "bound", "share", "ours", "baseline", "load")
+COLUMNS = (
+    *("benchmark", "shape", "baseline", "ratio", "bound", "share", "reachable"),
+    *("ours", "baseline", "load"),
+)
 # What a figure is drawn over, and how the axis is named.
 SWEEPS = {
     "prefix_len": "prefix length",
@@ -150,6 +153,7 @@ def _line(label: str, points: list[tuple[int, float, float]]) -> Line:
 def _cells(row: dict[str, Any]) -> list[str]:
     shape = row["shape"]
     figures = [f"{row[name]:.3f}" for name in ("ratio", "bound", "share")]
+    figures.append("" if row.get("reachable") is None else f"{row['reachable']:.3f}")
     if row["ours_ms"] is not None:
         sizes = [f"{row[name]:.1f} ms" for name in ("ours_ms", "baseline_ms")]
     else:
@@ -162,4 +166,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _ranks(shape: dict[str, Any]) -> list[str]:
-    return [f"{name}={shape[name]}" for name in ("tp", "pp") if shape.get(name, 1) > 1]
+    return [f"{name}={shape[name]}" for name in ("tp", "pp", "cp") if shape.get(name, 1) > 1]

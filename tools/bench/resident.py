@@ -25,13 +25,14 @@ from megatron_pg.data import (
 from megatron_pg.grpo import HeadConfig, Ranks, train_pass
 from megatron_pg.loss import PolicyLossConfig
 from tools.bench.gpt import Dims, make_dims, megatron
-from tools.bench.ranks import on_two_ranks
+from tools.bench.ranks import Comparison, parallel_dims, run_comparisons
 from tools.bench.registry import BenchmarkRow, Options, register
 from tools.bench.timing import peak_bytes, time_interleaved
 from tools.bench.training import Trainer
-from tools.flops import FORWARD, FORWARD_BACKWARD, packed_flops
+from tools.flops import FORWARD, FORWARD_BACKWARD, FlopWeights, packed_flops
 
 Mode = Literal["retain", "recompute"]
+MODES: tuple[Mode, ...] = ("retain", "recompute")
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,24 @@ def resident(options: Options) -> Iterator[BenchmarkRow]:
     """Forward and backward of groups larger than a row, in both modes, on one rank and on pp=2.
 
     Baseline: the same budget with the prompt repeated in every row. The bound weighs what either
-    encodes by FLOPs, the second forward pass of "recompute" included and idle pipeline time not.
+    encodes by FLOPs, the second forward pass of "recompute" included; by the wall clock stages
+    also wait for each other, and ``reachable`` counts that.
     """
-    dims = make_dims(options)
-    if 1 in options.ranks:
-        with megatron(dims):
-            yield from _compare_modes(dims, options)
-    if 2 in options.ranks and not torch.cuda.is_available():
-        yield from on_two_ranks(_on_two_stages, options)
+    case = Case(512, 64, 32, 8, 1024)
+    if options.quick:
+        case = Case(16, 2, 16, 2, 24)
+    elif options.device.type == "cuda":
+        case = Case(2048, 512, 16, 4, 4096)
+    tokens = case.num_groups * case.prefix_len + case.max_tokens
+    yield from run_comparisons(
+        (
+            Comparison(f"resident {mode}", dims, tokens, partial(_compare, case, mode, dims))
+            for dims in parallel_dims("resident", options)
+            if dims.tp == 1
+            for mode in MODES
+        ),
+        options,
+    )
 
 
 @register("resident_memory")
@@ -104,22 +115,8 @@ def resident_memory(options: Options) -> Iterator[BenchmarkRow]:
             yield _compare_memory(case, dims, options, trainer)
 
 
-def _on_two_stages(options: Options) -> list[BenchmarkRow]:
-    dims = make_dims(options, pp=2)
-    with megatron(dims):
-        return _compare_modes(dims, options)
-
-
-def _compare_modes(dims: Dims, options: Options) -> list[BenchmarkRow]:
-    case = Case(16, 2, 16, 2, 24) if options.quick else Case(512, 64, 32, 8, 1024)
+def _compare(case: Case, mode: Mode, dims: Dims, options: Options) -> BenchmarkRow:
     trainer = Trainer(dims, options.dtype)
-    modes: tuple[Mode, ...] = ("retain", "recompute")
-    return [_compare(case, mode, dims, options, trainer) for mode in modes]
-
-
-def _compare(
-    case: Case, mode: Mode, dims: Dims, options: Options, trainer: Trainer
-) -> BenchmarkRow:
     groups = case.groups(dims.vocab_size)
     plans = {
         "ours": _plan(case, groups, "always", mode, dims),
@@ -131,7 +128,12 @@ def _compare(
     }
     error = trainer.check_equal(paths, "prompt repeated")
     times = time_interleaved(paths, options.num_rounds(3), options.clock)
-    flops = {name: _flops(plan, mode, dims) for name, plan in plans.items()}
+    work = {name: phases(plan, mode, dims) for name, plan in plans.items()}
+    flops, idle = (
+        {name: sum(phase.time(stages) for phase in found) for name, found in work.items()}
+        for stages in (1, dims.pp)
+    )
+    waits = dims.pp > 1 and options.clock == "wall"
     rows = {name: sum(len(wave.rows) for wave in plan) for name, plan in plans.items()}
     return BenchmarkRow(
         benchmark="resident",
@@ -145,7 +147,9 @@ def _compare(
         | {"name": f"{case.describe()['name']} {mode}"},
         baseline="prompt repeated",
         bound=flops["prompt repeated"] / flops["ours"],
+        reachable=idle["prompt repeated"] / idle["ours"] if waits else None,
         max_error=error,
+        ours_flops=flops["ours"],
         **times.against("prompt repeated"),
     )
 
@@ -224,15 +228,47 @@ def _run(
     return sums.get("loss")
 
 
-def _flops(plans: list[PackPlan], mode: Mode, dims: Dims) -> float:
-    cost, total = dims.cost_model, 0.0
+@dataclass(frozen=True)
+class Phase:
+    """Rows that pass all stages one after the other, before and after which the pipeline is empty.
+
+    Attributes:
+        layers: FLOPs of each row's layers, on all stages.
+        heads: FLOPs of its predictions, on the last stage.
+    """
+
+    layers: list[float]
+    heads: list[float]
+
+    def time(self, num_stages: int) -> float:
+        """FLOPs until the last stage is done: what the slowest one computes, the fill of others."""
+        inner = [x / num_stages for x in self.layers]
+        last = [x + y for x, y in zip(inner, self.heads)]
+        return sum(last) + (num_stages - 1) * max(inner, default=0.0)
+
+
+def phases(plans: list[PackPlan], mode: Mode, dims: Dims) -> list[Phase]:
+    """Of a forward and backward pass: prefixes forward, rows both ways, prefixes back."""
+    cost, found = dims.cost_model, []
+    inside = replace(cost, per_loss_token=0)
     for wave in plans:
-        for part in (part for row in wave.rows for part in row):
-            predicted = int(part_shape(wave.shapes, part).loss_lens[list(part.samples)].sum())
-            tree = part_tree(wave.shapes, part)
-            total += packed_flops(tree, predicted, cost, FORWARD_BACKWARD)
-        for group in (group for row in wave.prefix_rows for group in row):
-            prefixes = wave.shapes[group].prefixes
-            passes = [FORWARD_BACKWARD, *([FORWARD] if mode == "recompute" else [])]
-            total += sum(packed_flops(prefixes, 0, cost, weights) for weights in passes)
-    return total
+        parts = [list(row) for row in wave.rows]
+        layers, heads = [], []
+        for row in parts:
+            trees = [part_tree(wave.shapes, part) for part in row]
+            layers.append(sum(packed_flops(tree, 0, inside, FORWARD_BACKWARD) for tree in trees))
+            lens = [part_shape(wave.shapes, p).loss_lens[list(p.samples)].sum() for p in row]
+            heads.append(FORWARD_BACKWARD.per_loss_token * cost.per_loss_token * float(sum(lens)))
+        found.append(Phase(layers, heads))
+        again = FORWARD.per_token if mode == "recompute" else 0.0
+        prefixes = [[wave.shapes[group].prefixes for group in row] for row in wave.prefix_rows]
+        for weights in (FORWARD, backward(again)):
+            rows = [sum(packed_flops(t, 0, inside, weights) for t in row) for row in prefixes]
+            found.append(Phase(rows, [0.0] * len(rows)))
+    return found
+
+
+def backward(again: float) -> FlopWeights:
+    """Of a backward pass after ``again`` forward passes."""
+    both = vars(FORWARD_BACKWARD)
+    return FlopWeights(*(both[name] - (1 - again) * vars(FORWARD)[name] for name in both))

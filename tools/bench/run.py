@@ -31,17 +31,23 @@ def main(argv: list[str] | None = None) -> int:
         "--processes", type=_positive, default=1, help="medians over so many fresh processes"
     )
     parser = argparse.ArgumentParser(description=__doc__, parents=[outside], allow_abbrev=False)
-    parser.add_argument("names", nargs="+", metavar="NAME", help="of a benchmark, or all")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="of tools/bench/README.md, or all")
     parser.add_argument("--plot", type=Path, help="also run the shapes of the figure; its PNG")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--rounds", type=_positive, help="interleaved rounds of every comparison")
     parser.add_argument("--threads", type=_positive, help="of torch (default: torch's own number)")
     parser.add_argument("--shapes", default="", help="only shapes that contain A or B: A,B")
     parser.add_argument(
+        "--baselines", default="", help="attention, layer: only baselines that contain A or B: A,B"
+    )
+    parser.add_argument(
         "--ranks",
         type=int,
         choices=(1, 2),
         help="step, transparent, resident: on so many processes",
+    )
+    parser.add_argument(
+        "--cp", type=_positive, default=1, help="step: on so many context-parallel processes alone"
     )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
@@ -54,11 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     from tools.bench import (  # noqa: F401
         attention,
         layer,
+        linear,
         logprob,
         memory,
         pack,
         prepare,
         resident,
+        scale,
         step,
         transparent,
     )
@@ -77,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.plot and args.names == ["resident"]:
         parser.error("resident varies no length: there is nothing to plot")
+    if args.clock == "cpu" and torch.cuda.is_available():
+        parser.error("--clock cpu counts time on cores, the work is on a GPU: leave it out")
+    if args.cp > 1 and args.names != ["step"]:
+        parser.error(f"--cp is of step, not of {' '.join(args.names)}: leave it out")
     if args.processes > 1 and args.plot:
         parser.error("--plot draws the rows of one process: leave out --processes")
     if is_program:
@@ -89,8 +101,10 @@ def main(argv: list[str] | None = None) -> int:
         rounds=args.rounds,
         clock=args.clock,
         sweep=args.plot is not None,
-        shapes=tuple(part for part in args.shapes.split(",") if part),
+        shapes=_parts(args.shapes),
+        baselines=_parts(args.baselines),
         ranks=(args.ranks,) if args.ranks else (1, 2),
+        cp=args.cp,
     )
     machine = describe_machine(options)
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -117,8 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     console.print(make_table(rows))
     if args.plot:
         drawn = [row.as_json(machine) for row in rows]
-        (plot_peaks if args.names == ["resident_memory"] else plot_rows)(drawn, args.plot)
+        own = {"resident_memory": plot_peaks, "scale": scale.plot_scale}
+        plot = own[args.names[0]] if len(args.names) == 1 and args.names[0] in own else plot_rows
+        plot(drawn, args.plot)
     return 0
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def _positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.data import CostModel
+from megatron_pg.tree import IntArray
 from tools.bench.registry import Options
 from tools.flops import FlopWeights, packed_flops, written_out_flops
 
@@ -32,7 +34,24 @@ class Shape:
     @cached_property
     def written_out(self) -> PackedLayout:
         """One tree a sample: the same kernels, no padding, nothing shared."""
-        return pack_trees([_lone_sample(n) for n in self.tree.sample_lens])
+        return _written_out(self.tree.sample_lens)
+
+    def written_out_rows(self, max_tokens: int | None) -> list[PackedLayout]:
+        """The same in rows of at most ``max_tokens``, samples in order; one row when None.
+
+        A sample that is longer has a row of its own.
+        """
+        rows: list[list[int]] = []
+        for length in self.tree.sample_lens.tolist():
+            if not rows or (max_tokens is not None and sum(rows[-1]) + length > max_tokens):
+                rows.append([])
+            rows[-1].append(length)
+        return [_written_out(row) for row in rows]
+
+    def longest_row(self, max_tokens: int | None) -> int:
+        """Tokens of the longest row of either path, written out as ``written_out_rows`` does."""
+        rows = [self.packed, *self.written_out_rows(max_tokens)]
+        return max(row.total_tokens for row in rows)
 
     @property
     def name(self) -> str:
@@ -85,6 +104,14 @@ def standard_shapes(options: Options) -> list[Shape]:
     """Shapes that attention and steps are measured at, and those of the plots when asked for."""
     if options.quick:
         shapes = [star(32, 8, 4), ragged_star(32, 8, 4), two_level(16, 8, 4, 2, 2)]
+    elif options.device.type == "cuda":
+        shapes = [
+            star(2048, 512, 8),
+            star(1024, 1024, 8),
+            star(4096, 512, 16),
+            ragged_star(2048, 512, 8),
+            two_level(2048, 512, 512, 4, 4),
+        ]
     else:
         shapes = [
             star(1024, 128, 8),
@@ -146,15 +173,22 @@ def select(shape: Shape, options: Options) -> bool:
 
 
 def flop_bound(shape: Shape, cost: CostModel, weights: FlopWeights) -> float:
-    """FLOPs written out over FLOPs packed: tokens, attention pairs and predictions together.
-
-    Every token below a root is predicted.
-    """
+    """FLOPs written out over FLOPs packed: tokens, attention pairs and predictions together."""
     tree = shape.tree
-    trained = tree.segment_lens * (tree.segment_parents >= 0)
-    logical_trained = trained * tree.segment_multiplicity
+    logical_trained = _trained(tree) * tree.segment_multiplicity
     logical = written_out_flops(tree, float(logical_trained.sum()), cost, weights)
-    return logical / packed_flops(tree, float(trained.sum()), cost, weights)
+    return logical / shape_flops(shape, cost, weights)
+
+
+def shape_flops(shape: Shape, cost: CostModel, weights: FlopWeights) -> float:
+    """FLOPs packed; every token below a root is predicted."""
+    return packed_flops(shape.tree, float(_trained(shape.tree).sum()), cost, weights)
+
+
+def _trained(tree: PrefixTree) -> IntArray:
+    """Predicted tokens of every segment."""
+    trained: IntArray = tree.segment_lens * (tree.segment_parents >= 0)
+    return trained
 
 
 def _star_fields(
@@ -168,5 +202,5 @@ def _star_fields(
     }
 
 
-def _lone_sample(length: int) -> PrefixTree:
-    return PrefixTree(np.array([length]), np.array([-1]), np.array([0]))
+def _written_out(lens: Iterable[int]) -> PackedLayout:
+    return pack_trees([PrefixTree(np.array([n]), np.array([-1]), np.array([0])) for n in lens])

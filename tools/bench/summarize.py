@@ -1,6 +1,7 @@
 """Join result files: ``python tools/bench/summarize.py OUT.json IN.json [IN.json ...]``.
 
-Writes the rows of all inputs to OUT.json and the page that reads them to OUT.md.
+Writes the rows of all inputs to OUT.json and the page that reads them to OUT.md. Inputs are files
+of ``run.py --json`` or a ``check_gpu.json``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     out = Path(argv[0])
-    rows = [row for file in argv[1:] for row in json.loads(Path(file).read_text())]
+    rows = [row for file in argv[1:] for row in _rows(json.loads(Path(file).read_text()))]
     out.write_text(json.dumps(rows, indent=1) + "\n")
     out.with_suffix(".md").write_text(_page(out.stem, rows))
     return 0
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    """Of a benchmark's file, or of what ``tools/check_gpu.sh`` wrote."""
+    rows: list[dict[str, Any]] = found["rows"] if isinstance(found, dict) else found
+    return rows
 
 
 def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -50,8 +57,9 @@ def _page(title: str, rows: Sequence[dict[str, Any]]) -> str:
         "",
         "ratio is baseline over ours (of times the median over rounds, each within its round, then",
         "over processes where there were several);",
-        "bound is the ratio that arithmetic allows, share what is reached of it; load is the",
-        "machine's one-minute load average when the row was measured.",
+        "bound is the ratio that arithmetic allows, share what is reached of it; reachable is the",
+        "bound with the time that neither path can avoid; load is the machine's one-minute load",
+        "average when the row was measured.",
         "The JSON file of the same name holds all rows with quartiles, sizes and peak memory.",
         "",
         make_markdown(rows),

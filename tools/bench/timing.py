@@ -45,13 +45,19 @@ class Times:
             "load": os.getloadavg()[0],
         }
 
+    def beside(self, bound: float, fixed: str, ours: str = "ours") -> float:
+        """What is left of a bound on ``ours`` when the path ``fixed`` is a part of both paths."""
+        a, f = (float(np.median(self.by_name[name])) for name in (ours, fixed))
+        return (bound * max(a - f, 0.0) + f) / max(a, f)
+
 
 def time_interleaved(paths: Mapping[str, Run], rounds: int, clock: str = "wall") -> Times:
     """Run A B A B ..., and in every other round B A B A ..., so that drift hits all alike.
 
-    There is no warm-up: every path has run once when its results were compared. The clock "cpu"
-    counts the time that this process got from the machine's cores: with one thread on an idle
-    machine it is the wall clock, and on a shared one the neighbours are left out.
+    Every path has run once when its results were compared: that is the warm-up, to which a GPU
+    gets one more round, so that its clock and its allocator have settled. The clock "cpu" counts
+    the time that this process got from the machine's cores: with one thread on an idle machine it
+    is the wall clock, and on a shared one the neighbours are left out.
 
     Under ``torch.distributed`` a round counts from the moment that all ranks are ready to the
     moment that all are done; the clock "cpu" adds up what all ranks got.
@@ -61,6 +67,9 @@ def time_interleaved(paths: Mapping[str, Run], rounds: int, clock: str = "wall")
     gc.collect()
     gc.disable()
     try:
+        if torch.cuda.is_available():
+            for run in paths.values():
+                run()
         for i in range(rounds):
             for name in list(paths)[:: 1 if i % 2 == 0 else -1]:
                 _wait()

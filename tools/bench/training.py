@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -25,6 +26,9 @@ class Batch(Protocol):
 
     @property
     def tokens(self) -> Tensor: ...
+
+    @property
+    def num_predictions(self) -> int: ...
 
     def forward(self, model: Any) -> Any: ...
 
@@ -116,11 +120,9 @@ def _forward_step(batches: Iterator[Batch], model: Any) -> Any:
 
     def loss_func(output: Any) -> Any:
         loss = work.loss(output[0])
-        # One divisor for both paths, whatever a shared token counts.
-        return (
-            loss,
-            torch.ones((), dtype=torch.int, device=loss.device),
-            {"loss": loss.detach().clone()},
-        )
+        # Megatron adds up the counts of context-parallel ranks, which all see the whole row.
+        counted = 0 if parallel_state.get_context_parallel_rank() else work.num_predictions
+        count = torch.tensor(counted, dtype=torch.int, device=loss.device)
+        return loss, count, {"loss": loss.detach().clone()}
 
     return work.forward(model), loss_func

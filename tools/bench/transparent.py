@@ -19,8 +19,8 @@ from megatron_pg.mcore import (
     SharedTokens,
     count_shared_tokens,
 )
-from tools.bench.gpt import Dims, make_dims, megatron
-from tools.bench.ranks import on_two_ranks
+from tools.bench.gpt import Dims
+from tools.bench.ranks import Comparison, parallel_dims, run_comparisons
 from tools.bench.registry import BenchmarkMismatch, BenchmarkRow, Options, register
 from tools.bench.shapes import Shape, select, standard_shapes
 from tools.bench.timing import time_interleaved
@@ -41,16 +41,16 @@ def transparent(options: Options) -> Iterator[BenchmarkRow]:
     """
     nothing = _nothing_shared(options)
     shapes = [*standard_shapes(options), *[nothing] * select(nothing, options)]
-    if 1 in options.ranks:
-        dims = make_dims(options)
-        with megatron(dims):
-            trainer = Trainer(dims, options.dtype, PrefixSharingGPTModel)
-            for shape in shapes:
-                yield _compare(shape, dims, options, trainer)
-    if 2 in options.ranks and not torch.cuda.is_available():
-        some = [shapes[0], *[nothing] * select(nothing, options)]
-        for layout in (dict(tp=2), dict(pp=2)):
-            yield from on_two_ranks(partial(_on_ranks, some, layout), options)
+    some = [shapes[0], *[nothing] * select(nothing, options)]
+    yield from run_comparisons(
+        (
+            Comparison(f"transparent {shape.name}", dims, tokens, partial(_compare, shape, dims))
+            for dims in parallel_dims("transparent", options)
+            for shape in (some if dims.tp * dims.pp > 1 else shapes)
+            for tokens in [shape.tree.logical_tokens]
+        ),
+        options,
+    )
 
 
 def _nothing_shared(options: Options) -> Shape:
@@ -59,14 +59,8 @@ def _nothing_shared(options: Options) -> Shape:
     return Shape(tree, {"name": f"{count} x {length}, nothing shared", "num_generations": 1})
 
 
-def _on_ranks(shapes: list[Shape], layout: dict[str, int], options: Options) -> list[BenchmarkRow]:
-    dims = make_dims(options, **layout)
-    with megatron(dims):
-        trainer = Trainer(dims, options.dtype, PrefixSharingGPTModel)
-        return [_compare(shape, dims, options, trainer) for shape in shapes]
-
-
-def _compare(shape: Shape, dims: Dims, options: Options, trainer: Trainer) -> BenchmarkRow:
+def _compare(shape: Shape, dims: Dims, options: Options) -> BenchmarkRow:
+    trainer = Trainer(dims, options.dtype, PrefixSharingGPTModel)
     model = trainer.model.module
     model.min_shared = 8 if options.quick else PrefixSharingGPTModel.min_shared
     works = [_make_work(shape, dims, options.device, seed) for seed in range(dims.pp)]
@@ -104,6 +98,11 @@ class RowWork:
     params: Any
     labels: Tensor
     weights: Tensor
+
+    @property
+    def num_predictions(self) -> int:
+        """The row is as long, shared or not."""
+        return len(self.labels)
 
     def forward(self, model: Any) -> Any:
         """What the model returns: the loss of every token on the last stage."""

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_pg.data import AttentionSizes, CostModel, MemoryModel
-from megatron_pg.parallel import ModelSizes
+from megatron_pg.data import (
+    AttentionSizes,
+    CostModel,
+    LinearSizes,
+)
+from megatron_pg.parallel import ModelSizes, ParallelSizes, exchanged_values
+from tools.sharing.hybrids import HF_HYBRIDS, hf_pattern
 from tools.sharing.layers import (
+    HF_LINEAR,
     hf_attention,
-    hf_mlps,
+    hf_kinds,
     hf_windows,
+    linear_sizes,
     megatron_attention,
-    megatron_mlps,
+    megatron_kinds,
     megatron_windows,
 )
+from tools.sharing.mlps import Mlps, hf_mlps, megatron_mlps
+from tools.sharing.modules import LayerModules, hf_modules, megatron_modules
 from tools.sharing.support import training_model
 
 if TYPE_CHECKING:
@@ -34,23 +44,29 @@ GATED = {
     *("qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe"),
     *("qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3", "solar_open", "stablelm"),
     "youtu",
+    *HF_LINEAR,
 }
 # models of these have two. Types whose configs have other names for their sizes (opt, bloom,
 # falcon, gpt_neo) are not read at all.
 UNGATED = {
     *("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "nemotron", "persimmon"),
-    *("phi", "starcoder2"),
+    *("phi", "starcoder2", *HF_HYBRIDS),
 }
 
 _HF_KEYS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
     "vocab_size",
 )
 _GPT2_KEYS = ("n_layer", "n_embd", "n_head", "vocab_size")
 _MEGATRON_KEYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+# What arguments leave out.
+_FIELDS = (
+    *("gated_linear_unit", "activation_func_clamp_value", "glu_linear_offset"),
+    *("has_norms_over_heads", "has_pre_layernorms", "has_post_layernorms"),
+)
+# What ranks divide of layers that carry a state.
+_HEADS_OF_LINEAR = "linear_num_key_heads", "linear_num_value_heads"
+_HEADS_OF_MAMBA = "mamba_num_groups", "mamba_num_heads"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,37 +74,43 @@ class ModelDims:
     """Sizes that decide FLOPs and memory.
 
     Attributes:
-        ffn_hidden_size: width of the widest MLP that one token goes through: of all its experts
-            together, shared ones included.
-        ffn_hidden_sizes: the sum of these widths over all layers.
-        mlp_widths: what tensor parallelism divides, by name.
+        mlps: widths of MLPs.
         attention: heads and projections.
         windows: of every layer, keys that a token sees before itself; None sees all.
+        linear: sizes of layers that carry a state; None if none does.
+        mixers: of every layer, "attention", the rule of its state, or None.
         gated: whether the MLP has a gate.
+        modules: what else a layer has or lacks.
         max_positions: longest sample that the model was made for, when it is said.
         training_refusal: why training takes no such model; None when it does or nothing is known.
     """
 
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
-    ffn_hidden_sizes: int
-    mlp_widths: dict[str, int]
+    mlps: Mlps
     attention: AttentionSizes
     windows: tuple[int | None, ...]
     vocab_size: int
     gated: bool
+    linear: LinearSizes | None
+    mixers: tuple[str | None, ...]
+    modules: LayerModules
     max_positions: int | None = field(default=None, compare=False)
     training_refusal: str | None = field(default=None, compare=False)
 
     @property
     def sizes(self) -> ModelSizes:
         """What parallel ranks divide."""
+        widths = dict(self.mlps.divided)
+        if self.linear is not None:
+            is_mamba = self.linear.rule == "state_space"
+            groups, heads = _HEADS_OF_MAMBA if is_mamba else _HEADS_OF_LINEAR
+            widths |= {groups: self.linear.num_key_heads, heads: self.linear.num_value_heads}
         return ModelSizes(
             num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_query_groups,
             num_layers=self.num_layers,
-            widths=self.mlp_widths,
+            widths=widths,
         )
 
     @property
@@ -104,32 +126,58 @@ class ModelDims:
     @property
     def cost_model(self) -> CostModel:
         """Forward FLOPs."""
-        matrices = 3 if self.gated else 2
         model = CostModel.from_attention(
             self.attention,
-            self.num_layers,
+            self.num_attention_layers,
             self.hidden_size,
-            matrices * self.hidden_size * self.ffn_hidden_sizes,
+            self._mlp_parameters(self.mlps.used),
             self.vocab_size,
         )
-        return model.within_windows(self.windows)
+        seen = [w for w, mixer in zip(self.windows, self.mixers) if mixer == "attention"]
+        model = model.within_windows(seen)
+        if self.linear is None:
+            return model
+        return model.with_linear_layers(self.linear, self.num_linear_layers, self.hidden_size)
 
-    def memory_model(self, value_bytes: int, tp_size: int) -> MemoryModel:
-        """Memory of one rank under sequence parallelism, nothing recomputed."""
-        return MemoryModel.from_model_dims(
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.attention.num_heads,
-            num_query_groups=self.attention.num_kv_heads,
-            kv_channels=self.attention.head_dim,
-            value_channels=self.attention.value_dim,
-            latent_channels=self.attention.latent_dim,
-            kept_channels=self.attention.kept_dim(tp_size, True),
-            gated_linear_unit=self.gated,
-            value_bytes=value_bytes,
-            tp_size=tp_size,
-            sequence_parallel=True,
-        )
+    @property
+    def num_parameters(self) -> float:
+        """Of all matrices but the embedding, whichever experts a token goes through."""
+        products = self.cost_model.per_token + self.cost_model.per_loss_token
+        if self.linear is not None:
+            products -= self.num_linear_layers * self.linear.scan_flops
+        idle = self._mlp_parameters(self.mlps.held) - self._mlp_parameters(self.mlps.used)
+        return products / 2 + idle
+
+    def _mlp_parameters(self, widths: Sequence[int]) -> int:
+        return (3 if self.gated else 2) * self.hidden_size * sum(widths)
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers that have keys and values."""
+        return self.mixers.count("attention")
+
+    @property
+    def num_linear_layers(self) -> int:
+        """Layers that carry a state."""
+        return 0 if self.linear is None else self.mixers.count(self.linear.rule)
+
+    @property
+    def num_parts(self) -> int:
+        """Mixers and MLPs of all layers."""
+        return sum(x is not None for x in self.mixers) + sum(map(bool, self.mlps.used))
+
+    def heads_of_rank(self, sizes: ParallelSizes) -> tuple[int, int]:
+        """Query heads, and key and value heads, of a tensor-parallel rank."""
+        return self.num_attention_heads // sizes.tp, max(self.num_query_groups // sizes.tp, 1)
+
+    def exchanged_values(self, sizes: ParallelSizes) -> float:
+        """As ``predict_step`` takes them."""
+        width = self.attention.head_dim + self.attention.value_dim
+        values = exchanged_values(*self.heads_of_rank(sizes), width, sizes.cp)
+        values *= self.num_attention_layers
+        if self.linear is not None:
+            values += self.num_linear_layers * self.linear.exchanged_values(sizes.tp, sizes.cp)
+        return values / self.num_layers
 
 
 def read_model(path: Path) -> ModelDims:
@@ -150,19 +198,24 @@ def read_model(path: Path) -> ModelDims:
         raise ValueError(f"{file} holds no JSON object; save the model's config anew")
     held, refusal = training_model(values, str(file))
     values = values.get("text_config", values)
-    is_hf = "num_hidden_layers" in values or "n_layer" in values
+    is_hf = any(key in values for key in ("num_hidden_layers", "n_layer"))
+    is_hf |= values.get("model_type") in HF_HYBRIDS
     if held is not None and is_hf:
         values, is_hf = _arguments(held), False
     try:
+        if is_hf and (pattern := hf_pattern(values)) is not None:
+            # Newer files name the layers alone.
+            values = {"num_hidden_layers": len(pattern), **values}
         dims = _from_hf(values) if is_hf else _from_megatron(values)
         _check_sizes(dims)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         raise ValueError(f"{file} (model_type={values.get('model_type')!r}): {error}") from error
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{file} has sizes that are no numbers ({error}); correct it") from error
     except KeyError as error:
         keys = _MEGATRON_KEYS if not is_hf else _GPT2_KEYS if "n_layer" in values else _HF_KEYS
-        missing = [key for key in keys if key not in values] or [str(error.args[0])]
+        known = {*values, *(["vocab_size"] if "padded_vocab_size" in values else [])}
+        missing = [key for key in keys if key not in known] or [str(error.args[0])]
         raise ValueError(
             f"{file} (model_type={values.get('model_type')!r}) has no {', '.join(missing)}, which "
             "FLOPs and memory depend on; name an args.json with Megatron-LM's names: num_layers, "
@@ -175,9 +228,10 @@ def read_model(path: Path) -> ModelDims:
 def _arguments(model: HfModel) -> dict[str, Any]:
     """A family that training holds is counted by its own description."""
     sizes = dict(vocab_size=model.vocab_size, max_position_embeddings=model.max_sequence_length)
-    # Megatron-LM's arguments name some gates only.
-    gate = dict(gated_linear_unit=model.transformer_config()["gated_linear_unit"])
-    return model.megatron_arguments() | sizes | gate
+    # Megatron-LM's arguments name some gates only, and few norms.
+    config = model.transformer_config()
+    own = {name: config[name] for name in _FIELDS if name in config}
+    return model.megatron_arguments() | sizes | own
 
 
 def _from_hf(values: dict[str, Any]) -> ModelDims:
@@ -190,23 +244,25 @@ def _from_hf(values: dict[str, Any]) -> ModelDims:
             "max_position_embeddings": values.get("n_positions"),
             **values,
         }
-    layers, widths = hf_mlps(values)
+    mlps = hf_mlps(values)
     attention, kind = hf_attention(values), values.get("model_type")
     if kind not in GATED | UNGATED:
         raise NotImplementedError(
             "it is not known what layers of this type hold; name an args.json with the sizes of an "
             "ordinary decoder that costs the same"
         )
+    windows, kinds = hf_windows(values), hf_kinds(values)
     return ModelDims(
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
-        ffn_hidden_size=max(layers),
-        ffn_hidden_sizes=sum(layers),
-        mlp_widths=widths,
+        mlps=mlps,
         attention=attention,
-        windows=hf_windows(values),
+        windows=windows,
+        linear=linear_sizes(values, kinds, is_hf=True),
+        mixers=tuple(of_layer.mixer for of_layer in kinds),
         vocab_size=values["vocab_size"],
         gated=kind in GATED,
+        modules=hf_modules(values),
         max_positions=values.get("max_position_embeddings"),
     )
 
@@ -217,17 +273,19 @@ def _from_megatron(values: dict[str, Any]) -> ModelDims:
     dense = values.get("ffn_hidden_size") or (
         int(4 * hidden * 2 / 3) // 64 * 64 if gated else 4 * hidden
     )
-    layers, widths = megatron_mlps(values, dense)
+    mlps = megatron_mlps(values, dense)
+    kinds = megatron_kinds(values)
     return ModelDims(
         num_layers=values["num_layers"],
         hidden_size=hidden,
-        ffn_hidden_size=max(layers),
-        ffn_hidden_sizes=sum(layers),
-        mlp_widths=widths,
+        mlps=mlps,
         attention=megatron_attention(values),
         windows=megatron_windows(values),
+        linear=linear_sizes(values, kinds, is_hf=False),
+        mixers=tuple(kind.mixer for kind in kinds),
         vocab_size=values.get("padded_vocab_size") or values["vocab_size"],
         gated=gated,
+        modules=megatron_modules(values),
         max_positions=values.get("max_position_embeddings"),
     )
 
@@ -240,8 +298,12 @@ def _check_sizes(dims: ModelDims) -> None:
         "num_attention_heads": dims.num_attention_heads,
         "num_query_groups": dims.num_query_groups,
         "head size": min(dims.attention.head_dim, dims.attention.value_dim),
-        **dims.mlp_widths,
+        **dims.mlps.divided,
     }
+    if dims.linear is not None:
+        sizes |= {f"linear {name}": n for name, n in asdict(dims.linear).items() if name != "rule"}
+    if (experts := dims.mlps.experts) is not None:
+        sizes |= {"number of experts": experts.number, "experts of a token": experts.topk}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise NotImplementedError(f"{name}={size!r} must be an integer of at least 1")
@@ -249,4 +311,14 @@ def _check_sizes(dims: ModelDims) -> None:
         raise NotImplementedError(
             f"num_attention_heads={dims.num_attention_heads} is no multiple of "
             f"num_query_groups={dims.num_query_groups}"
+        )
+    if dims.linear is not None and dims.linear.num_value_heads % dims.linear.num_key_heads:
+        names = _HEADS_OF_MAMBA if dims.linear.rule == "state_space" else _HEADS_OF_LINEAR
+        raise NotImplementedError(
+            f"{names[1]}={dims.linear.num_value_heads} is no multiple of "
+            f"{names[0]}={dims.linear.num_key_heads}"
+        )
+    if experts is not None and experts.topk > experts.number:
+        raise NotImplementedError(
+            f"a token goes through {experts.topk} experts, and there are {experts.number}"
         )

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_pg.data import StepTime
+
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Tables: what the rollouts share, what a step gains, what does not fit."""
@@ -85,7 +87,7 @@ def plot_report(
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    flops = report["step_flops"]
+    flops, seconds = report["step_flops"], report["predicted_seconds"]
     return [
         ("groups, samples", f"{report['groups']}, {report['samples']}"),
         *_rollout_facts(report["rollouts"]),
@@ -101,6 +103,10 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("FLOPs of a step", f"{flops['packed']:.3e} / {flops['written_out']:.3e}"),
         ("predicted step-time ratio", f"{report['predicted_step_time_ratio']:.2f}"),
+        (
+            f"predicted step on {report['settings']['card']}, at the least",
+            str(StepTime(**{k: v for k, v in seconds.items() if k != "total"})),
+        ),
         ("recommended token budget", str(report["recommended_max_tokens"])),
         ("token budget used here", str(report["max_tokens"])),
     ]

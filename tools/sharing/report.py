@@ -11,17 +11,24 @@ from torch import Tensor
 
 from megatron_pg import PrefixTree, pack_trees
 from megatron_pg.data import (
+    CARDS,
+    FORWARD_BACKWARD,
     Group,
     GroupShape,
     PackPlan,
     ResidencyConfig,
+    StepWork,
     group_shape,
     part_tree,
     plan_waves,
+    predict_step,
+    product_flops_on,
     row_budget,
+    with_rows_for_stages,
     without_routes,
 )
-from tools.flops import FORWARD_BACKWARD, packed_flops, written_out_flops
+from tools.flops import packed_flops, written_out_flops
+from tools.sharing.budget import recommend_max_tokens
 from tools.sharing.memory import RESIDENT_MODE, stage_memory
 from tools.sharing.model import ModelDims
 from tools.sharing.rollouts import rollout_report, summary
@@ -75,6 +82,8 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
     attention pairs are ``unique`` after sharing and ``logical`` written out; ``group_ratios`` and
     ``predicted_step_time_ratio`` are predicted times written out over packed. ``split_tokens`` are
     encoded once more where recorded routes are replayed, which ``unique_tokens`` then holds.
+    ``predicted_seconds`` are those of one forward and backward pass and update on the card, by what
+    takes them (``StepTime``), all data-parallel ranks but one left out.
 
     Raises:
         ValueError: if the settings cannot be, all problems in one error.
@@ -83,7 +92,7 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
     split_tokens = sum(group_shape(group, settings.min_shared).split_tokens for group in groups)
     reports = [_report_group(group, settings) for group in groups]
     trees = [report.tree for report in reports]
-    recommended = _recommend_max_tokens(trees, dims, settings)
+    recommended = recommend_max_tokens(trees, dims, settings)
     max_tokens = recommended if settings.max_tokens is None else settings.max_tokens
     unfit = [f for r in reports if (f := _why_unfit(r, dims, max_tokens, settings)) is not None]
     too_long = {f["group_id"] for f in unfit if f["parts"] is None}
@@ -115,6 +124,7 @@ def make_report(groups: Sequence[Group], dims: ModelDims, settings: Settings) ->
         "logical_attention_pairs": pair_sums[1],
         "step_flops": {"packed": packed, "written_out": logical},
         "predicted_step_time_ratio": ratio,
+        "predicted_seconds": _step_seconds(kept, dims, waves, settings),
         "recommended_max_tokens": recommended,
         "max_tokens": max_tokens,
         "row_budget": row_budget(max_tokens, settings.sizes.row_multiple),
@@ -183,13 +193,15 @@ def _plan_rows(
         max_resident_tokens=max_tokens,
         num_stages=settings.sizes.pp,
     )
-    return plan_waves(
+    cost_model = product_flops_on(CARDS[settings.card], dims.cost_model)
+    waves = plan_waves(
         shapes,
         max_tokens,
         residency,
-        cost_model=dims.cost_model,
+        cost_model=cost_model,
         pad_to_multiple=settings.sizes.row_multiple,
     )
+    return [with_rows_for_stages(wave, settings.sizes.pp, cost_model) for wave in waves]
 
 
 def _step_flops(
@@ -213,30 +225,38 @@ def _step_flops(
     return packed, logical, waves
 
 
-def _recommend_max_tokens(trees: Sequence[PrefixTree], dims: ModelDims, settings: Settings) -> int:
-    """Room for the largest group, or what the memory holds where that is less."""
-    largest = max(tree.unique_tokens for tree in trees)
-    budget = -(-largest // 1024) * 1024
-    if settings.activation_gib is not None:
-        memory = dims.memory_model(settings.bytes_per_value, settings.sizes.tp)
-        # The first pipeline stage keeps one row for every stage.
-        held = _tokens_held(memory.activations * settings.sizes.pp, dims, settings)
-        if held < largest:
-            # Groups are divided, and prompts of up to one row's tokens are resident beside them.
-            resident = memory.resident(RESIDENT_MODE)
-            held = _tokens_held(memory.activations * settings.sizes.pp + resident, dims, settings)
-        budget = min(budget, held)
-    multiple = settings.sizes.row_multiple
-    return -(-budget // multiple) * multiple
-
-
-def _tokens_held(bytes_per_layer: float, dims: ModelDims, settings: Settings) -> int:
-    """Tokens of a row that the memory holds, at so many bytes for each in one layer."""
-    assert settings.activation_gib is not None
-    layers = dims.num_layers // settings.sizes.pp
-    held = int(settings.activation_gib * 2**30 / (bytes_per_layer * layers))
-    multiple = settings.sizes.row_multiple
-    return max(held // multiple * multiple, multiple)
+def _step_seconds(
+    reports: Sequence[GroupReport],
+    dims: ModelDims,
+    waves: Sequence[PackPlan],
+    settings: Settings,
+) -> dict[str, float]:
+    """Of the packed rows on a card, by what takes them, and in total."""
+    sizes, cost = settings.sizes, dims.cost_model
+    work = StepWork.of_waves(
+        waves,
+        cost,
+        dims.attention,
+        lambda part: reports[part.group].predicted_tokens(part.samples),
+    )
+    time = predict_step(
+        work,
+        CARDS[settings.card],
+        cost=cost,
+        hidden_size=dims.hidden_size,
+        vocab_size=dims.vocab_size,
+        num_layers=dims.num_layers,
+        optimizer_parameters=dims.num_parameters / (sizes.tp * sizes.pp),
+        passes=FORWARD_BACKWARD,
+        tp_size=sizes.tp,
+        sequence_parallel=sizes.sp,
+        pp_size=sizes.pp,
+        cp_size=sizes.cp,
+        exchanged_values=dims.exchanged_values(sizes),
+        num_attention_layers=dims.num_attention_layers,
+        num_parts=dims.num_parts,
+    )
+    return asdict(time) | {"total": time.total}
 
 
 def _why_unfit(

@@ -21,6 +21,7 @@ class Settings:
         min_shared: share every run of at least that many tokens; None shares the prompt.
         bytes_per_value: of activations, 2 for bf16.
         activation_gib: memory of one rank for activations, when known.
+        card: key of ``CARDS`` that seconds are predicted for.
         replays_routes: whether recorded routes are replayed (``algorithm.router_replay=R3``), so
             that samples share only tokens whose routes agree.
     """
@@ -30,6 +31,7 @@ class Settings:
     min_shared: int | None = None
     bytes_per_value: int = 2
     activation_gib: float | None = None
+    card: str = "h100"
     replays_routes: bool = False
 
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def training_model(values: dict[str, Any], where: str) -> tuple[HfModel | None, str | None]:
     """The model of a ``config.json`` or ``args.json`` as training reads it, or why it does not.
 
-    Neither where that is not known: without Megatron-Core, and for arguments that name no whole
-    model.
+    Both of one that it reads once the weights are dequantised. Neither where that is not known:
+    without Megatron-Core, and for arguments that name no whole model.
     """
     try:
         from megatron_pg.checkpoint import hf_model_from_args, parse_hf_config
@@ -27,7 +27,11 @@ def training_model(values: dict[str, Any], where: str) -> tuple[HfModel | None, 
             known = {key: value for key, value in values.items() if key != "params_dtype"}
             return hf_model_from_args(Namespace(**known), where), None
     except NotImplementedError as error:
-        return None, str(error)
+        if "quantization_config" not in values:
+            return None, str(error)
+        # Dequantised, as the refusal advises, the model has the sizes that it has now.
+        plain = {key: value for key, value in values.items() if key != "quantization_config"}
+        return training_model(plain, where)[0], str(error)
     except ValueError as error:
         return None, str(error) if "architectures" in values else None
     return None, None
