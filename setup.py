@@ -36,6 +36,9 @@ EXTRAS = {
         "transformers>=4.56",
     ],
     "gguf": ["gguf>=0.10", "accelerate", "transformers>=4.56"],
+    # Kernels of Gated DeltaNet layers on CUDA. mamba_ssm has none that pip could choose: README.md
+    # of megatron_pg/mcore.
+    "linear": ["megatron_pg[megatron]", "flash-linear-attention>=0.6"],
     "te": ["transformer-engine[pytorch]>=2.9"],
     "gpu": ["megatron_pg[megatron,te]", "flash-attn>=2.7"],
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "pre-commit"],

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 from tests.ranks import Pool
+from tests.warm_python import commands_of
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("project")
+# Without it matrix products on a GPU are refused where algorithms must be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,3 +60,10 @@ def ranks() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a ``python`` and a ``torchrun`` that have imported everything already."""
+    with commands_of(tmp_path_factory.mktemp("commands")) as folder:
+        yield folder

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -135,9 +135,17 @@ class Job:
 
 
 class Pool:
-    """Starts ranks; ``close`` ends whatever still runs, and so does the end of this process."""
+    """Starts ranks; ``close`` ends whatever still runs, and so does the end of this process.
 
-    def __init__(self) -> None:
+    Args:
+        environment: variables of the ranks beside those that this process has now; what a case
+            sets for itself later, all other cases would see.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        kept = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
+        self._environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+        self._environment |= environment or {}
         self._server: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._num_jobs = 0
@@ -188,12 +196,11 @@ class Pool:
 
     def _start_server(self) -> None:
         self._connection, other = Pipe()
-        kept = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
         with other, open(Path(self._folder.name) / "server.log", "wb") as log:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "tests.fork_server", str(other.fileno())],
                 cwd=ROOT,
-                env=kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
+                env=self._environment,
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -3,7 +3,8 @@
 #
 #   bash tests/run.sh                 every lane: the first beside the others, whose output follows
 #   LANES=311 bash tests/run.sh       Python 3.11 with megatron-core 0.16: lint, types, every test
-#   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, runs, Triton kernels
+#   LANES=312 bash tests/run.sh       Python 3.12 with megatron-core 0.19: Megatron-facing tests, runs, Triton kernels,
+#                                     and steps on a CUDA device that is not there, for builds of PyTorch that have CUDA
 #   LANES=verl bash tests/run.sh      Python 3.12 with megatron-core 0.18 and verl: its stock engine against ours
 #   LANES=between bash tests/run.sh   Python 3.12 with megatron-core 0.17 and 0.18: layers, equivalence, schedule
 #
@@ -37,8 +38,16 @@ make_environment() { # make_environment VERSION FOLDER
     fi
     [ -x "$2/bin/python" ] || "$python" -m venv "$2"
     "$2/bin/python" -m pip install -q -U pip setuptools wheel
-    # Asked for first and alone: the version that has a CPU build, where there is one.
-    "$2/bin/python" -m pip install -q "torch==2.13.0"
+    # Asked for first and alone: the version that has a CPU build, where there is one. Builds with CUDA take 3 GB to
+    # load, which pip would keep a second time.
+    "$2/bin/python" -m pip install -q --no-cache-dir "torch==2.13.0"
+}
+
+borrow() { # borrow FROM FOLDER: packages that FOLDER lacks are found in FROM, as with --system-site-packages
+    local from
+    from=$("$1/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    [ -x "$2/bin/python" ] || "$1/bin/python" -m venv "$2"
+    echo "$from" >"$("$2/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 }
 
 install() { # install LANE
@@ -53,9 +62,16 @@ install() { # install LANE
         environment=.venv-tests-312
         make_environment 3.12 "$environment"
         "$environment/bin/python" -m pip install -q -e ".[train,dev]"
+        # Kernels that tests run in Triton's interpreter; apart, since transformers would call them on the CPU.
+        kernels=$environment/recurrent-kernels
+        [ -d "$kernels" ] || MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "$environment/bin/python" -m pip install \
+            -q --no-deps --no-build-isolation --target "$kernels" \
+            flash-linear-attention==0.6.0 fla-core==0.6.0 mamba-ssm==2.3.2.post1
         ;;
     verl)
-        make_environment 3.12 "$environment"
+        # A second copy of PyTorch would take 5 GB.
+        make_environment 3.12 .venv-tests-312
+        borrow .venv-tests-312 "$environment"
         # verl's own requirements name no versions that fit each other on a CPU; these do.
         "$environment/bin/python" -m pip install -q -e . "megatron-core==0.18.2" \
             "tensordict>=0.8,<=0.10" "transformers>=4.56,<5.11" "TransferQueue>=0.1.10" \
@@ -81,8 +97,14 @@ check() { # check LANE [pytest's arguments]
         ;;
     312)
         echo "== Python 3.12: Megatron-facing tests, runs, Triton kernels"
+        families=tests/train/test_families.py::test_five_steps_end_where_a_plain_loop_ends
         "$environment/bin/python" -m pytest -q -m "megatron or triton" --durations=10 \
-            tests/mcore tests/attention tests/parallel tests/train/test_runs.py "$@"
+            tests/mcore tests/attention tests/parallel tests/fake_h100 tests/train/test_runs.py \
+            tests/checkpoint/test_nemotron_h.py tests/train/test_hybrid_experts.py tests/train/test_hybrid_runs.py \
+            "tests/grpo/test_routes.py::test_a_step_equals_samples_written_out_with_their_routes[hybrid_pp2]" \
+            "$families"[{nemotron_h-pp2,nemotron_h_moe-pp2,nemotron_h-cp2,qwen3_next-cp2}] "$@"
+        echo "== Python 3.12: dry runs of hybrids"
+        "$environment/bin/python" -m pytest -q -k hybrid tests/train/test_dry_run.py tests/train/test_layer_memory.py
         ;;
     between)
         environment=.venv-tests-312
@@ -91,9 +113,9 @@ check() { # check LANE [pytest's arguments]
             # Found before the environment's own, whose dependencies serve it, too.
             core=$environment/megatron-core-$version
             [ -d "$core" ] || "$environment/bin/python" -m pip install -q --no-deps --target "$core" "megatron-core==$version"
-            # Layouts of four stages and what is frozen are for the versions at both ends.
+            # Layouts of four ranks, what is frozen and many steps are for the versions at both ends.
             PYTHONPATH=$PWD/$core "$environment/bin/python" -m pytest -q -m megatron --durations=5 \
-                -k "not frozen and not pp4 and not tp4 and not dp4" \
+                -k "not frozen and not pp4 and not tp4 and not dp4 and not cp4 and not cp2_ and not twenty" \
                 tests/mcore tests/parallel --megatron-core "$version" "$@"
         done
         ;;

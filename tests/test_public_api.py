@@ -35,6 +35,7 @@ def test_megatron_names() -> None:
     from megatron_pg import mcore
 
     contract = {
+        "PrefixGroupedHybridModel",
         "PrefixGroupedSeqParams",
         "PrefixSharingGPTModel",
         "RouteRecorder",
@@ -44,7 +45,9 @@ def test_megatron_names() -> None:
         "count_attention_calls",
         "count_shared_tokens",
         "cpu",
+        "hybrid_stack_local_spec",
         "transformer_config_class",
+        "undivided_router_losses",
         "validate_config",
         "with_prefix_grouped_attention",
     }
@@ -57,11 +60,17 @@ def test_sizes() -> None:
 
     assert parallel.__all__ == [
         "MEGATRON_NAMES",
+        "ContextPart",
         "ModelSizes",
         "ParallelSizes",
+        "PipelineSplit",
         "attempt",
+        "exchanged_values",
+        "from_all_ranks",
+        "kv_head_copies",
         "on_all_ranks",
         "on_first_rank",
+        "own_tokens",
         "told_error",
     ]
     assert all(hasattr(parallel, name) for name in parallel.__all__)
@@ -155,6 +164,7 @@ def test_checkpoint_names() -> None:
         "make_megatron_args",
         "megatron_to_hf",
         "megatron_to_hf_by_bridge",
+        "one_rank",
         "open_weights",
         "parse_dtype",
         "parse_hf_config",

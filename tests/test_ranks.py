@@ -121,6 +121,17 @@ def assert_ends(pids: list[int]) -> None:
         time.sleep(0.01)
 
 
+def test_what_a_case_sets_for_itself_is_not_seen_by_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MEANT_FOR_ALL", "1")
+    pool = Pool()
+    monkeypatch.setenv("OF_ONE_CASE", "1")
+    assert pool.run(1, os.getenv, "MEANT_FOR_ALL") == ["1"]
+    assert pool.run(1, os.getenv, "OF_ONE_CASE") == [None]
+    pool.close()
+
+
 def test_the_process_that_forks_is_replaced_and_takes_its_ranks_along() -> None:
     pool = Pool()
     job = pool.start(2, sleep)

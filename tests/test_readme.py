@@ -64,12 +64,12 @@ def test_length() -> None:
     assert len(README.splitlines()) <= 220
 
 
-def run_bash(code: str, folder: Path, timeout: float = 300) -> str:
+def run_bash(code: str, folder: Path, commands: Path, timeout: float = 300) -> str:
     """What the lines print, with the repository's tools and examples in the folder."""
     for name in ("tools", "examples"):
         (folder / name).symlink_to(ROOT / name)
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": PYTHONPATH,
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
@@ -87,13 +87,13 @@ def run_bash(code: str, folder: Path, timeout: float = 300) -> str:
 
 
 @pytest.mark.megatron
-def test_planning_commands_run(tmp_path: Path) -> None:
+def test_planning_commands_run(tmp_path: Path, commands: Path) -> None:
     from tests.checkpoint.tiny import SMOLLM2, save_hf
 
     save_hf(SMOLLM2, tmp_path / "HF_FOLDER")
     rows = (ROOT / "examples/rollouts.jsonl").read_text()
     (tmp_path / "ROLLOUTS.jsonl").write_text(rows)
-    printed = run_bash(PLANNING, tmp_path)
+    printed = run_bash(PLANNING, tmp_path, commands)
     assert "4 rank" in printed and "reuse" in printed, printed
 
 
@@ -151,7 +151,7 @@ def test_recorded_row_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "printed"), [(MODEL, "ran (1, 9, 64)"), (OWN_ROW, "ran (1, 6, 64)")]
 )
-def test_model_examples_run(code: str, printed: str) -> None:
+def test_model_examples_run(code: str, printed: str, commands: Path) -> None:
     worker = """
 import torch, torch.distributed as dist
 from megatron_pg.mcore import cpu
@@ -165,14 +165,13 @@ with cpu.emulate_cuda():
     print("ran", tuple(logits.shape))
 """
     code = worker.replace("BLOCK", repr(code))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [str(commands / "python"), "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert printed in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.megatron
-def test_prompts_commands_run(tmp_path: Path) -> None:
+def test_prompts_commands_run(tmp_path: Path, commands: Path) -> None:
     """As printed, with a tiny model and few steps."""
     pytest.importorskip("reasoning_gym", reason='pip install "megatron_pg[rollout]"')
     from tests.checkpoint.tiny import SMOLLM2, save_hf
@@ -183,22 +182,22 @@ def test_prompts_commands_run(tmp_path: Path) -> None:
     save_hf(SMOLLM2, model)
     save_tokenizer(model)
     fewer = "run.num_steps=2 run.groups_per_step=2 run.eval_prompts=2 run.eval_generations=2"
-    run_bash(f"{PROMPTS.rstrip()} {fewer}\n", tmp_path)
+    run_bash(f"{PROMPTS.rstrip()} {fewer}\n", tmp_path, commands)
     steps = [json.loads(line) for line in (tmp_path / "runs/prompts/metrics.jsonl").open()]
     assert [step["step"] for step in steps] == [1, 2]
     assert all(step["tokens/reuse_ratio"] > 1 for step in steps)
 
 
 @pytest.mark.megatron
-def test_conversion_commands_run(tmp_path: Path) -> None:
+def test_conversion_commands_run(tmp_path: Path, commands: Path) -> None:
     from tests.checkpoint.tiny import SMOLLM2, save_hf
 
     save_hf(SMOLLM2, tmp_path / "MODEL")
-    assert "runs/start and runs/hf are equal" in run_bash(CONVERSION, tmp_path)
+    assert "runs/start and runs/hf are equal" in run_bash(CONVERSION, tmp_path, commands)
 
 
 @pytest.mark.megatron
-def test_checkpoint_commands_run(tmp_path: Path) -> None:
+def test_checkpoint_commands_run(tmp_path: Path, commands: Path) -> None:
     """As printed, on a tiny model of SmolLM2's head relations in the place of the real one."""
     from megatron_pg.checkpoint import compare_weights, open_weights
     from tests.checkpoint.tiny import SMOLLM2, save_hf
@@ -208,7 +207,7 @@ def test_checkpoint_commands_run(tmp_path: Path) -> None:
     model.parent.mkdir()
     save_hf(SMOLLM2, model)
     save_tokenizer(model)
-    printed = run_bash(CHECKPOINTS, tmp_path, timeout=1500)
+    printed = run_bash(CHECKPOINTS, tmp_path, commands, timeout=1500)
     assert "runs/pp2/checkpoints and runs/tp3/checkpoints are equal" in printed
     assert "optimizer state: True" in printed
     assert "greedy continuation equal" in printed and "'role': 'assistant'" in printed

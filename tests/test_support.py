@@ -17,6 +17,7 @@ pytestmark = pytest.mark.megatron
     ("table", "readme"),
     [
         (support.layers_table, "README.md"),
+        (support.ordinary_table, "megatron_pg/mcore/sharing/README.md"),
         (support.families_table, "megatron_pg/checkpoint/README.md"),
     ],
 )

@@ -1,7 +1,9 @@
 """The host never waits for the device between a microbatch's tokens and its gradients.
 
 Meta tensors stand for the device: they hold no values, so whatever would fetch one fails, and every
-operator passes a dispatcher where copies that would be waited for can be seen.
+operator passes a dispatcher where copies that would be waited for can be seen. Copies of ordinary
+memory are waited for whatever they are told, so each must come from a buffer that is pinned where
+memory can be.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +25,8 @@ from megatron_pg.attention import ATTENTION_BACKENDS
 from megatron_pg.attention.kernel_passes import KernelPass, KernelPasses
 from megatron_pg.data import Group, Microbatch, Sample, pack_groups
 from megatron_pg.grpo import microbatch_loss
+from megatron_pg.grpo.replicas import Ranks
+from megatron_pg.grpo.staging import stage_row
 from megatron_pg.loss import (
     POLICY_LOSSES,
     PolicyLossConfig,
@@ -29,19 +34,34 @@ from megatron_pg.loss import (
     vocab_parallel_logprobs,
 )
 from megatron_pg.mcore import PrefixGroupedSeqParams
+from megatron_pg.tree import staging, to_device
 
 DEVICE = torch.device("meta")
 
 
 class CopiesToDevice:
-    """Counts copies from host to device within it, and names calls that the host would wait in."""
+    """Counts copies from host to device within it, and names calls that the host would wait in.
+
+    ``num_pageable`` are those of memory that is not pinned.
+    """
 
     def __init__(self) -> None:
-        self.num_copies = 0
+        self.num_copies = self.num_pageable = 0
         self.waits: list[str] = []
+        self.pinned: set[int] = set()
         self._modes = ExitStack()
 
     def __enter__(self) -> CopiesToDevice:
+        buffers = self._modes.enter_context(pytest.MonkeyPatch.context())
+        make_buffer = staging._host_buffer
+
+        def pinned(num_bytes: int, device: torch.device) -> Tensor:
+            buffer = make_buffer(num_bytes, device)
+            assert buffer.is_pinned() == (device.type == "cuda")
+            self.pinned.add(buffer.data_ptr())
+            return buffer
+
+        buffers.setattr(staging, "_host_buffer", pinned)
         self._modes.enter_context(_Calls(self))
         self._modes.enter_context(_Operators(self))
         return self
@@ -65,6 +85,9 @@ class _Operators(TorchDispatchMode):
         from_host = any(x.device.type == "cpu" and x.dim() for x in inputs)
         if from_host and any(x.device == DEVICE for x in inputs + outputs):
             self.watch.num_copies += 1
+            of_host = [x for x in inputs if x.device.type == "cpu" and x.dim()]
+            if any(x.data_ptr() not in self.watch.pinned for x in of_host):
+                self.watch.num_pageable += 1
             if not kwargs.get("non_blocking"):
                 self.watch.waits.append(str(func))
         return out
@@ -108,7 +131,10 @@ def test_the_watch_sees_what_waits():
     with CopiesToDevice() as watch:
         ids.to(DEVICE, non_blocking=True)
         torch.zeros(4, device=DEVICE).new_full((), 3)
-    assert (watch.num_copies, watch.waits) == (1, [])
+    assert (watch.num_copies, watch.num_pageable, watch.waits) == (1, 1, [])
+    with CopiesToDevice() as watch:
+        to_device([ids, ids.float()], DEVICE)
+    assert (watch.num_copies, watch.num_pageable, watch.waits) == (1, 0, [])
     for fetch in (float, bool, Tensor.tolist, torch.nonzero, torch.unique):
         with pytest.raises((RuntimeError, NotImplementedError)):
             fetch(torch.zeros((), device=DEVICE))
@@ -131,6 +157,7 @@ def test_attention(padded):
         run_layer(params)
         assert params.row_mask is mask
     assert first_pass.waits == next_layer.waits == next_pass.waits == []
+    assert first_pass.num_pageable == 0
     assert first_pass.num_copies > len(passes)
     assert next_layer.num_copies == next_pass.num_copies == 0
     assert rotary.shape == (layout.total_tokens, 1, 1, 64)
@@ -166,17 +193,46 @@ def test_logprobs_and_loss(policy_loss, importance_mode):
         importance_mode=importance_mode,
     )
     with CopiesToDevice() as watch:
-        rows = gather_predictors(hidden, batch.predictor_ids)
+        staged = stage_row(batch, LastStage(), RANKS)
+        predictions = staged.predictions
+        rows = gather_predictors(hidden, predictions.plan)
         output = vocab_parallel_logprobs(
-            rows, weight, batch.target_tokens, temperature=0.7, chunk_tokens=4, with_entropy=True
+            rows,
+            weight,
+            batch.target_tokens,
+            temperature=0.7,
+            chunk_tokens=4,
+            with_entropy=True,
+            device_targets=predictions.device_targets,
         )
-        loss, sums = microbatch_loss(output, batch, policy, DEVICE)
+        loss, sums = microbatch_loss(output, staged.row, policy)
         loss.backward()
-    assert watch.waits == [] and watch.num_copies > 8
+    assert (watch.num_copies, watch.num_pageable, watch.waits) == (1, 0, [])
     assert hidden.grad is not None and weight.grad is not None
     assert {"importance_weight", "kl", "entropy", "num_tokens"} <= set(sums)
+    arrays = staged.row.tokens, staged.row.weights, predictions.device_targets
+    assert {array.device for array in arrays} == {DEVICE}
     repeats = torch.bincount(batch.predictor_ids).max()
     assert repeats > 1 and len(batch.prediction_ids) > len(batch.predictor_ids)
+
+
+class LastStage(torch.nn.Module):
+    """What a row is staged for."""
+
+    post_process = True
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
+
+
+RANKS = Ranks(
+    device=DEVICE,
+    rank=0,
+    world_size=1,
+    dp_rank=0,
+    dp_size=1,
+    is_last_stage=True,
+    tp_rank=0,
+    leads_replica=True,
+)
 
 
 def a_microbatch() -> Microbatch:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from megatron_pg.attention import AttentionInputs, available_backends
-from tests.ranks import PYTHONPATH
+from tests.ranks import PYTHONPATH, Pool
 from tests.utils import ROOT
 
 ENVIRONMENT = os.environ | {
@@ -37,6 +40,17 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def example(name: str, *arguments: str) -> str:
+    """What a rank of an example prints that runs as under torchrun."""
+    # A launcher says where ranks meet, even to one that is alone.
+    for variable, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(variable, value)
+    sys.argv = [name, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return printed.getvalue()
+
+
 def test_attention_only() -> None:
     done = run(sys.executable, "examples/attention_only.py")
     assert "15 logical tokens, 10 computed" in done.stdout, done.stderr
@@ -46,9 +60,9 @@ def test_attention_only() -> None:
 
 
 @pytest.mark.megatron
-def test_wrapped_model_equals_the_stock_model_on_two_ranks() -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(sys.executable, *launcher, "examples/wrap_gpt_model.py")
+def test_wrapped_model_equals_the_stock_model_on_two_ranks(commands: Path) -> None:
+    launcher = (str(commands / "torchrun"), "--standalone", "--nproc-per-node", "2")
+    done = run(*launcher, "examples/wrap_gpt_model.py")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("largest relative difference of a gradient") == 3
     assert "6,144 written out, 2,112 encoded" in done.stdout
@@ -136,22 +150,17 @@ def test_two_node_launch_meets_across_hosts(two_hosts: tuple[str, str], tmp_path
 
 @pytest.mark.megatron
 @pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2"])
-def test_a_forest_of_an_agent_equals_its_rows_written_out(layout: str) -> None:
-    ranks = "1" if layout == "one" else "2"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
-    done = run(sys.executable, *launcher, "examples/agent_forest.py", layout)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_a_forest_of_an_agent_equals_its_rows_written_out(ranks: Pool, layout: str) -> None:
+    printed = ranks.run(1 if layout == "one" else 2, example, "agent_forest.py", layout)
     # The example itself compares the loss and every gradient.
     told = "64 rows: 8,832 tokens written out, 2,656 encoded; gradients differ by "
-    assert done.stdout.count(told) == int(ranks)
+    assert [text.count(told) for text in printed] == [1] * len(printed)
 
 
 @pytest.mark.megatron
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_a_loop_of_one_s_own_equals_the_written_out_loop(layout: str) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(sys.executable, *launcher, "examples/own_loop.py", layout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    # Three steps of both ranks; the example itself compares every weight.
-    assert done.stdout.count("2.67x, differ by ") == 6
+def test_a_loop_of_one_s_own_equals_the_written_out_loop(ranks: Pool, layout: str) -> None:
+    printed = ranks.run(2, example, "own_loop.py", layout)
+    # Three steps; the example itself compares every weight.
+    assert [text.count("2.67x, differ by ") for text in printed] == [3, 3]
     assert len((ROOT / "examples" / "own_loop.py").read_text().splitlines()) <= 100

@@ -53,6 +53,11 @@ def vllm(path, body, encode=lambda array: npy(array.astype(np.uint8))):
     return status, answer
 
 
+def experts_alone(path, body):
+    """A server that leaves out the layers without experts."""
+    return vllm(path, body, lambda array: npy(array[:, ::2].astype(np.uint16)))
+
+
 def sglang_completions(path, body):
     """One set of routes an answer, beside the choices."""
     status, answer = vllm(path, body, bare)
@@ -89,10 +94,11 @@ def source_of(url: str, **fields) -> OpenAIServerSource:
     ("server", "dialect", "supports_n"),
     [
         (vllm, "token_ids", True),
+        (experts_alone, "token_ids", True),
         (sglang_completions, "token_ids", False),
         (sglang, "sglang", True),
     ],
-    ids=["vllm", "sglang_completions", "sglang_generate"],
+    ids=["vllm", "experts_alone", "sglang_completions", "sglang_generate"],
 )
 def test_routes_come_with_responses_into_samples(server, dialect, supports_n):
     with stand_in(server) as running:
@@ -141,13 +147,19 @@ def broken(change):
     [
         (lambda array: None, "comes without routed_experts"),
         (lambda array: npy(array[1:]), "rows, prompt and response have"),
-        (lambda array: npy(array[:, :2]), "the model has 3 layers"),
+        (lambda array: npy(array[:, :1]), "the model has 3 layers, 2 of them with experts"),
+        (lambda array: npy(array[:, :2]), "must be different experts"),
+        (lambda array: npy(array[..., :1]), "and 2 of these to a token"),
+        (lambda array: bare(array[:, ::2]), "bytes, no multiple of 24"),
         (lambda array: npy(array + 4), "must be different experts in [0, 4)"),
         (lambda array: npy(array * 0), "must be different experts"),
         (lambda array: "", "has 0 rows"),
         (lambda array: {"a": 1}, "must have shape, dtype and base64"),
     ],
-    ids=["missing", "short", "layers", "beyond", "twice", "empty", "object"],
+    ids=[
+        *("missing", "short", "layers", "dense", "topk", "bare", "beyond", "twice", "empty"),
+        "object",
+    ],
 )
 def test_malformed_routes_are_refused(change, message):
     with stand_in(broken(change)) as running, pytest.raises(RolloutServerError) as error:
