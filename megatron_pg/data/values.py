@@ -13,6 +13,11 @@ LOGPROB_SLACK = 1e-3
 LEAST_LOGPROB = -1000.0
 # Ids beyond this fit into no tokenizer and, worse, not into int32 kernels.
 MAX_TOKEN_ID = 2**31 - 1
+# Deeper values end in the interpreter's RecursionError sooner or later, by the depth of the stack
+# and by a limit that libraries change (PyTorch's compiler does).
+MAX_NESTING = 64
+_NESTED = (dict, list, tuple)
+_SCALARS = frozenset({int, float, bool, str, type(None)})
 
 
 def response_problems(
@@ -110,6 +115,24 @@ def number_problem(value: Any) -> str | None:
         return None if math.isfinite(value) else f"is {value}, must be finite"
     except OverflowError:
         return "is too large for a floating-point number"
+
+
+def nesting_problem(value: Any) -> str | None:
+    """What is wrong with lists and dicts in each other more than ``MAX_NESTING`` deep.
+
+    Walks no container twice on one level: pickles may hold one list at many places, or in itself.
+    """
+    level = [value]
+    for _ in range(MAX_NESTING):
+        held = {}
+        for outer in level:
+            values = outer.values() if isinstance(outer, dict) else outer
+            if not _SCALARS.issuperset(map(type, values)):
+                held |= {id(inner): inner for inner in values if isinstance(inner, _NESTED)}
+        if not held:
+            return None
+        level = list(held.values())
+    return f"is nested too deeply, at most {MAX_NESTING} levels are read"
 
 
 def show(value: Any) -> str:

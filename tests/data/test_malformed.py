@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +14,7 @@ import torch
 
 from megatron_pg.data import read_rollouts
 from megatron_pg.data.reading import schema
+from megatron_pg.data.values import MAX_NESTING, nesting_problem
 
 GOOD = {"prompt_ids": [1, 2], "response_ids": [3, 4], "reward": 1.0}
 TEXT = {"prompt": "p", "response": "r", "reward": 1.0}
@@ -168,6 +170,55 @@ def test_bad_file_is_named(tmp_path, case):
     assert str(path) in str(error.value) and message in str(error.value)
     # One cause is told once, not on every line of the file.
     assert str(error.value).startswith("1 problem ") or case in ("binary", "deep metadata")
+
+
+def nested(levels):
+    """A list in a list, ``levels`` deep."""
+    return json.loads("[" * levels + "]" * levels)
+
+
+@pytest.mark.parametrize("limit", [600, 20_000])
+@pytest.mark.parametrize("levels", [10, MAX_NESTING - 2, MAX_NESTING - 1, 400])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "slime"])
+def test_depth_is_bounded_whatever_the_interpreter_bears(tmp_path, form, levels, limit):
+    row = GOOD | {"metadata": {"deep": nested(levels)}}
+    held = f"rollouts.{'pt' if form == 'slime' else form}"
+    if form == "jsonl":
+        write_lines(tmp_path / held, [row])
+    elif form == "parquet":
+        text = json.dumps(row["metadata"])
+        table = pyarrow.Table.from_pylist([row | {"metadata": text}])
+        pyarrow.parquet.write_table(table, tmp_path / held)
+    else:
+        sample = {"tokens": [1, 2, 3], "response_length": 1, "reward": 1.0, "group_index": 0}
+        deep = sample | {"metadata": row["metadata"]}
+        torch.save({"rollout_id": 0, "samples": [deep]}, tmp_path / held)
+    # In a slime file the row lies one level deeper, beside the file's number.
+    allowed = levels <= MAX_NESTING - 2 - (form == "slime") + (form == "parquet")
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try:
+        if allowed:
+            assert len(read_rollouts(tmp_path / held)) == 1
+        else:
+            with pytest.raises(ValueError, match="is nested too deeply, at most 64 levels"):
+                read_rollouts(tmp_path / held)
+    finally:
+        sys.setrecursionlimit(before)
+
+
+@pytest.mark.parametrize("kind", ["shared", "cyclic"])
+def test_what_a_pickle_shares_is_walked_once(kind):
+    """Two references a level would be 2 ** 60 lists; a list in itself has no end."""
+    value: list[object] = []
+    if kind == "cyclic":
+        value.append(value)
+        assert "nested too deeply" in nesting_problem(value)
+    else:
+        for _ in range(MAX_NESTING - 1):
+            value = [value, value]
+        assert nesting_problem(value) is None
+        assert "nested too deeply" in nesting_problem([value])
 
 
 def write_lines(path, rows):

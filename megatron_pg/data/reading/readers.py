@@ -128,7 +128,7 @@ def write_rollouts(groups: Sequence[Group], path: str | PathLike[str]) -> None:
         for i, sample in enumerate(group.samples):
             try:
                 lines.append(json.dumps(_as_row(group.group_id, sample), allow_nan=False))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"sample {i} of group {group.group_id!r} cannot be written as JSON: {error}"
                 ) from error
@@ -195,16 +195,11 @@ def _records(
     except FormatError as error:
         problems.add(str(file), error.message, error.field)
         return
-    except RecursionError:
-        problems.add(str(file), "is nested too deeply")
-        return
     for where, record in placed:
         try:
             yield where, convert(record)
         except FormatError as error:
             problems.add(where, error.message, error.field)
-        except RecursionError:
-            problems.add(where, "is nested too deeply")
 
 
 def _detect_format(file: Path) -> str | None:

@@ -6,16 +6,19 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
+from ..values import nesting_problem
 from .problems import Problems
 
 Record = tuple[str, dict[str, Any]]
+Reader = Callable[[Path, Problems], Iterator[Record]]
 
 # What numpy's numbers and arrays of them are pickled as.
 _ARRAYS: list[Any] = [
@@ -30,6 +33,21 @@ _MARK = b"\xef\xbb\xbf"
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__$")
 
 
+def _shallow(read: Reader) -> Reader:
+    """A reader without the records that are nested too deeply, which become problems."""
+
+    @wraps(read)
+    def checked(path: Path, problems: Problems) -> Iterator[Record]:
+        for where, record in read(path, problems):
+            if wrong := nesting_problem(record):
+                problems.add(where, wrong)
+            else:
+                yield where, record
+
+    return checked
+
+
+@_shallow
 def read_jsonl_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Objects of a JSONL file, gzipped or not; blank lines are no rows."""
     try:
@@ -50,6 +68,7 @@ def read_jsonl_records(path: Path, problems: Problems) -> Iterator[Record]:
         problems.add(str(path), f"cannot be read to its end ({error}); copy it again")
 
 
+@_shallow
 def read_json_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Objects of a JSON array, counted from 0; of a JSONL file where there is no array."""
     try:
@@ -83,6 +102,7 @@ def read_json_records(path: Path, problems: Problems) -> Iterator[Record]:
             problems.add(f"{path}, item {number}", told)
 
 
+@_shallow
 def read_parquet_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Rows of a parquet file, counted from 0; the index that pandas stores is no field.
 
@@ -115,6 +135,7 @@ def parquet_columns(path: Path) -> set[str]:
         return set()
 
 
+@_shallow
 def read_slime_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Samples of a slime debug file, counted from 0, each beside the file's ``rollout_id``.
 

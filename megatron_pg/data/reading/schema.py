@@ -46,6 +46,7 @@ from ..route_forms import decode_routes
 from ..types import Sample, Status
 from ..values import (
     logprob_problem,
+    nesting_problem,
     number_problem,
     numbers_problem,
     reward_problem,
@@ -273,6 +274,8 @@ def _check_metadata(value: Any) -> str | None:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return f"is the string {show(value)}, which is no JSON object"
+        if wrong := nesting_problem(value):
+            return wrong
     return None if isinstance(value, dict) else f"must be an object, got {show(value)}"
 
 
