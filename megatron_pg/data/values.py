@@ -124,7 +124,7 @@ def nesting_problem(value: Any) -> str | None:
     """
     level = [value]
     for _ in range(MAX_NESTING):
-        held = {}
+        held: dict[int, Any] = {}
         for outer in level:
             values = outer.values() if isinstance(outer, dict) else outer
             if not _SCALARS.issuperset(map(type, values)):
