@@ -70,7 +70,6 @@ def test_sizes() -> None:
         "kv_head_copies",
         "on_all_ranks",
         "on_first_rank",
-        "own_tokens",
         "told_error",
     ]
     assert all(hasattr(parallel, name) for name in parallel.__all__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import PackedRow, PrefixRow, TokenValues
 from ..loss import plan_predictors
 from ..mcore import Predictions
-from ..parallel import ParallelSizes, own_tokens
+from ..parallel import ParallelSizes
 from ..tree import to_device
 from .replicas import Ranks
 
@@ -76,25 +76,24 @@ def _predictions(row: PackedRow | PrefixRow, config: Any, ranks: Ranks) -> Predi
         empty = torch.empty(0, dtype=torch.int64)
         return Predictions(predictor_ids=empty, target_tokens=empty)
     sizes = ParallelSizes.from_config(config)
-    own = Predictions(predictor_ids=row.predictor_ids, target_tokens=row.target_tokens)
-    if sizes.cp > 1:
-        own = own.of_part(own_tokens(row.layout.total_tokens, ranks.cp_rank, sizes.cp))
     plan = plan_predictors(
-        own.predictor_ids,
+        row.predictor_ids,
         row.layout.total_tokens // sizes.row_multiple,
         tp_rank=ranks.tp_rank,
         tp_size=sizes.tp,
         sequence_parallel=sizes.sp,
+        cp_rank=ranks.cp_rank,
+        cp_size=sizes.cp,
     )
-    return replace(own, plan=plan)
+    whole = Predictions(predictor_ids=row.predictor_ids, target_tokens=row.target_tokens)
+    return whole.on_rank(plan)
 
 
 def _arrays(predictions: Predictions) -> dict[str, Tensor]:
     """What is read of them on the device, by name."""
     if predictions.plan is None:
         return {}
-    places = {} if predictions.places is None else {"places": predictions.places}
-    return predictions.plan.arrays | places | {"device_targets": predictions.target_tokens}
+    return predictions.plan.arrays | {"device_targets": predictions.target_tokens}
 
 
 def _with_arrays(predictions: Predictions, arrays: dict[str, Any]) -> Predictions:

@@ -129,14 +129,19 @@ class PrefixGroupedModel(torch.nn.Module):
             else self.output_layer.weight
         )
         tp_group = self.pg_collection.tp
-        if context is not None and predictions.places is None:
-            predictions = predictions.of_part(context.tokens)
-        sp = self.config.sequence_parallel
+        ranks: Any = {
+            "tp_group": tp_group,
+            "sequence_parallel": self.config.sequence_parallel,
+            "cp_group": None if context is None else context.group,
+        }
         plan = None if predictions is None else predictions.plan
         if plan is None:
             ids = output_rows if predictions is None else predictions.predictor_ids
-            plan = _plan_on_device(ids, hidden_states, tp_group, sp)
-        rows = gather_predictors(hidden_states, plan, tp_group=tp_group, sequence_parallel=sp)
+            plan = _plan(ids, len(hidden_states), **ranks)
+            if predictions is not None:
+                predictions = predictions.on_rank(plan)
+            plan = _on_device(plan, hidden_states.device)
+        rows = gather_predictors(hidden_states, plan, **ranks)
         if predictions is None:
             logits = torch.nn.functional.linear(rows, weight)
             return gather_from_tensor_model_parallel_region(logits, group=tp_group)
@@ -156,9 +161,8 @@ class PrefixGroupedModel(torch.nn.Module):
         )
         if context is None:
             return values
-        (places,) = to_device([predictions.places], rows.device)
-        total = predictions.num_of_row
-        return tuple(None if x is None else context.join(x, places, total) for x in values)
+        share, total = plan.share, plan.num_predictions
+        return tuple(None if x is None else context.join(x, share, total) for x in values)
 
 
 class PrefixGroupedGPTModel(PrefixGroupedModel, GPTModel):
@@ -193,17 +197,28 @@ class PrefixGroupedGPTModel(PrefixGroupedModel, GPTModel):
         )
 
 
-def _plan_on_device(
-    ids: Tensor, hidden: Tensor, tp_group: dist.ProcessGroup, sequence_parallel: bool
+def _plan(
+    ids: Tensor,
+    num_tokens: int,
+    *,
+    tp_group: dist.ProcessGroup,
+    sequence_parallel: bool,
+    cp_group: dist.ProcessGroup | None,
 ) -> PredictorPlan:
-    """``plan_predictors`` of a row that nobody has staged, in one copy."""
-    plan = plan_predictors(
+    """``plan_predictors`` of a row that nobody has staged."""
+    return plan_predictors(
         ids,
-        len(hidden),
+        num_tokens,
         tp_rank=tp_group.rank(),
         tp_size=tp_group.size(),
         sequence_parallel=sequence_parallel,
+        cp_rank=0 if cp_group is None else cp_group.rank(),
+        cp_size=1 if cp_group is None else cp_group.size(),
     )
-    moved = to_device(list(plan.arrays.values()), hidden.device)
+
+
+def _on_device(plan: PredictorPlan, device: torch.device) -> PredictorPlan:
+    """The plan after one copy."""
+    moved = to_device(list(plan.arrays.values()), device)
     arrays: dict[str, Any] = dict(zip(plan.arrays, moved))
     return replace(plan, **arrays)

@@ -23,13 +23,10 @@ class Predictions:
             included, when None.
         with_entropy: also return the entropy of every prediction.
         chunk_tokens: predictions whose logits exist at once; None for ``loss``'s choice.
-        plan: ``loss.plan_predictors`` of the predictor ids for this rank, its arrays on the
-            device; made by the last stage when None.
+        plan: ``loss.plan_predictors`` of the row's predictor ids for this rank, its arrays on the
+            device; made by the last stage when None. With one that deals the predictions over
+            context-parallel ranks all else is of this rank's share (``on_rank``).
         device_targets: ``target_tokens`` on the device; copied by the last stage when None.
-        places: ``[E]`` int64 on any device, where these stand among the predictions of the row, of
-            which they are one context-parallel rank's (``of_part``); divided by the last stage
-            when None.
-        num_of_row: how many the row has; with ``places``.
 
     Raises:
         ValueError: if the two lists differ in shape, have not one dimension, or lie on a device.
@@ -43,8 +40,6 @@ class Predictions:
     chunk_tokens: int | None = None
     plan: PredictorPlan | None = None
     device_targets: Tensor | None = None
-    places: Tensor | None = None
-    num_of_row: int | None = None
 
     def __post_init__(self) -> None:
         if self.predictor_ids.shape != self.target_tokens.shape or self.predictor_ids.dim() != 1:
@@ -60,20 +55,20 @@ class Predictions:
                     "is found from it without a device synchronisation"
                 )
 
-    def of_part(self, tokens: slice) -> Self:
-        """Those that a run of the row's tokens makes.
+    def on_rank(self, plan: PredictorPlan) -> Self:
+        """What a rank makes of the row's predictions.
 
         Args:
-            tokens: the run; ``predictor_ids`` count from its start in what comes back.
+            plan: of the row's ``predictor_ids`` for the rank, on the host.
         """
-        ids = self.predictor_ids
-        places = torch.nonzero((ids >= tokens.start) & (ids < tokens.stop)).squeeze(1)
+        if plan.share is None:
+            return replace(self, plan=plan)
         temperature = self.temperature
         return replace(
             self,
-            predictor_ids=ids[places] - tokens.start,
-            target_tokens=self.target_tokens[places],
-            temperature=temperature[places] if isinstance(temperature, Tensor) else temperature,
-            places=places,
-            num_of_row=len(ids),
+            predictor_ids=self.predictor_ids[plan.share],
+            target_tokens=self.target_tokens[plan.share],
+            temperature=temperature[plan.share] if isinstance(temperature, Tensor) else temperature,
+            plan=plan,
+            device_targets=None,
         )

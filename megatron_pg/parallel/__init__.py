@@ -1,7 +1,7 @@
 """Where tokens and weights live: every parallel size and its rules; what fails on all ranks."""
 
 from .collective import attempt, from_all_ranks, on_all_ranks, on_first_rank, told_error
-from .context import ContextPart, exchanged_values, kv_head_copies, own_tokens
+from .context import ContextPart, exchanged_values, kv_head_copies
 from .sizes import MEGATRON_NAMES, ModelSizes, ParallelSizes
 from .split import PipelineSplit
 
@@ -17,6 +17,5 @@ __all__ = [
     "kv_head_copies",
     "on_all_ranks",
     "on_first_rank",
-    "own_tokens",
     "told_error",
 ]

@@ -31,7 +31,8 @@ class ContextPart:
     @property
     def tokens(self) -> slice:
         """Of this rank."""
-        return own_tokens(self.total_tokens, self.group.rank(), self.group.size())
+        length = self.total_tokens // self.group.size()
+        return slice(self.group.rank() * length, (self.group.rank() + 1) * length)
 
     def heads(self, num_heads: int) -> slice:
         """Of this rank among ``num_heads``."""
@@ -78,12 +79,6 @@ class ContextPart:
         """
         joined: Tensor = _Join.apply(own, places, total, self.group)
         return joined
-
-
-def own_tokens(total_tokens: int, rank: int, size: int) -> slice:
-    """The run of a row's tokens that one of ``size`` context-parallel ranks has."""
-    length = total_tokens // size
-    return slice(rank * length, (rank + 1) * length)
 
 
 def kv_head_copies(num_heads: int, num_kv_heads: int, size: int) -> int:

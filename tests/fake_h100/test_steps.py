@@ -183,19 +183,25 @@ def row_under_tp(num_layers: int) -> list[str]:
     return forward + predict + backward
 
 
-def row_under_cp(num_layers: int) -> list[str]:
-    """Queries, keys and values one way, what was attended to the other; logprobs and entropies."""
+def row_under_cp(num_layers: int, predictors: int) -> list[str]:
+    """Queries, keys and values one way, what was attended to the other."""
     there, back = "cp all_to_all 2x112x256", "cp all_to_all 2x112x128"
-    forward, predict = [there, back] * num_layers, ["cp all_reduce 128"] * 2
-    return [*forward, *predict, *[back, there] * num_layers]
+    return predicted([there, back] * num_layers, predictors, [back, there] * num_layers)
 
 
-def row_of_linear_layers_under_cp() -> list[str]:
+def row_of_linear_layers_under_cp(predictors: int) -> list[str]:
     """As attention's; queries, keys, values and two numbers a head there, what was read back."""
     linear = "cp all_to_all 2x112x132", "cp all_to_all 2x112x64"
     attention = "cp all_to_all 2x112x256", "cp all_to_all 2x112x128"
-    predict = ["cp all_reduce 128"] * 2
-    return [*linear, *attention, *predict, *reversed(attention), *reversed(linear)]
+    layers = [*linear, *attention]
+    return predicted(layers, predictors, layers[::-1])
+
+
+def predicted(forward: list[str], predictors: int, backward: list[str]) -> list[str]:
+    """The rows of a rank that predict, of which each gets half; logprobs and entropies; back."""
+    half = "cp all_to_all 64x256"
+    edge = [f"cp all_to_all {predictors}x256", *["cp all_reduce 128"] * 2, half]
+    return [*forward, *edge, *backward]
 
 
 def exchanges(*moves: str) -> list[str]:
@@ -220,8 +226,8 @@ COLLECTIVES = {
     "tp2_sp_rank0": [*row_under_tp(2) * 2, "tp all_reduce 1280"],
     "tp2_sp_rank1": [*row_under_tp(2) * 2, "tp all_reduce 1280"],
     # Gradients are summed as over replicas.
-    "cp2_rank0": [*row_under_cp(2) * 2, "dp all_reduce 1312000", "dp all_reduce"],
-    "cp2_rank1": [*row_under_cp(2) * 2, "dp all_reduce 1312000", "dp all_reduce"],
+    "cp2_rank0": [*row_under_cp(2, 20) * 2, "dp all_reduce 1312000", "dp all_reduce"],
+    "cp2_rank1": [*row_under_cp(2, 108) * 2, "dp all_reduce 1312000", "dp all_reduce"],
     "pp2_first": exchanges("send 224", "send 224", "recv 224", "recv 224"),
     "pp2_last": exchanges("recv 224", "send 224", "recv 224", "send 224"),
     "retain_pp2_first": exchanges(
@@ -231,7 +237,7 @@ COLLECTIVES = {
         "recv 95", "recv 193", "send 193", "recv 193", "send 193", "recv 95", "send 95"
     ),
     "linear_cp2_rank1": [
-        *row_of_linear_layers_under_cp() * 2,
+        *row_of_linear_layers_under_cp(108) * 2,
         "dp all_reduce 1249576",
         "dp all_reduce",
     ],

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_pg.loss import gather_predictors
+from megatron_pg.loss import gather_predictors, plan_predictors
 from megatron_pg.tree import PrefixTree, pack_trees
 from tests.utils import assert_close
 
@@ -63,3 +63,74 @@ def test_repeated_rows_are_summed_in_fp32():
 def test_refusals(hidden_shape, ids, message):
     with pytest.raises(ValueError, match=message):
         gather_predictors(torch.zeros(hidden_shape), ids)
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("cp_size", [2, 3, 8])
+@pytest.mark.parametrize("where", ["late", "early", "anywhere", "even", "few", "none"])
+def test_context_ranks_make_equally_many_predictions(where, cp_size, sp_size):
+    """Rows travel as the plans of all ranks say: every prediction is made once, from its row."""
+    total = 12 * cp_size * sp_size
+    run = total // cp_size
+    torch.manual_seed(cp_size)
+    ids = {
+        "late": torch.randint(total - run, total, (41,)),
+        "early": torch.randint(0, run, (41,)),
+        "anywhere": torch.randint(0, total, (41,)),
+        "even": torch.arange(total),
+        "few": torch.tensor([0] * (cp_size - 1)),
+        "none": torch.empty(0, dtype=torch.int64),
+    }[where]
+    plans = [
+        plan_predictors(
+            ids,
+            total // cp_size // sp_size,
+            tp_size=sp_size,
+            sequence_parallel=sp_size > 1,
+            cp_rank=rank,
+            cp_size=cp_size,
+        )
+        for rank in range(cp_size)
+    ]
+    hidden = torch.randn(total, 3)
+    own = []
+    for rank, plan in enumerate(plans):
+        slots = [hidden[rank * run : (rank + 1) * run][plan.local_ids]]
+        if sp_size > 1:  # what both ranks of sequence parallelism send
+            parts = [
+                plan_predictors(
+                    ids,
+                    total // cp_size // sp_size,
+                    tp_rank=tp_rank,
+                    tp_size=sp_size,
+                    sequence_parallel=True,
+                    cp_rank=rank,
+                    cp_size=cp_size,
+                )
+                for tp_rank in range(sp_size)
+            ]
+            slots = []
+            for tp_rank, part in enumerate(parts):
+                start = rank * run + tp_rank * part.num_tokens
+                rows = hidden[start : start + part.num_tokens][part.local_ids]
+                slots.append(torch.cat([rows, rows.new_zeros(part.num_slots - len(rows), 3)]))
+        joined = torch.cat(slots)
+        own.append(joined if sp_size == 1 else joined[plan.order])
+    assert len({plan.sent is None for plan in plans}) == 1
+    assert (plans[0].sent is None) == (where in ("even", "none"))
+    for rank, plan in enumerate(plans):
+        got = own[rank]
+        if plan.sent is not None:
+            assert plan.received == tuple(other.sent[rank] for other in plans)
+            starts = [sum(other.sent[:rank]) for other in plans]
+            got = torch.cat([rows[at : at + n] for rows, at, n in zip(own, starts, plan.received)])
+        assert torch.equal(got, hidden[ids[plan.share]])
+        assert len(plan.share) in (len(ids) // cp_size, -(-len(ids) // cp_size))
+    shares = torch.cat([plan.share for plan in plans])
+    assert shares.sort().values.tolist() == list(range(len(ids)))
+
+
+def test_a_plan_is_of_as_many_context_ranks_as_the_group():
+    plan = plan_predictors(torch.tensor([1, 5]), 4, cp_rank=1, cp_size=2)
+    with pytest.raises(ValueError, match="for several context-parallel ranks, cp_group has 1"):
+        gather_predictors(torch.zeros(4, 3), plan)

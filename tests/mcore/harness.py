@@ -47,6 +47,7 @@ from tests.mcore.mamba_rules import step_by_step
 from tests.ranks import process_group
 
 VOCAB = 64
+HIDDEN_SIZE = 32
 YARN = dict(
     yarn_rotary_scaling_factor=4.0,
     yarn_original_max_position_embeddings=16,
@@ -160,7 +161,7 @@ def _is_laid_out(case: Case) -> bool:
 def make_config(case: Case) -> TransformerConfig:
     settings: dict[str, Any] = dict(
         num_layers=case.num_layers,
-        hidden_size=32,
+        hidden_size=HIDDEN_SIZE,
         ffn_hidden_size=48,
         num_attention_heads=4,
         num_query_groups=case.num_query_groups,

@@ -205,14 +205,19 @@ if HAS_HYBRID_MODEL:
     )
 
 
-def sent_in_a_step(case: Case) -> tuple[int, int, int, int]:
-    """Tokens and predictions of a row; numbers that this rank sends to and adds up with others."""
-    exchanged, joined = 0, 0
+def sent_in_a_step(case: Case) -> tuple[int, list[int], int, int, int]:
+    """Tokens and predictors of a row; numbers that layers exchange, that leave this rank to be
+    predicted from or as their gradients, and that it adds up with others.
+    """
+    exchanged, joined, moved = 0, 0, 0
     to_all, add_up = dist.all_to_all_single, dist.all_reduce
 
     def counted(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal exchanged
-        exchanged += x.numel() // case.cp * (case.cp - 1)
+        nonlocal exchanged, moved
+        if args:
+            moved += x[0].numel() * (len(x) - args[1][dist.get_rank(kwargs["group"])])
+        else:
+            exchanged += x.numel() // case.cp * (case.cp - 1)
         return to_all(out, x, *args, **kwargs)
 
     def counted_sum(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +238,7 @@ def sent_in_a_step(case: Case) -> tuple[int, int, int, int]:
         ):
             harness.run_step(case, chunks, harness.packed_step, batches)
         layout = rows[0].layout
-        return layout.total_tokens, len(layout.predictor_ids), exchanged, joined
+        return layout.total_tokens, layout.predictor_ids.tolist(), exchanged, moved, joined
 
 
 @pytest.mark.parametrize("name", SENT)
@@ -245,11 +250,21 @@ def test_ranks_send_what_the_readme_says_and_one_number_of_a_prediction(
     case, (heads, sent_heads, width) = counted.case, counted.attention
     per_token = (case.num_layers - counted.num_linear) * (heads + sent_heads) * width
     per_token += counted.num_linear * counted.linear
-    for tokens, predictions, exchanged, joined in ranks.run(case.world_size, sent_in_a_step, case):
+    sent = ranks.run(case.world_size, sent_in_a_step, case)
+    for tokens, predictors, exchanged, _, joined in sent:
         assert (
             exchanged == counted.passes * tokens // case.cp * (case.cp - 1) * per_token // case.cp
         )
-        assert joined == predictions > 0
+        assert joined == len(predictors) > 0
+    # In the order of the ranks, the n-th of N predictions is made by rank n x cp // N.
+    makers = [
+        next(i for i in range(case.cp) if n < (i + 1) * len(predictors) // case.cp)
+        for n in range(len(predictors))
+    ]
+    owners = sorted(index // (tokens // case.cp) for index in predictors)
+    leave = sum(owner != maker for owner, maker in zip(owners, makers))
+    assert sum(moved for *_, moved, _ in sent) == 2 * case.tp * leave * harness.HIDDEN_SIZE
+    assert leave > 0
 
 
 def kept(case: Case) -> int:
