@@ -42,7 +42,7 @@ from megatron_pg.mcore import (
     with_sequence_parallel_norms,
 )
 from tests.mcore.grouped_experts import with_grouped_experts
-from tests.mcore.linear_rules import uncompiled
+from tests.mcore.linear_rules import in_fp64
 from tests.mcore.mamba_rules import step_by_step
 from tests.ranks import process_group
 
@@ -115,11 +115,10 @@ class Case:
 @contextmanager
 def on_cpu(case: Case | None = None) -> Iterator[None]:
     """The ranks of a case, with Megatron-Core's stand-ins for CUDA."""
-    eager: Any = nullcontext()
-    if case is not None and case.is_linear:
-        eager = uncompiled(in_fp64=case.dtype == torch.float64)
+    is_exact = case is not None and case.is_linear and case.dtype == torch.float64
+    exact = in_fp64() if is_exact else nullcontext()
     mamba = step_by_step() if case is not None and "M" in (case.pattern or "") else nullcontext()
-    with process_group(), cpu.emulate_cuda(), eager, mamba:
+    with process_group(), cpu.emulate_cuda(), exact, mamba:
         try:
             yield
         finally:

@@ -1,11 +1,11 @@
-"""Linear attention on the CPU: nothing is compiled, and nothing cast where fp64 is compared."""
+"""Linear attention where fp64 is compared: nothing is cast."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -14,14 +14,7 @@ from megatron.core.ssm import gated_delta_net
 
 
 @contextmanager
-def uncompiled(in_fp64: bool) -> Iterator[None]:
-    """Megatron-Core's layer as it is written; compiling its gated norm takes long."""
-    with torch.compiler.set_stance("force_eager"), _in_fp64() if in_fp64 else nullcontext():
-        yield
-
-
-@contextmanager
-def _in_fp64() -> Iterator[None]:
+def in_fp64() -> Iterator[None]:
     """Megatron-Core's rule, gates and gated norm without their casts to fp32.
 
     Packed and written out round alike there, but not to more than seven digits.

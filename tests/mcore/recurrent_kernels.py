@@ -55,11 +55,10 @@ def gated_delta_net(folder: Path) -> tuple[Errors, int]:
     from megatron_pg.mcore import cpu
     from megatron_pg.mcore.layers import PrefixGroupedLinearAttention
     from tests.mcore import harness, test_linear_attention
-    from tests.mcore.linear_rules import uncompiled
 
     layout, calls = a_row(66), []
     sizes = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=1)
-    with cpu.emulate_cuda(), uncompiled(in_fp64=False):
+    with cpu.emulate_cuda():
         harness.initialize(harness.Case())
         stock, ours = test_linear_attention.make_layers(
             torch.float32, **sizes, linear_num_value_heads=2

@@ -15,6 +15,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from megatron_pg import PackedLayout, PrefixTree, pack_trees
 from megatron_pg.mcore import (
@@ -28,7 +29,7 @@ from megatron_pg.mcore.layers.linear_attention import prefix_grouped_linear_atte
 from megatron_pg.tree import join_chains
 from tests.linear.rows import an_agent, random_row, relative
 from tests.mcore import cases, harness
-from tests.mcore.linear_rules import uncompiled
+from tests.mcore.linear_rules import in_fp64
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("one_rank")]
 
@@ -99,7 +100,7 @@ def compare(layout: PackedLayout, seed: int, **settings: Any) -> dict[str, float
     stock, ours = make_layers(torch.float64, **settings)
     x = normal(layout.total_tokens, seed, torch.float64)
     told = normal(layout.logical_tokens, seed + 1, torch.float64)
-    with uncompiled(in_fp64=True):
+    with in_fp64():
         got, want = packed(ours, layout, x, told), written_out(stock, layout, x, told)
     assert all(value.abs().max() > 0 for value in want.values())
     return {name: relative(got[name], want[name]) for name in want}
@@ -133,10 +134,9 @@ def rounded(layout: PackedLayout, dtype: torch.dtype) -> tuple[Tensors, Tensors,
     exact, _ = make_layers(torch.float64)
     stock, ours = make_layers(dtype)
     exact.load_state_dict(stock.state_dict())
-    with uncompiled(in_fp64=True):
+    with in_fp64():
         truth = written_out(exact, layout, x.double(), told.double())
-    with uncompiled(in_fp64=False):
-        got, control = packed(ours, layout, x, told), written_out(stock, layout, x, told)
+    got, control = packed(ours, layout, x, told), written_out(stock, layout, x, told)
     return got, control, truth
 
 
@@ -177,16 +177,19 @@ def test_rates_of_sixteen_bits_are_not_rounded_again() -> None:
 def test_what_is_compiled_for_a_device_computes_the_same() -> None:
     """Rows differ in length, which must not be compiled in."""
     heads = [normal(1, seed, torch.float32)[0, :4].requires_grad_() for seed in (2, 3)]
+    compiled = counters["stats"]["unique_graphs"]
     for length in (9, 70):
         rates = [normal(length, seed, torch.bfloat16)[:, :4].requires_grad_() for seed in (0, 1)]
         found = []
         for function in (linear_attention.gates, linear_attention._fused_gates):
-            decay, beta = function(*rates, *heads)
+            with torch.compiler.set_stance("default"):
+                decay, beta = function(*rates, *heads)
             told = normal(length, 4, torch.float32)[:, :4]
             loss = ((decay + beta) * told).sum()
             found.append([decay, beta, *torch.autograd.grad(loss, [*rates, *heads])])
         for want, got in zip(*found):
             assert got.dtype == want.dtype and relative(got.double(), want.double()) < 4e-3
+    assert counters["stats"]["unique_graphs"] > compiled
 
 
 def test_siblings_are_isolated_bit_for_bit() -> None:
@@ -195,7 +198,7 @@ def test_siblings_are_isolated_bit_for_bit() -> None:
     forest, params = layout.forest, PrefixGroupedSeqParams.from_layout(layout)
 
     def run(x: Tensor) -> Tensor:
-        with torch.no_grad(), uncompiled(in_fp64=False):
+        with torch.no_grad():
             out: Tensor = ours(x[:, None], None, packed_seq_params=params)[0][:, 0]
         return out
 
@@ -229,7 +232,7 @@ def test_launches_grow_with_depth_and_not_with_segments() -> None:
     for num_responses in (2, 50):
         layout = pack_trees([PrefixTree.from_group(40, [20, 5] * (num_responses // 2))])
         params = PrefixGroupedSeqParams.from_layout(layout)
-        with torch.no_grad(), uncompiled(in_fp64=False), counted() as calls:
+        with torch.no_grad(), counted() as calls:
             ours(torch.zeros(layout.total_tokens, 1, 32), None, packed_seq_params=params)
         found.append(calls)
     assert found == [[(1, 40), (2, 20)], [(1, 40), (50, 20)]]
@@ -240,7 +243,7 @@ def test_turns_of_an_agent_take_one_launch_until_it_branches() -> None:
     _, ours = make_layers(torch.float32)
     layout = an_agent(20, 11, turn_tokens=7)
     params = PrefixGroupedSeqParams.from_layout(layout)
-    with torch.no_grad(), uncompiled(in_fp64=False), counted() as calls:
+    with torch.no_grad(), counted() as calls:
         ours(torch.zeros(layout.total_tokens, 1, 32), None, packed_seq_params=params)
     assert layout.forest.depth == 19 and layout.num_samples == 21
     assert calls == [(1, 84), (2, 56)]
@@ -296,7 +299,7 @@ def test_kernels_get_every_depth_as_sequences_side_by_side(has_package: bool) ->
     _, ours = make_layers(torch.float64)
     layout, kernels = random_row(2, longest=70), Kernels()
     x, told = (normal(n, 0, torch.float64) for n in (layout.total_tokens, layout.logical_tokens))
-    with uncompiled(in_fp64=True):
+    with in_fp64():
         want = packed(ours, layout, x, told)
         with (
             mock.patch.object(PrefixGroupedLinearAttention, "_runs_torch", lambda *_: False),
@@ -361,14 +364,13 @@ def test_rows_that_are_not_the_layouts() -> None:
 def test_ordinary_batches_where_a_rank_would_scan_its_own_tokens_alone() -> None:
     stock, ours = make_layers(torch.float32)
     x = normal(5, 0, torch.float32)[:, None]
-    with uncompiled(in_fp64=False):
-        assert torch.equal(ours(x, None)[0], stock(x, None)[0])
-        assert ours.num_ordinary_calls == 1
-        if hasattr(ours, "cp_size"):
-            return
-        ours.config.context_parallel_size = 2
-        with pytest.raises(NotImplementedError, match="scans the tokens of its own rank alone"):
-            ours(x, None)
+    assert torch.equal(ours(x, None)[0], stock(x, None)[0])
+    assert ours.num_ordinary_calls == 1
+    if hasattr(ours, "cp_size"):
+        return
+    ours.config.context_parallel_size = 2
+    with pytest.raises(NotImplementedError, match="scans the tokens of its own rank alone"):
+        ours(x, None)
 
 
 def test_a_spec_is_wrapped_once_and_keeps_the_keys() -> None:

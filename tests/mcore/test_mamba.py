@@ -28,7 +28,7 @@ from megatron_pg.mcore.versions import HAS_HYBRID_MODEL
 from tests.linear.rows import random_row, relative
 from tests.mcore import harness
 from tests.mcore.cases import linear_hybrid
-from tests.mcore.linear_rules import uncompiled
+from tests.mcore.linear_rules import in_fp64
 
 pytestmark = [
     pytest.mark.megatron,
@@ -93,7 +93,7 @@ def test_packed_equals_transformers_on_written_out_samples(one_rank: None, seed:
     scope = dict(vars(modeling_nemotron_h))
     exec(exact, scope)
     with (
-        uncompiled(in_fp64=True),
+        in_fp64(),
         mock.patch.object(modeling_nemotron_h, norm.__name__, scope[norm.__name__]),
     ):
         mixer = make_mixer()

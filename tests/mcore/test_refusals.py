@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
@@ -230,10 +232,19 @@ def test_cpu_stand_ins_are_put_back() -> None:
             pass
         return
     before = torch.cuda.current_device, torch.Tensor.cuda, torch.cuda.Stream
+    compiled = []
+
+    def compiles(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    fused = torch.compile(lambda x: x + 1, backend=compiles)
     with cpu.emulate_cuda():
+        assert fused(torch.zeros(1)) == 1 and not compiled
         assert torch.cuda.current_device() == torch.device("cpu")
         assert torch.zeros(1, device="cuda").device.type == "cpu"
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
         assert torch.zeros(1).cuda().device.type == "cpu"
     assert before == (torch.cuda.current_device, torch.Tensor.cuda, torch.cuda.Stream)
     assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert fused(torch.zeros(1)) == 1 and len(compiled) == 1

@@ -17,7 +17,7 @@ from megatron_pg.mcore.versions import HAS_HYBRID_MODEL
 from megatron_pg.tree import ResidentSpans
 from tests.linear.rows import relative
 from tests.mcore import harness
-from tests.mcore.linear_rules import uncompiled
+from tests.mcore.linear_rules import in_fp64
 from tests.mcore.test_linear_attention import make_layers
 from tests.mcore.test_mamba import make_mixer
 
@@ -144,7 +144,7 @@ def run(kind: str, dtype: torch.dtype) -> tuple[dict[str, float], Sequence[Prefi
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_states_that_stay_equal_one_row(kind: str) -> None:
-    with uncompiled(in_fp64=True):
+    with in_fp64():
         errors, _, _ = run(kind, torch.float64)
     assert len(errors) > 6
     harness.assert_within(errors, 1e-11)
@@ -160,7 +160,7 @@ def test_states_inside_a_chain_that_stays(kind: str) -> None:
         tree = PrefixTree.from_sequences([[0] * (resident + own)]).without_prefix([resident])
         spans = ResidentSpans(0, np.array([[0, own]]), np.array([[0, resident]]))
         rows.append(pack_trees([tree], resident_spans=[spans]))
-    with uncompiled(in_fp64=True):
+    with in_fp64():
         layer = make_layer(kind, torch.float64)
         gen = torch.Generator().manual_seed(0)
         x, told = (torch.randn(78, 32, generator=gen, dtype=torch.float64) for _ in range(2))
@@ -186,8 +186,7 @@ def test_states_inside_a_chain_that_stays(kind: str) -> None:
 
 def test_bytes_that_stay_do_not_grow_with_the_prompt() -> None:
     """Of every prompt a state and two inputs of the convolution, and as much for gradients."""
-    with uncompiled(in_fp64=False):
-        _, kept, before = run("gated_delta_net", torch.float32)
+    _, kept, before = run("gated_delta_net", torch.float32)
     # 4 heads of 6 x 5, and 2 inputs of 2 x 12 + 20 channels, 4 bytes each.
     of_prompt = (4 * 6 * 5 + 2 * (2 * 12 + 20)) * 4
     assert before == [2 * of_prompt, of_prompt]
@@ -195,8 +194,7 @@ def test_bytes_that_stay_do_not_grow_with_the_prompt() -> None:
 
 
 def test_gradients_stay_in_fp32() -> None:
-    with uncompiled(in_fp64=False):
-        _, kept, _ = run("gated_delta_net", torch.bfloat16)
+    _, kept, _ = run("gated_delta_net", torch.bfloat16)
     held = [rows for kv in kept for rows in kv.states.values()]
     assert {rows.value.dtype for rows in held} == {torch.float32, torch.bfloat16}
     assert {rows.grad.dtype for rows in held} == {torch.float32}

@@ -106,7 +106,8 @@ def _norm(config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
 def emulate_cuda() -> Iterator[None]:
     """Run Megatron-Core's CUDA-naming code on the CPU inside the ``with`` block.
 
-    Everything is put back at the end; importing this module changes nothing. Use it with
+    What Megatron-Core gives ``torch.compile`` runs as it is written. Everything is put back at the
+    end; importing this module changes nothing. Use it with
     ``**transformer_config_defaults()`` in the ``TransformerConfig`` and
     ``model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)``; processes that save
     checkpoints guard their entry by ``if __name__ == "__main__"``.
@@ -147,6 +148,8 @@ def emulate_cuda() -> Iterator[None]:
 
             # The norm after the last layer; no spec says which.
             stack.enter_context(mock.patch.object(hybrid_block, "TENorm", _norm))
+        # Compiling for a CPU takes every process seconds, and a C++ compiler.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_CpuInsteadOfCuda())
         yield
 
