@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +28,8 @@ def state_space_scan(
         out = state @ c
 
     A token with ``dt`` 0 leaves the state as it is. Computed in runs of ``chunk_tokens``, within
-    which all tokens see each other at once, in fp32 or wider; of shorter sequences in one run.
+    which all tokens see each other at once, in fp32 or wider, under ``torch.autocast`` too; of
+    shorter sequences in one run.
 
     Args:
         x: ``[sequences, tokens, heads, head_dim]``.
@@ -40,14 +43,21 @@ def state_space_scan(
     Returns:
         ``out`` as ``x``, in its dtype, and the states behind the last token, in fp32 or wider.
     """
-    dtype, num_tokens = x.dtype, x.shape[1]
-    chunk_tokens = min(chunk_tokens, num_tokens)
-    wide = torch.promote_types(dtype, torch.float32)
-    heads, groups = x.shape[2], b.shape[2]
-    x, dt, b, c = (_chunks(y.to(wide), chunk_tokens) for y in (x, dt, b, c))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    before = None if states is None else states.to(wide)
+    inputs = [_chunks(y.to(wide), min(chunk_tokens, x.shape[1])) for y in (x, dt, b, c)]
+    with torch.autocast(x.device.type, enabled=False):
+        out, state = _scan(inputs, rates.to(wide), before)
+    return out[:, : x.shape[1]].to(x.dtype), state
+
+
+def _scan(inputs: Sequence[Tensor], rates: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same of ``x, dt, b, c`` in whole chunks ``[sequences, chunks, tokens, ...]``."""
+    x, dt, b, c = inputs
+    heads, groups = x.shape[3], b.shape[3]
     # Heads before tokens, those of a group side by side.
     written = (x * dt[..., None]).transpose(2, 3)  # [sequences, chunks, heads, tokens, head_dim]
-    total = (dt * rates.to(wide)).cumsum(2).transpose(2, 3)  # [sequences, chunks, heads, tokens]
+    total = (dt * rates).cumsum(2).transpose(2, 3)  # [sequences, chunks, heads, tokens]
     b, c = (y.transpose(2, 3).repeat_interleave(heads // groups, 2) for y in (b, c))
 
     later = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=x.device).triu(1)
@@ -58,13 +68,13 @@ def state_space_scan(
     ends = total[..., -1:]
     added = (written * (ends - total).exp()[..., None]).transpose(-1, -2) @ b
     kept = ends.exp()[..., None]
-    state = torch.zeros_like(added[:, 0]) if states is None else states.to(wide)
+    state = torch.zeros_like(added[:, 0]) if states is None else states
     before = []
     for i in range(added.shape[1]):
         before.append(state)
         state = kept[:, i] * state + added[:, i]
     out = out + (c * total.exp()[..., None]) @ torch.stack(before, 1).transpose(-1, -2)
-    return out.transpose(2, 3).flatten(1, 2)[:, :num_tokens].to(dtype), state
+    return out.transpose(2, 3).flatten(1, 2), state
 
 
 def _chunks(x: Tensor, length: int) -> Tensor:

@@ -41,7 +41,7 @@ def vocab_parallel_logprobs(
     exist at a time: of a chunk of rows in the forward and, recomputed, of all rows and a block of
     the vocabulary in the backward, so that no gradient of the whole weight is summed over chunks.
     What is kept between the two is a few numbers per row. Matrix products run in the dtype of
-    ``rows``, everything after them in fp32 (fp64 for fp64 input).
+    ``rows``, under ``torch.autocast`` too, everything after them in fp32 (fp64 for fp64 input).
 
     Both results are differentiable in ``rows`` and ``weight``. The gradient of ``rows`` is this
     rank's part (``gather_predictors`` sums it over tp), the gradient of ``weight`` is complete
@@ -107,7 +107,9 @@ def vocab_parallel_logprobs(
         group=tp_group if tp_size > 1 else None,
         kernels=_logits_kernels(rows.device),
     )
-    logprobs, entropy = _VocabParallelLogprobs.apply(rows, weight, shard, with_entropy)
+    # The backward makes the logits again, and autocast may be off there: both make the same ones.
+    with torch.autocast(rows.device.type, enabled=False):
+        logprobs, entropy = _VocabParallelLogprobs.apply(rows, weight, shard, with_entropy)
     return logprobs, entropy
 
 
@@ -281,8 +283,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(maxima)
         of_rows = maxima, log_sums, grad_logprobs, entropy, grad_entropy
-        for columns in shard.column_blocks():
-            shard.add_gradients(rows, weight, columns, of_rows, grad_rows, grad_weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            for columns in shard.column_blocks():
+                shard.add_gradients(rows, weight, columns, of_rows, grad_rows, grad_weight)
         return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, None, None
 
 

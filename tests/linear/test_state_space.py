@@ -77,6 +77,16 @@ def test_low_precision_is_computed_in_fp32() -> None:
     assert torch.equal(out, wide.bfloat16()) and torch.equal(state, exact)
 
 
+def test_autocast_changes_nothing() -> None:
+    inputs = [y.detach().float() for y in make_inputs(0, 2, 70)]
+    x, dt, b, c, rates = inputs
+    want = state_space_scan(x, dt, rates, b, c)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = state_space_scan(x, dt, rates, b, c)
+        assert (x[..., 0] @ x[..., 0].mT).dtype == torch.bfloat16
+    assert all(map(torch.equal, got, want))
+
+
 def test_rows_of_shared_tokens() -> None:
     seed = 1
     layout = random_row(seed, longest=70)

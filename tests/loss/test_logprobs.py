@@ -112,6 +112,19 @@ def test_without_entropy_and_frozen_inputs():
     assert not logprobs.requires_grad
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_autocast_changes_nothing(in_backward):
+    rows, weight, targets, grads = make_case(torch.float32)
+    want = vocab_parallel_logprobs(rows, weight, targets, with_entropy=True)
+    want = *want, *backward(want, grads, [rows, weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = vocab_parallel_logprobs(rows, weight, targets, with_entropy=True)
+        assert (rows @ weight.t()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_backward):
+        got = *got, *backward(got, grads, [rows, weight])
+    assert all(map(torch.equal, got, want))
+
+
 def test_large_logits_stay_finite():
     rows, weight, targets, grads = make_case(scale=1e4)
     got = vocab_parallel_logprobs(rows, weight, targets, with_entropy=True, chunk_tokens=7)
