@@ -65,7 +65,7 @@ from .route_forms import decode_routes, encode_routes
 from .routes import RouteShape, route_problem, routes_of_samples, without_routes
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
-from .types import UNKNOWN_ROUTE, Group, Sample, Status, without_aborted
+from .types import OPTIONAL_TOKEN_VALUES, UNKNOWN_ROUTE, Group, Sample, Status, without_aborted
 from .values import response_problems, reward_problem, shorten, show
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "MemoryModel",
     "Microbatch",
     "ModuleKinds",
+    "OPTIONAL_TOKEN_VALUES",
     "PackPlan",
     "PackedRow",
     "PrefixRow",

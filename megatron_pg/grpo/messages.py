@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from ..data import Group, GroupShape, Sample
+from ..data import OPTIONAL_TOKEN_VALUES, Group, GroupShape, Sample
 
 Numbered = tuple[int, Group, GroupShape]
 """Number of a group within the step, the group, and what its samples share."""
 
 _TOKENS = ("response_ids", "loss_mask")
-_VALUES = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")
 _SCALARS = ("reward", "status", "sample_id", "rollout_id", "loss_weight")
 
 
@@ -28,7 +27,7 @@ def encode_groups(groups: Sequence[Numbered]) -> bytes:
     columns: dict[str, Any] = {"prompts": _flat(list(prompts.values()))}
     for name in _TOKENS:
         columns[name] = _flat([getattr(sample, name) for sample in samples])
-    for name in _VALUES:
+    for name in OPTIONAL_TOKEN_VALUES:
         given = [getattr(sample, name) for sample in samples]
         columns[name] = (
             [values is not None for values in given],
@@ -55,7 +54,7 @@ def decode_groups(content: bytes) -> list[Numbered]:
     prompts = _split(columns["prompts"])
     tokens = {name: _split(columns[name]) for name in _TOKENS}
     values: dict[str, list[Any]] = {}
-    for name in _VALUES:
+    for name in OPTIONAL_TOKEN_VALUES:
         is_given, flat = columns[name]
         given = iter(_split(flat))
         values[name] = [next(given) if is_own else None for is_own in is_given]

@@ -16,10 +16,7 @@ from ..parallel import ParallelSizes
 from ..tree import to_device
 from .replicas import Ranks
 
-_OF_LOSS = {
-    *("prediction_ids", "sample_ids", "weights", "advantages"),
-    *("old_logprobs", "ref_logprobs", "rollout_logprobs"),
-}
+_OF_LOSS = {"prediction_ids", "sample_ids", *(field.name for field in fields(TokenValues))}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
