@@ -17,6 +17,7 @@ from .model import (
     MemoryModel,
     ModuleKinds,
     RankShare,
+    expert_pattern,
     layer_kinds,
     linear_pattern,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "decode_routes",
     "encode_routes",
     "equalize_num_microbatches",
+    "expert_pattern",
     "group_cost",
     "group_shape",
     "group_tree",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..tree import PackedLayout
+from .model import expert_pattern
 from .rows import Wave
 from .types import UNKNOWN_ROUTE, Group, Sample
 
@@ -48,10 +49,7 @@ class RouteShape:
         """Of a ``TransformerConfig``; None for a model without experts."""
         if not config.num_moe_experts:
             return None
-        freq = config.moe_layer_freq
-        if isinstance(freq, int):
-            freq = [int(layer % freq == 0) for layer in range(config.num_layers)]
-        return cls(config.num_moe_experts, config.moe_router_topk, tuple(map(bool, freq)))
+        return cls(config.num_moe_experts, config.moe_router_topk, tuple(expert_pattern(config)))
 
     @property
     def num_layers(self) -> int:

@@ -5,6 +5,7 @@ from .layer_kinds import (
     HYBRID_SYMBOLS,
     LayerKind,
     active_ffn_hidden_size,
+    expert_pattern,
     layer_kinds,
     linear_pattern,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "ModuleKinds",
     "RankShare",
     "active_ffn_hidden_size",
+    "expert_pattern",
     "layer_kinds",
     "linear_pattern",
 ]

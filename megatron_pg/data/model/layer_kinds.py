@@ -90,9 +90,7 @@ def layer_kinds(config: Any, hybrid_layer_pattern: str | None = None) -> list[La
             )
         return [_OF_HYBRIDS[symbol] for symbol in layers]
     number: int = config.num_layers
-    experts = config.moe_layer_freq if config.num_moe_experts else [0] * number
-    if isinstance(experts, int):
-        experts = [layer % experts == 0 for layer in range(number)]
+    experts = expert_pattern(config)
     linear = [False] * number
     if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
         linear = linear_pattern(config.linear_attention_freq, number)
@@ -107,6 +105,17 @@ def linear_pattern(pattern: int | list[int], num_layers: int) -> list[bool]:
     if isinstance(pattern, int):
         return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
     return [bool(is_linear) for is_linear in pattern]
+
+
+def expert_pattern(config: Any) -> list[bool]:
+    """Of every layer of a ``GPTModel`` whether it has experts, as ``moe_layer_freq`` says."""
+    number: int = config.num_layers
+    if not config.num_moe_experts:
+        return [False] * number
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        return [layer % pattern == 0 for layer in range(number)]
+    return [bool(has_them) for has_them in pattern]
 
 
 def active_ffn_hidden_size(config: Any, kind: LayerKind) -> int:

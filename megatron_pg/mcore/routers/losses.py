@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ...data import expert_pattern
 from ...parallel import ParallelSizes
 from ..versions import DIVIDES_ROUTER_LOSSES
 
@@ -77,7 +78,7 @@ def take_router_losses(
         value.zero_()
     # A rank holds the part of its tokens, layers and rows.
     dist.all_reduce(sums)
-    divisor = max(num_rows, 1) * _num_moe_layers(config)
+    divisor = max(num_rows, 1) * sum(expert_pattern(config))
     return {name: value / divisor for name, value in zip(names, sums.tolist())}
 
 
@@ -94,13 +95,6 @@ def _is_on(config: TransformerConfig, name: str) -> bool:
         return bool(config.moe_z_loss_coeff)
     kind = "seq_aux_loss" if name.startswith("seq") else "aux_loss"
     return kind in _coefficients(config)
-
-
-def _num_moe_layers(config: TransformerConfig) -> int:
-    pattern = config.moe_layer_freq
-    if isinstance(pattern, int):
-        return len(range(0, config.num_layers, pattern))
-    return sum(pattern)
 
 
 def _tracked() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def linear_problems(config: TransformerConfig, asked: Mapping[str, Any]) -> Iter
                 )
         return
     pattern = config.linear_attention_freq
-    if not _is_pattern(pattern, config.num_layers):
+    if not is_layer_pattern(pattern, config.num_layers, least=2):
         yield (
             f"linear_attention_freq={pattern!r} must be a whole number from 2 (every so many "
             "layers one attends), or a 1 (linear attention) or 0 for each of num_layers="
@@ -76,7 +76,14 @@ def linear_problems(config: TransformerConfig, asked: Mapping[str, Any]) -> Iter
         )
 
 
-def _is_pattern(pattern: Any, num_layers: int) -> bool:
+def is_layer_pattern(pattern: Any, num_layers: int, least: int) -> bool:
+    """Whether it is a whole number from ``least``, or a 1 or 0 for each layer with a 1 among them.
+
+    Args:
+        pattern: a number or a list, as the field's type has it.
+        num_layers: of the model.
+        least: smallest number.
+    """
     if isinstance(pattern, int):
-        return pattern >= 2
+        return pattern >= least
     return len(pattern) == num_layers and set(pattern) <= {0, 1} and 1 in pattern

@@ -11,7 +11,7 @@ from ...mcore import expert_layers_per_stage, layers_per_chunk, stage_problems
 from ...parallel import ModelSizes, ParallelSizes
 from .expert_rules import ignored_expert_settings
 from .fusions import Machine, fusion_problems
-from .linear_rules import linear_problems
+from .linear_rules import is_layer_pattern, linear_problems
 
 _OF_YARN = {
     *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
@@ -135,10 +135,7 @@ def _loss_problems(config: TransformerConfig) -> Iterator[str]:
 
 
 def _is_pattern(config: TransformerConfig) -> bool:
-    pattern = config.moe_layer_freq
-    if isinstance(pattern, int):
-        return pattern >= 1
-    return len(pattern) == config.num_layers and set(pattern) <= {0, 1} and 1 in pattern
+    return is_layer_pattern(config.moe_layer_freq, config.num_layers, least=1)
 
 
 def _bare_stage_problems(config: TransformerConfig) -> Iterator[str]:
