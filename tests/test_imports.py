@@ -49,7 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("openai_server",),
     ),
     "mcore": (
-        *("versions", "norm", "cpu", "config_fields", "validate", "pipeline"),
+        *("versions", "norm", "cpu", "config_fields", "refused_fields", "validate", "pipeline"),
         *("predictions", "decoder"),
         *(
             "routers",

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..parallel import ModelSizes, ParallelSizes
 from . import config_fields
+from .refused_fields import REFUSED
 from .versions import DIVIDES_GATES
 
 
@@ -232,7 +233,7 @@ def _make_verdicts() -> dict[str, FieldVerdict]:
         add(name, "proven", changes, allows, f"it is none of the known forms; set {form}")
     for name, values in config_fields.HARMLESS_VALUES.items():
         add(name, "harmless", False, _one_of(values), limited(values))
-    for name, (values, reason, changes) in config_fields.REFUSED.items():
+    for name, (values, reason, changes) in REFUSED.items():
         add(name, "refused", changes, _one_of(values), f"{reason}; set {name}={values[0]!r}")
     return verdicts
 

@@ -18,8 +18,8 @@ from megatron_pg.mcore.config_fields import (
     PROVEN_MODEL,
     PROVEN_RUN,
     PROVEN_VALUES,
-    REFUSED,
 )
+from megatron_pg.mcore.refused_fields import REFUSED
 from tests.mcore import cases, harness
 
 pytestmark = pytest.mark.megatron

@@ -18,7 +18,7 @@ from megatron_pg.mcore import (
     validate_config,
     with_sequence_parallel_norms,
 )
-from megatron_pg.mcore.config_fields import REFUSED
+from megatron_pg.mcore.refused_fields import REFUSED
 from megatron_pg.mcore.versions import DIVIDES_GATES
 from tests.mcore import harness
 
