@@ -1,11 +1,9 @@
 """Which rows of which Hugging Face tensors make up a shard of a Megatron parameter."""
 
+from .pieces import Piece, Row, Shard
 from .rows import (
     EMBEDDING,
     HEAD,
-    Piece,
-    Row,
-    Shard,
     columns,
     gated_expert,
     gated_mlp,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .rows import Piece, Shard
+from .pieces import Piece, Shard
 
 
 class Read(Protocol):

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .rows import EMBEDDING, HEAD, Row, Shard
+from .pieces import Row, Shard
+from .rows import EMBEDDING, HEAD
 
 # Norms that Transformer Engine fuses into the linear layer behind them, in local-spec names.
 FUSED_NORMS = {
