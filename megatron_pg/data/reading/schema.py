@@ -33,28 +33,20 @@ no tokens trains nothing, and its reward does not count (see ``Sample``).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..route_forms import decode_routes
-from ..types import Sample, Status
-from ..values import (
-    logprob_problem,
-    nesting_problem,
-    number_problem,
-    numbers_problem,
-    reward_problem,
-    show,
-    token_problem,
-    weight_problem,
-)
-from .text import TextEncoder, check_prompt
+from ..types import Sample
+from ..values import token_problem
+from .fields import FIELDS, IDS_FORM, PER_TOKEN, TEXT_FORM
+from .text import TextEncoder
 
 # (field, what is wrong with it)
 Errors = list[tuple[str, str]]
@@ -215,90 +207,3 @@ def _as_id(value: int | str | None) -> str | None:
 
 def _as_float64(values: list[float] | None) -> Tensor | None:
     return None if values is None else torch.from_numpy(np.array(values, dtype=np.float64))
-
-
-def _check_prompt_ids(value: Any) -> str | None:
-    return "has no tokens" if value == [] else _check_tokens(value)
-
-
-def _check_tokens(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return f"must be a list of token ids, got {show(value)}"
-    return token_problem(value, None)
-
-
-def _check_mask(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return f"must be a list of 0 and 1, got {show(value)}"
-    if set(map(type, value)) <= {int, bool} and set(value) <= {0, 1}:
-        return None
-    for i, flag in enumerate(value):
-        if type(flag) not in (int, bool) or flag not in (0, 1):
-            return f"value {i} is {show(flag)}, must be 0 or 1"
-    return None
-
-
-def _check_numbers(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return f"must be a list of numbers, got {show(value)}"
-    return numbers_problem(value)
-
-
-def _check_logprobs(value: Any) -> str | None:
-    return logprob_problem(value) if isinstance(value, list) else _check_numbers(value)
-
-
-def _check_advantage(value: Any) -> str | None:
-    return _check_numbers(value) if isinstance(value, list) else number_problem(value)
-
-
-def _check_id(value: Any) -> str | None:
-    if (type(value) is int and abs(value) < 2**63) or (isinstance(value, str) and value):
-        return None
-    return f"must be a non-empty string or an integer, got {show(value)}"
-
-
-def _check_text(value: Any) -> str | None:
-    return None if isinstance(value, str) else f"must be a string, got {show(value)}"
-
-
-def _check_status(value: Any) -> str | None:
-    if value in get_args(Status):
-        return None
-    return f"is {show(value)}, must be one of {', '.join(get_args(Status))}"
-
-
-def _check_metadata(value: Any) -> str | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return f"is the string {show(value)}, which is no JSON object"
-        if wrong := nesting_problem(value):
-            return wrong
-    return None if isinstance(value, dict) else f"must be an object, got {show(value)}"
-
-
-FIELDS: dict[str, Callable[[Any], str | None]] = {
-    "prompt_ids": _check_prompt_ids,
-    "response_ids": _check_tokens,
-    "prompt": check_prompt,
-    "response": _check_text,
-    "reward": reward_problem,
-    "group_id": _check_id,
-    "sample_id": _check_id,
-    "rollout_id": _check_id,
-    "loss_weight": weight_problem,
-    "loss_mask": _check_mask,
-    "rollout_logprobs": _check_logprobs,
-    "old_logprobs": _check_logprobs,
-    "ref_logprobs": _check_logprobs,
-    "advantage": _check_advantage,
-    # Looked at when it is clear how many tokens there are.
-    "routed_experts": lambda value: None,
-    "status": _check_status,
-    "metadata": _check_metadata,
-}
-IDS_FORM = ("prompt_ids", "response_ids")
-TEXT_FORM = ("prompt", "response")
-PER_TOKEN = ("loss_mask", "rollout_logprobs", "old_logprobs", "ref_logprobs", "advantage")
