@@ -2,7 +2,8 @@
 
 from .collective import attempt, from_all_ranks, on_all_ranks, on_first_rank, told_error
 from .context import ContextPart, exchanged_values, kv_head_copies
-from .sizes import MEGATRON_NAMES, ModelSizes, ParallelSizes
+from .model_sizes import ModelSizes
+from .sizes import MEGATRON_NAMES, ParallelSizes
 from .split import PipelineSplit
 
 __all__ = [
