@@ -17,6 +17,7 @@ from .model import (
     MemoryModel,
     ModuleKinds,
     RankShare,
+    ResidentMode,
     expert_pattern,
     layer_kinds,
     linear_pattern,
@@ -24,6 +25,7 @@ from .model import (
 from .pack import carried_fields, make_microbatches, make_wave, pack_groups, token_values
 from .planning import (
     PackPlan,
+    ResidencyChoice,
     ResidencyConfig,
     RowPart,
     balance_costs,
@@ -43,6 +45,7 @@ from .planning import (
 )
 from .reading import (
     Problems,
+    RolloutFormat,
     check_prompt,
     read_json_records,
     read_jsonl_records,
@@ -93,7 +96,10 @@ __all__ = [
     "PrefixRow",
     "Problems",
     "RankShare",
+    "ResidencyChoice",
     "ResidencyConfig",
+    "ResidentMode",
+    "RolloutFormat",
     "RouteShape",
     "RowPart",
     "Sample",

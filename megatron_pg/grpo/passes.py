@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from ..data import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
+from ..data import Microbatch, PackedRow, PrefixRow, ResidentMode, TokenValues, Wave
 from ..loss import PolicyLossConfig, grpo_loss
 from ..mcore import (
     PrefixGroupedSeqParams,
@@ -40,7 +40,7 @@ class HeadConfig:
     vocab_size: int
     chunk_tokens: int | None
     with_entropy: bool = True
-    resident_mode: Literal["retain", "recompute"] = "retain"
+    resident_mode: ResidentMode = "retain"
 
 
 def compute_logprobs(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 
 from ..data import PackedRow, PrefixRow, RouteShape, Wave
 from ..mcore import RouteRecorder
 from .batch import StepBatch
-from .settings import GrpoConfig
+from .settings import GrpoConfig, RouterReplay
 
 Row = TypeVar("Row", PackedRow, PrefixRow)
 
@@ -27,8 +27,9 @@ def replayed_routes(algorithm: GrpoConfig, shape: RouteShape | None) -> RouteSha
         ValueError: if the mode is unknown, or the model has no experts to route to.
     """
     mode = algorithm.router_replay
-    if mode not in ("disabled", "R2", "R3"):
-        raise ValueError(f"router_replay={mode!r} must be one of disabled, R2, R3")
+    modes = get_args(RouterReplay)
+    if mode not in modes:
+        raise ValueError(f"router_replay={mode!r} must be one of {', '.join(modes)}")
     if mode != "disabled" and shape is None:
         raise ValueError(
             f"router_replay={mode!r} replays routes to experts, but the model has none; set it to "

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data import ResidencyChoice, ResidentMode
 from ..loss import PolicyLossConfig
+
+RouterReplay = Literal["disabled", "R2", "R3"]
+"""Which experts tokens go to, by verl's words: see ``GrpoConfig``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,8 @@ class PrefixGroupConfig:
     attention_backend: str = "auto"
     min_shared: int | None = None
     max_tokens_per_microbatch: int = 8192
-    prefix_resident: Literal["auto", "always", "never"] = "auto"
-    prefix_resident_mode: Literal["retain", "recompute"] = "retain"
+    prefix_resident: ResidencyChoice = "auto"
+    prefix_resident_mode: ResidentMode = "retain"
     max_resident_tokens: int | None = None
     logprob_chunk_tokens: int | None = None
 
@@ -90,7 +94,7 @@ class GrpoConfig:
     kl_penalty: str = "k1"
     overlong_buffer_len: int = 0
     overlong_penalty_factor: float = 1.0
-    router_replay: Literal["disabled", "R2", "R3"] = "disabled"
+    router_replay: RouterReplay = "disabled"
 
     @property
     def needs_reference(self) -> bool:

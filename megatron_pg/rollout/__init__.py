@@ -10,11 +10,11 @@ from .base import (
     WeightExporter,
 )
 from .client import RolloutServerError, api_key_problem, base_url_problem
-from .dialects import dialect_problem
+from .dialects import Dialect, dialect_problem
 from .named import load_callable
 from .openai_server import OpenAIServerSource
 from .probe import ServerCapabilities, health_path_problem
-from .prompts import ANSWER_EXTRACTORS, FilePrompts, HeldOutPrompts, ReasoningGymTask
+from .prompts import ANSWER_EXTRACTORS, FilePrompts, HeldOutPrompts, ReasoningGymTask, TooLong
 from .recorded import RecordedRollouts
 from .reload import RELOAD_PLANS, ReloadCall, ReloadPlan
 from .retry import RetryPolicy
@@ -42,6 +42,7 @@ __all__ = [
     "REWARDS",
     "BatchedReward",
     "CombinedReward",
+    "Dialect",
     "FilePrompts",
     "FormatReward",
     "GroupStream",
@@ -69,6 +70,7 @@ __all__ = [
     "SamplingParams",
     "ServerCapabilities",
     "Tokenizer",
+    "TooLong",
     "WeightExporter",
     "api_key_problem",
     "base_url_problem",

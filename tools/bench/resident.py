@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
 from megatron_pg.data import (
     Group,
     PackPlan,
+    ResidencyChoice,
     ResidencyConfig,
+    ResidentMode,
     Sample,
     Wave,
     group_shape,
@@ -31,8 +33,7 @@ from tools.bench.timing import peak_bytes, time_interleaved
 from tools.bench.training import Trainer
 from tools.flops import FORWARD, FORWARD_BACKWARD, FlopWeights, packed_flops
 
-Mode = Literal["retain", "recompute"]
-MODES: tuple[Mode, ...] = ("retain", "recompute")
+MODES: tuple[ResidentMode, ...] = get_args(ResidentMode)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def resident_memory(options: Options) -> Iterator[BenchmarkRow]:
             yield _compare_memory(case, dims, options, trainer)
 
 
-def _compare(case: Case, mode: Mode, dims: Dims, options: Options) -> BenchmarkRow:
+def _compare(case: Case, mode: ResidentMode, dims: Dims, options: Options) -> BenchmarkRow:
     trainer = Trainer(dims, options.dtype)
     groups = case.groups(dims.vocab_size)
     plans = {
@@ -181,7 +182,7 @@ def _compare_memory(case: Case, dims: Dims, options: Options, trainer: Trainer) 
 
 
 def _plan(
-    case: Case, groups: list[Group], choice: Literal["always", "never"], mode: Mode, dims: Dims
+    case: Case, groups: list[Group], choice: ResidencyChoice, mode: ResidentMode, dims: Dims
 ) -> list[PackPlan]:
     residency = ResidencyConfig(
         choice=choice,
@@ -201,7 +202,7 @@ def _run(
     trainer: Trainer,
     waves: list[Wave],
     groups: list[Group],
-    mode: Mode,
+    mode: ResidentMode,
     dims: Dims,
     options: Options,
 ) -> float | None:
@@ -247,7 +248,7 @@ class Phase:
         return sum(last) + (num_stages - 1) * max(inner, default=0.0)
 
 
-def phases(plans: list[PackPlan], mode: Mode, dims: Dims) -> list[Phase]:
+def phases(plans: list[PackPlan], mode: ResidentMode, dims: Dims) -> list[Phase]:
     """Of a forward and backward pass: prefixes forward, rows both ways, prefixes back."""
     cost, found = dims.cost_model, []
     inside = replace(cost, per_loss_token=0)

@@ -11,7 +11,7 @@ from .layer_kinds import (
 )
 from .layer_sizes import ExpertSizes, LayerSizes, ModuleKinds, RankShare
 from .linear_sizes import LinearSizes
-from .memory import MemoryModel
+from .memory import MemoryModel, ResidentMode
 
 __all__ = [
     "AttentionSizes",
@@ -23,6 +23,7 @@ __all__ = [
     "MemoryModel",
     "ModuleKinds",
     "RankShare",
+    "ResidentMode",
     "active_ffn_hidden_size",
     "expert_pattern",
     "layer_kinds",

@@ -12,6 +12,8 @@ from .layer_sizes import ExpertSizes, LayerSizes, RankShare
 from .linear_memory import linear_gradient_values, linear_values
 from .linear_sizes import LinearSizes
 
+ResidentMode = Literal["retain", "recompute"]
+"""How a prefix stays: with its graph, or encoded once more in the backward pass."""
 # Recomputing everything, beside Megatron's names of modules.
 FULL = "full"
 
@@ -88,7 +90,7 @@ class MemoryModel:
             recompute_layers=FULL in recompute,
         )
 
-    def resident(self, mode: Literal["retain", "recompute"], kept: float = 1) -> float:
+    def resident(self, mode: ResidentMode, kept: float = 1) -> float:
         """Bytes of a resident token in one layer while microbatches of its wave run.
 
         "retain" keeps its activations, and with them what is kept of it. "recompute" keeps that

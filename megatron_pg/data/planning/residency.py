@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..cost import CostModel
+from ..model import ResidentMode
 from ..shape import GroupShape
 from .bins import fill_bins
 from .plan import PackPlan, RowPart, fill_rows, plan_rows, row_budget
 from .split import split_group
 
-RESIDENCY_CHOICES = ("auto", "always", "never")
-RESIDENT_MODES = ("retain", "recompute")
+ResidencyChoice = Literal["auto", "always", "never"]
 
 # Work of a forward and of a backward pass.
 _FORWARD, _BACKWARD = 1.0, 2.0
@@ -37,15 +37,15 @@ class ResidencyConfig:
         ValueError: if a choice or mode is unknown, or a number is below 1.
     """
 
-    choice: Literal["auto", "always", "never"] = "never"
-    mode: Literal["retain", "recompute"] = "retain"
+    choice: ResidencyChoice = "never"
+    mode: ResidentMode = "retain"
     max_resident_tokens: int
     num_stages: int = 1
 
     def __post_init__(self) -> None:
         for name, value, valid in (
-            ("choice", self.choice, RESIDENCY_CHOICES),
-            ("mode", self.mode, RESIDENT_MODES),
+            ("choice", self.choice, get_args(ResidencyChoice)),
+            ("mode", self.mode, get_args(ResidentMode)),
         ):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")

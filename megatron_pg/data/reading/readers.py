@@ -23,7 +23,7 @@ from .records import (
 from .schema import ParsedRow, RowParser
 from .text import TextEncoder, Tokenizer
 
-Format = Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"]
+RolloutFormat = Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"]
 PathLikes = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 RECORD_READERS = {
@@ -39,7 +39,7 @@ RECORD_READERS = {
 def read_rollouts(
     paths: PathLikes,
     *,
-    format: Format = "auto",
+    format: RolloutFormat = "auto",
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     append_eos: bool = False,
@@ -70,8 +70,9 @@ def read_rollouts(
             with file, row and field.
         ImportError: on parquet files without pyarrow.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"format={format!r} must be one of {', '.join(get_args(Format))}")
+    formats = get_args(RolloutFormat)
+    if format not in formats:
+        raise ValueError(f"format={format!r} must be one of {', '.join(formats)}")
     files = [Path(p) for p in ([paths] if isinstance(paths, str | PathLike) else paths)]
     if not files:
         raise ValueError("paths is empty: name at least one file")

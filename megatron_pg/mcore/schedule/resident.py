@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from ...data import Wave
+from ...data import ResidentMode, Wave
 from ..resident import PrefixKV, ScheduledRow
 from ..routers import has_router_losses
 from .exchange import known_exchange
@@ -24,7 +24,7 @@ def prefix_resident_forward_backward(
     model: Any,
     seq_length: int,
     micro_batch_size: int = 1,
-    mode: Literal["retain", "recompute"] = "retain",
+    mode: ResidentMode = "retain",
     forward_only: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
@@ -63,8 +63,8 @@ def prefix_resident_forward_backward(
         ValueError: if gradients are reduced beside the backward pass and ``no_sync_func`` is not
             there to hold that until the last one, or if ``mode`` is neither of the two.
     """
-    if mode not in ("retain", "recompute"):
-        raise ValueError(f"mode={mode!r}: use 'retain' or 'recompute'")
+    if mode not in (modes := get_args(ResidentMode)):
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(modes)}")
     chunks = list(model) if isinstance(model, (list, tuple)) else [model]
     config = get_model_config(chunks[0])
     total_rows = sum(len(wave.microbatches) for wave in waves)

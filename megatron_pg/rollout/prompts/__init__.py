@@ -1,6 +1,6 @@
 """Where prompts come from: files, and tasks that make them."""
 
-from .file_prompts import FilePrompts, HeldOutPrompts
+from .file_prompts import FilePrompts, HeldOutPrompts, TooLong
 from .tasks import ANSWER_EXTRACTORS, ReasoningGymTask
 
-__all__ = ["ANSWER_EXTRACTORS", "FilePrompts", "HeldOutPrompts", "ReasoningGymTask"]
+__all__ = ["ANSWER_EXTRACTORS", "FilePrompts", "HeldOutPrompts", "ReasoningGymTask", "TooLong"]

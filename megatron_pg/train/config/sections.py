@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...data import RolloutFormat
 from ...grpo import PrefixGroupConfig
 from ...parallel import ParallelSizes
+from ...rollout import Dialect, TooLong
 from .loop import AlgorithmConfig, RunConfig
 
 
@@ -160,7 +162,7 @@ class PromptsConfig:
     template: str = "{question}"
     system_prompt: str | None = None
     max_prompt_tokens: int | None = None
-    too_long: Literal["refuse", "leave_out"] = "refuse"
+    too_long: TooLong = "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ class ServerConfig:
 
     base_url: str = "http://127.0.0.1:8000"
     model: str = ""
-    dialect: Literal["token_ids", "sglang", "text"] | None = None
+    dialect: Dialect | None = None
     allow_retokenize: bool = False
     max_concurrency: int = 32
     timeout_seconds: float = 600
@@ -223,7 +225,7 @@ class RolloutConfig:
     source: str = "recorded"
     source_config: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
-    format: Literal["auto", "jsonl", "parquet", "slime", "nemo_rl", "verl", "trl"] = "auto"
+    format: RolloutFormat = "auto"
     reward_key: str | list[str] = field(default_factory=list)
     group_across_files: bool = False
     shuffle: bool = True
