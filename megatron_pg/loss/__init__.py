@@ -9,7 +9,7 @@ from .advantage import (
     register_advantage_estimator,
 )
 from .aggregate import AGGREGATION_MODES, aggregation_weights
-from .grpo import grpo_loss, metric_means
+from .grpo import LOSS_SHARES, grpo_loss, metric_means
 from .head_memory import head_bytes
 from .importance import IMPORTANCE_BOUNDS, importance_weights
 from .kl import KL_KINDS, kl_in_reward, kl_of_samples, kl_penalty
@@ -23,6 +23,7 @@ __all__ = [
     "GroupAdvantages",
     "IMPORTANCE_BOUNDS",
     "KL_KINDS",
+    "LOSS_SHARES",
     "POLICY_LOSSES",
     "PolicyLossConfig",
     "PredictorPlan",

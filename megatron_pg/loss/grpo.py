@@ -12,7 +12,8 @@ from .importance import importance_weights
 from .kl import kl_penalty
 from .policy import POLICY_LOSSES, PolicyLossConfig, clamped_log_ratio
 
-_SHARES = ("policy_loss", "kl_loss", "entropy_loss")
+LOSS_SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
+"""Metric sums that are shares of the global loss, and no sums over tokens."""
 
 
 def grpo_loss(
@@ -127,6 +128,6 @@ def metric_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """
     num_tokens = max(float(sums["num_tokens"]), 1.0)
     return {
-        name: float(value) / (1.0 if name in ("loss", "num_tokens", *_SHARES) else num_tokens)
+        name: float(value) / (1.0 if name in ("num_tokens", *LOSS_SHARES) else num_tokens)
         for name, value in sums.items()
     }

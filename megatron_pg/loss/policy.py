@@ -117,7 +117,7 @@ def ppo_clip(
     log_ratio = clamped_log_ratio(logprobs, old_logprobs)
     ratio = log_ratio.exp()
     loss, is_low, is_high = _clipped_loss(ratio, advantages, config)
-    is_dual = torch.zeros_like(is_low)
+    is_dual: Tensor | None = None
     if config.clip_ratio_c is not None:
         bound = -advantages * config.clip_ratio_c
         is_dual = (advantages < 0) & (loss > bound)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ...grpo import Minibatch, StepBatch
-from ...loss import metric_means
+from ...loss import LOSS_SHARES, metric_means
 from ..checkpoints import Best, write_atomically
 from ..config import TrainConfig
 from ..rollouts import Evaluation
@@ -104,8 +104,6 @@ A step without updates has none of the names that describe updates. What stands 
 a number, or named by the user.
 """
 
-_SHARES = ("loss", "policy_loss", "kl_loss", "entropy_loss")
-
 
 def batch_metrics(batch: StepBatch) -> dict[str, float]:
     """Rewards and lengths of a step's samples, and which groups were left out."""
@@ -133,7 +131,7 @@ def update_metrics(sums: Mapping[str, float], grad_norms: Sequence[float]) -> di
         "actor/trained_tokens": means.pop("num_tokens"),
         "actor/grad_norm": sum(grad_norms) / updates,
     } | {
-        f"actor/{name}": value / (updates if name in _SHARES else 1)
+        f"actor/{name}": value / (updates if name in LOSS_SHARES else 1)
         for name, value in means.items()
     }
 
