@@ -108,6 +108,11 @@ class GrpoConfig:
         return not is_on_policy or self.policy.importance_mode is not None
 
     @property
+    def runs_old_pass(self) -> bool:
+        """Whether something reads the old policy's logprobs: the loss, or the KL in the reward."""
+        return self.needs_old_logprobs or self.use_kl_in_reward
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether a metric or the bonus reads the entropy of predictions."""
         return self.calculate_entropy or self.policy.entropy_coeff != 0

@@ -228,14 +228,13 @@ class GrpoStep:
                     "sample ref_logprobs"
                 )
             return batch
-        needs_old = algorithm.needs_old_logprobs or algorithm.use_kl_in_reward
         record = RouteRecord() if algorithm.router_replay == "R2" else None
-        if needs_old and "old_logprobs" not in carried:
+        if algorithm.runs_old_pass and "old_logprobs" not in carried:
             values = replace(values, old_logprobs=self.logprobs(batch, record=record))
         if self.reference is not None and "ref_logprobs" not in carried:
             values = replace(values, ref_logprobs=self.ref_logprobs(batch))
         batch = replace(batch, values=values)
-        if record is not None and self.route_shape is not None and needs_old:
+        if record is not None and self.route_shape is not None and algorithm.runs_old_pass:
             batch = record.onto(batch, self.route_shape)
         return batch
 

@@ -96,9 +96,8 @@ def _passes(
     algorithm: AlgorithmConfig, recorded: Collection[str], recomputes_layers: bool
 ) -> FlopWeights:
     """Training passes of every epoch, and forward ones of the old and the reference policy."""
-    needs_old = algorithm.needs_old_logprobs or algorithm.use_kl_in_reward
     needs_ref = algorithm.needs_reference and not algorithm.precompute_ref_logprobs
-    forward = (needs_old and "old_logprobs" not in recorded) + (
+    forward = (algorithm.runs_old_pass and "old_logprobs" not in recorded) + (
         needs_ref and "ref_logprobs" not in recorded
     )
     epochs, again = algorithm.ppo_epochs, int(recomputes_layers)
