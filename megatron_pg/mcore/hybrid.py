@@ -12,7 +12,6 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from ..data import RouteShape
+from .linear_specs import local_gated_delta
 from .model import PrefixGroupedModel
 from .norm import norm_class
 from .pipeline import layers_of_stages
@@ -211,10 +211,7 @@ def hybrid_stack_local_spec(config: TransformerConfig) -> ModuleSpec:
     layers["gdn_layer"] = _layer(
         TransformerLayer,
         input_layernorm=norm,
-        self_attention=ModuleSpec(
-            GatedDeltaNet,
-            submodules=GatedDeltaNetSubmodules(ColumnParallelLinear, norm, RowParallelLinear),
-        ),
+        self_attention=local_gated_delta(norm),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=_fused("input_layernorm", "self_attention.in_proj"),
     )

@@ -71,10 +71,14 @@ def decoder_block_spec(
     return with_local_linear_layers(spec, config, vp_stage)
 
 
+def local_gated_delta(norm: Any) -> ModuleSpec:
+    """A ``GatedDeltaNet`` of local modules, with this class of norm behind its scan."""
+    parts = GatedDeltaNetSubmodules(ColumnParallelLinear, norm, RowParallelLinear)
+    return ModuleSpec(GatedDeltaNet, submodules=parts)
+
+
 def _linear(layer: ModuleSpec) -> ModuleSpec:
-    norm: Any = layer.submodules.input_layernorm
-    linear = GatedDeltaNetSubmodules(ColumnParallelLinear, norm, RowParallelLinear)
-    attention = ModuleSpec(GatedDeltaNet, submodules=linear)
+    attention = local_gated_delta(layer.submodules.input_layernorm)
     # Checkpoints have the norm as Transformer Engine does, which fuses it into what follows.
     keys = layer.submodules.sharded_state_dict_keys_map | {
         "input_layernorm.": "self_attention.in_proj.layer_norm_"

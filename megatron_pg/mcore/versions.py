@@ -17,23 +17,24 @@ from packaging.version import Version
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 
+_RELEASE = Version(megatron.core.__version__).release[:2]
 # Arguments of ``dist_checkpointing.save`` for the writer that is no process of its own. 0.19 has
 # two writers; that of nvidia-resiliency-ext, its default, is a process.
 _HAS_CHOICE = "async_strategy" in signature(dist_checkpointing.save).parameters
 OWN_WRITER: Mapping[str, Any] = {"async_strategy": "mcore"} if _HAS_CHOICE else {}
 # Whether ``attach_and_log_load_balancing_loss`` of a router multiplies a loss by the tokens of its
 # own rank, though gradients are divided by those of the row.
-DIVIDES_ROUTER_LOSSES = Version(megatron.core.__version__).release[:2] < (0, 19)
+DIVIDES_ROUTER_LOSSES = _RELEASE < (0, 19)
 # Whether a rank that has a part of a group's query heads takes the same part of their gates.
-DIVIDES_GATES = Version(megatron.core.__version__).release[:2] >= (0, 17)
+DIVIDES_GATES = _RELEASE >= (0, 17)
 # Whether there is a ``HybridModel``, out of the Mamba model that older ones have.
-HAS_HYBRID_MODEL = Version(megatron.core.__version__).release[:2] >= (0, 18)
+HAS_HYBRID_MODEL = _RELEASE >= (0, 18)
 # Whether linear attention runs under context parallelism; older configurations refuse it.
-DIVIDES_LINEAR_ATTENTION = Version(megatron.core.__version__).release[:2] >= (0, 18)
+DIVIDES_LINEAR_ATTENTION = _RELEASE >= (0, 18)
 # Whether ``recompute_modules`` may name the gated norm of linear attention.
-RECOMPUTES_GATED_NORM = Version(megatron.core.__version__).release[:2] >= (0, 19)
+RECOMPUTES_GATED_NORM = _RELEASE >= (0, 19)
 # Under the interleaved schedule older ones free activations while they are still being sent.
-FREES_AFTER_SENDING = Version(megatron.core.__version__).release[:2] >= (0, 19)
+FREES_AFTER_SENDING = _RELEASE >= (0, 19)
 
 
 def check_version(version: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...data import LinearSizes
 from ...linear import BatchScan, in_batches, state_space_scan
 from ...parallel import ContextPart, ParallelSizes
 from ..positioned import PositionedSeqParams
@@ -20,9 +21,9 @@ from .row import check_row
 
 def check_sizes(config: Any) -> None:
     """Raise ValueError if the ranks cannot divide the heads and groups of Mamba-2 layers."""
-    sizes, groups = ParallelSizes.from_config(config), config.mamba_num_groups
-    # Megatron-Core's inner width is twice the model's where no number is given.
-    heads = config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim
+    sizes = ParallelSizes.from_config(config)
+    linear = LinearSizes.from_config(config, "state_space")
+    groups, heads = linear.num_key_heads, linear.num_value_heads
     tp, cp = (
         f"tensor_model_parallel_size={sizes.tp}",
         f"context_parallel_size={sizes.cp}",
