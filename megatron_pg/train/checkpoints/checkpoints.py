@@ -23,7 +23,7 @@ from ...checkpoint import (
     write_hf_metadata_folder,
     write_manifest,
 )
-from ...parallel import on_all_ranks, on_first_rank
+from ...parallel import from_all_ranks, on_all_ranks, on_first_rank
 from ..model import Origin, TrainedModel
 from .own_shards import with_own_shards
 from .progress import Progress
@@ -171,8 +171,7 @@ class Checkpoints:
         best: str | None,
         own: Mapping[str, FileChecksum],
     ) -> None:
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
+        parts = from_all_ranks(lambda: own)
         known = {name: checksum for part in parts for name, checksum in part.items()}
         on_first_rank(lambda: self._complete_and_rename(partial, step, progress, known))
         on_first_rank(lambda: self._remove_old(step, best))

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...checkpoint import TorchDistReader, load_sharded_state
-from ...parallel import on_all_ranks
+from ...parallel import from_all_ranks, on_all_ranks
 from ..config import TrainConfig
 from ..model import TrainedModel
 from ..rollouts import SharedStream
@@ -79,8 +79,7 @@ def open_checkpoint(path: Path) -> SavedRun:
 
     saved = on_all_ranks(read)
     view = saved.reader.tensors, saved.reader.objects, saved.reader.files.checksums, saved.progress
-    views: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(views, view)
+    views = from_all_ranks(lambda: view)
     if any(other != views[0] for other in views):
         raise ValueError(
             f"{path}: it differs between the ranks' machines; put the checkpoint on a file system "

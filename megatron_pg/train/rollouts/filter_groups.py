@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch.distributed as dist
 
 from ...data import Group, without_aborted
+from ...parallel import from_all_ranks
 from ...rollout import RecordedRollouts
 from ..config import FilterGroupsConfig
 from .shared_stream import SharedStream
@@ -127,6 +125,5 @@ def _check_limit(told: list[_Told], num_groups: int, settings: FilterGroupsConfi
 
 
 def _tell(own: Mapping[int, _Told]) -> dict[int, _Told]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, dict(own))
+    parts = from_all_ranks(lambda: dict(own))
     return {number: told for part in parts for number, told in part.items()}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import torch.distributed as dist
 
 from ...data import Group, Sample
+from ...parallel import from_all_ranks
 
 Sums = dict[str, tuple[float, int]]
 """Sum and number of samples by name."""
@@ -65,6 +63,5 @@ def own_reward_metrics(groups: Mapping[int, Group]) -> dict[str, float]:
     Raises:
         ValueError: on every rank, if a reward calls one of its numbers as a metric is called.
     """
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own_reward_sums(groups.values()))
+    parts = from_all_ranks(lambda: own_reward_sums(groups.values()))
     return {f"reward/{name}": value for name, value in mean_rewards(parts).items()}
