@@ -26,6 +26,8 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "regex": lambda: re.match(r"(a|a|aa)+$", "a" * 64 + "b"),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "gone": lambda: os._exit(7),
+    # -1 as a process ends with it: beyond 128, and no signal's number.
+    "minus": lambda: os._exit(255),
     "child": lambda: subprocess.run(["sleep", "1000"], check=True),
     "pid": os.getpid,
     "group": os.getpgrp,

@@ -61,6 +61,7 @@ DEATHS = {
     "killed": "ended its process (SIGKILL)",
     "interrupted": "raised KeyboardInterrupt",
     "gone": "ended its process (exit code 7)",
+    "minus": "ended its process (exit code 255)",
     "exits": "raised SystemExit: 3 (",
     "raises": "raised KeyError: 'missing' (",
     "none": "returned a reward that must be a number, got None",

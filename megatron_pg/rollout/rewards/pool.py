@@ -189,6 +189,5 @@ def _end_all(workers: list[_Worker], owner: int) -> None:
 
 
 def _told_code(code: int) -> str:
-    if code > 128:
-        return signal.Signals(code - 128).name
-    return f"exit code {code}"
+    names = {128 + number: number.name for number in signal.Signals}
+    return names.get(code, f"exit code {code}")
