@@ -29,8 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Rooms within a package: each may import those before it, and modules of a room only by its door.
 ROOMS: dict[str, tuple[str, ...]] = {
     "data": (
-        *("values", "types", "checksum", "route_forms", "rows", "model", "routes", "reading"),
-        *("cost", "shape", "planning", "roofline", "pack"),
+        *("values", "json_text", "types", "checksum", "route_forms", "rows", "model", "routes"),
+        *("reading", "cost", "shape", "planning", "roofline", "pack"),
     ),
     "checkpoint": (
         *("files", "table", "description", "families", "arguments", "folders"),

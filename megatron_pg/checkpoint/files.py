@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..data import parse_json_text
+
 NAMED_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -35,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: naming the file, if it cannot be read, names a key twice or holds no object.
+        ValueError: naming the file, if it cannot be read; see also ``parse_json``.
     """
     try:
         text = path.read_bytes()
@@ -48,27 +50,16 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """The object in the bytes of a JSON file.
 
     Raises:
-        ValueError: naming the file, if they are no JSON, name a key twice or hold no object.
+        ValueError: naming the file, if they hold no object, or ``parse_json_text`` refuses them.
     """
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    # Deep nesting ends in a RecursionError.
-    except (ValueError, RecursionError) as error:
+        content = parse_json_text(text)
+    except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected a JSON object, got {type(content).__name__}; restore the file"
         )
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's pairs; readers differ in which of two values they take."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} stands there twice; keep one")
     return content
 
 

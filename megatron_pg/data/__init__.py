@@ -7,6 +7,7 @@ from .cost import (
     CostModel,
     FlopWeights,
 )
+from .json_text import parse_json_text
 from .model import (
     HYBRID_SYMBOLS,
     AttentionSizes,
@@ -129,6 +130,7 @@ __all__ = [
     "make_wave",
     "merge_bytes",
     "pack_groups",
+    "parse_json_text",
     "part_shape",
     "part_tokens",
     "part_tree",

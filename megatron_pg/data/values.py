@@ -16,6 +16,7 @@ MAX_TOKEN_ID = 2**31 - 1
 # Deeper values end in the interpreter's RecursionError sooner or later, by the depth of the stack
 # and by a limit that libraries change (PyTorch's compiler does).
 MAX_NESTING = 64
+TOO_DEEP = f"is nested too deeply, at most {MAX_NESTING} levels are read"
 _NESTED = (dict, list, tuple)
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 
@@ -132,7 +133,7 @@ def nesting_problem(value: Any) -> str | None:
         if not held:
             return None
         level = list(held.values())
-    return f"is nested too deeply, at most {MAX_NESTING} levels are read"
+    return TOO_DEEP
 
 
 def show(value: Any) -> str:

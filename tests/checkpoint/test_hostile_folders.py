@@ -179,6 +179,7 @@ def bad_json(folder: Path, rng: random.Random) -> tuple[str, ...]:
         "null",
         "\ufeff" + text,
         "[" * 100_000,
+        f'{text[:-1]}, "deep": {"[" * 200 + "]" * 200}}}',
         text[:-1] + ', "vocab_size": 11, "weight_map": {}, "vocab_size": 11}',
     )
     (folder / file).write_text(rng.choice(contents), encoding="utf-8")

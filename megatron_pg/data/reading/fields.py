@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, get_args
 
+from ..json_text import parse_json_text
 from ..types import Status
 from ..values import (
     logprob_problem,
-    nesting_problem,
     number_problem,
     numbers_problem,
     reward_problem,
@@ -74,11 +73,9 @@ def _check_status(value: Any) -> str | None:
 def _check_metadata(value: Any) -> str | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return f"is the string {show(value)}, which is no JSON object"
-        if wrong := nesting_problem(value):
-            return wrong
+            value = parse_json_text(value)
+        except ValueError as error:
+            return f"is the string {show(value)}, which is no JSON object: {error}"
     return None if isinstance(value, dict) else f"must be an object, got {show(value)}"
 
 

@@ -14,7 +14,8 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from ..values import nesting_problem
+from ..json_text import unique_keys
+from ..values import TOO_DEEP, nesting_problem
 from .problems import Problems
 
 Record = tuple[str, dict[str, Any]]
@@ -84,12 +85,12 @@ def read_json_records(path: Path, problems: Problems) -> Iterator[Record]:
         return
     try:
         text = content.removeprefix(_MARK).decode("utf-8")
-        records = json.loads(text, object_pairs_hook=_unique_keys)
+        records = json.loads(text, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         problems.add(str(path), f"is not UTF-8 (byte {error.start}); re-encode the file")
         return
     except RecursionError:
-        problems.add(str(path), "is nested too deeply")
+        problems.add(str(path), TOO_DEEP)
         return
     except ValueError as error:
         problems.add(str(path), f"is no JSON: {error}")
@@ -185,11 +186,11 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
     """The object of a line, or what is wrong with it."""
     line = line.removeprefix(_MARK).strip()
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return f"is not UTF-8 (byte {error.start}); re-encode the file"
     except RecursionError:
-        return "is nested too deeply"
+        return TOO_DEEP
     except ValueError as error:
         if b"\0" in line:
             return "is not UTF-8 but perhaps UTF-16; re-encode the file"
@@ -217,12 +218,3 @@ def _import_pyarrow() -> Any:
         message = "parquet files need pyarrow: pip install 'megatron_pg[train]'"
         raise ImportError(message) from error
     return pyarrow
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return record
