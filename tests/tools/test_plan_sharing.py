@@ -366,9 +366,10 @@ def test_all_settings_are_refused_at_once(
     with pytest.raises(ValueError, match="tp=0 must be at least 1"):
         predict_at(groups, dims, Settings(sizes=ParallelSizes(tp=0)), [8])
     # Beside a model that cannot be read, the values alone.
-    (rollouts.parent / "config.json").write_text("{")
-    message = refusal(capsys, rollouts, *more)
-    assert "4 problem(s)" in message and "config.json is no JSON" in message
+    for text in ("{", "[" * 100_000, '{"vocab_size": 11, "vocab_size": 12}'):
+        (rollouts.parent / "config.json").write_text(text)
+        message = refusal(capsys, rollouts, *more)
+        assert "4 problem(s)" in message and "config.json is no JSON" in message
 
 
 def test_a_tokenizer_that_is_none_is_refused(
@@ -1070,6 +1071,29 @@ def test_the_budget_follows_the_fullest_stage(
     got = report(rollouts, "--activation-gib", str(gib), "--pp", "2")
     # Prompts that stay beside a row keep as much on this stage.
     assert got["recommended_max_tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(text_config="a"), "has text_config='a', must be an object"),
+        (dict(text_config=dict(model_type=[1])), "has model_type=[1], must be text"),
+        (dict(num_hidden_layers=2**70), "has num_hidden_layers=1180591620717411303424, at most"),
+        (dict(num_hidden_layers=10**9), "has num_hidden_layers=1000000000, at most 10000 are"),
+    ],
+)
+def test_descriptions_that_keep_all_else_from_being_read(
+    tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF | change))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        read_model(tmp_path)
+
+
+def test_a_description_without_its_own_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF | dict(text_config=None)))
+    (tmp_path / "plain.json").write_text(json.dumps(HF))
+    assert read_model(tmp_path) == read_model(tmp_path / "plain.json")
 
 
 GATED_DELTA = dict(

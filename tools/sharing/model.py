@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,8 @@ from megatron_pg.data import (
     AttentionSizes,
     CostModel,
     LinearSizes,
+    parse_json_text,
+    shorten,
 )
 from megatron_pg.parallel import ModelSizes, ParallelSizes, exchanged_values
 from tools.sharing.hybrids import HF_HYBRIDS, hf_pattern
@@ -53,6 +54,8 @@ UNGATED = {
     *("phi", "starcoder2", *HF_HYBRIDS),
 }
 
+# Lists have an entry for each.
+_MOST_LAYERS = 10_000
 _HF_KEYS = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
     "vocab_size",
@@ -191,13 +194,13 @@ def read_model(path: Path) -> ModelDims:
     if file is None:
         raise ValueError(f"{path} holds no config.json and no args.json; name the model's folder")
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
+        values = parse_json_text(file.read_bytes())
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file} is no JSON ({error}); save the model's config anew") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object; save the model's config anew")
     held, refusal = training_model(values, str(file))
-    values = values.get("text_config", values)
+    values = _of_text(values, str(file))
     is_hf = any(key in values for key in ("num_hidden_layers", "n_layer"))
     is_hf |= values.get("model_type") in HF_HYBRIDS
     if held is not None and is_hf:
@@ -210,7 +213,7 @@ def read_model(path: Path) -> ModelDims:
         _check_sizes(dims)
     except (NotImplementedError, ValueError) as error:
         raise ValueError(f"{file} (model_type={values.get('model_type')!r}): {error}") from error
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{file} has sizes that are no numbers ({error}); correct it") from error
     except KeyError as error:
         keys = _MEGATRON_KEYS if not is_hf else _GPT2_KEYS if "n_layer" in values else _HF_KEYS
@@ -223,6 +226,22 @@ def read_model(path: Path) -> ModelDims:
             "swiglu"
         ) from error
     return replace(dims, training_refusal=refusal)
+
+
+def _of_text(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The part that describes the decoder, once nothing in it keeps the rest from being read."""
+    text = values.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ValueError(f"{where} has text_config={shorten(text)}, must be an object; correct it")
+    values = values if text is None else text
+    if not isinstance(kind := values.get("model_type"), str | None):
+        raise ValueError(f"{where} has model_type={shorten(kind)}, must be text; correct it")
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        number = values.get(name)
+        if isinstance(number, int) and number > _MOST_LAYERS:
+            most = f"at most {_MOST_LAYERS} are read; correct it"
+            raise ValueError(f"{where} has {name}={shorten(number)}, {most}")
+    return values
 
 
 def _arguments(model: HfModel) -> dict[str, Any]:
