@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("reading", "cost", "shape", "planning", "roofline", "pack"),
     ),
     "checkpoint": (
-        *("files", "table", "description", "families", "arguments", "folders"),
+        *("files", "new_folder", "table", "description", "families", "arguments", "folders"),
         *("load", "export", "one_rank", "sharded_state", "convert", "reshard", "verify"),
         *("inspect", "bridge"),
     ),

@@ -28,6 +28,7 @@ from .folders import (
 )
 from .inspect import CheckpointSummary, inspect_checkpoint
 from .load import load_hf, load_weights
+from .new_folder import InUseError, LockedFile, lock_file
 from .one_rank import one_rank
 from .reshard import reshard_checkpoint
 from .sharded_state import load_sharded_state
@@ -41,6 +42,8 @@ __all__ = [
     "HF_FOLDER",
     "HfFolder",
     "HfModel",
+    "InUseError",
+    "LockedFile",
     "LogitComparison",
     "MegatronFolder",
     "TRACKER",
@@ -64,6 +67,7 @@ __all__ = [
     "load_hf",
     "load_sharded_state",
     "load_weights",
+    "lock_file",
     "make_megatron_args",
     "megatron_to_hf",
     "megatron_to_hf_by_bridge",

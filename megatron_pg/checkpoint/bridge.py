@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .families import FAMILIES
-from .files import atomic_folder, check_absent, read_json
+from .files import read_json
+from .new_folder import atomic_folder, check_absent
 
 
 def hf_to_megatron_by_bridge(hf_dir: str | Path, out_dir: str | Path) -> Path:

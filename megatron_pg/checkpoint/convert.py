@@ -11,7 +11,6 @@ import torch
 
 from ..parallel import ParallelSizes, PipelineSplit
 from .arguments import make_megatron_args
-from .files import atomic_folder, check_absent
 from .folders import (
     MAX_SHARD_BYTES,
     HfFolder,
@@ -29,6 +28,7 @@ from .folders import (
     write_tracker,
     written_places,
 )
+from .new_folder import atomic_folder, check_absent
 from .table import make_shard
 
 _LINEAR = re.compile(r"(.+\.(?:linear_\w+|in_proj|out_proj))\.weight(?:\.query|\.z)?")

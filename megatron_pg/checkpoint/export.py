@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from ..parallel import on_all_ranks
 from .description import HfModel, read_hf_config
-from .files import finish_folder, partial_path, start_folder
 from .folders import (
     MAX_SHARD_BYTES,
     CarriedTensors,
@@ -31,6 +29,7 @@ from .load import (
     shard_position,
     unwrap,
 )
+from .new_folder import NewFolder, partial_path
 from .table import HEAD, Merger
 
 T = TypeVar("T")
@@ -94,8 +93,24 @@ def export_hf(
         NotImplementedError: on every rank: an unsupported architecture or setting of the source,
             or experts in the layout of the legacy grouped GEMM. Nothing is left behind.
     """
-    out, source = Path(out_dir), Path(source_hf_dir)
+    own: list[NewFolder] = []
     chunks = [unwrap(model) for model in models]
+    try:
+        _export(chunks, Path(out_dir), Path(source_hf_dir), dtype, max_shard_bytes, own)
+    finally:
+        for folder in own:
+            folder.close()
+
+
+def _export(
+    chunks: Sequence[Any],
+    out: Path,
+    source: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    own: list[NewFolder],
+) -> None:
+    """``export_hf``; the first rank's folder is in ``own`` as soon as it is begun."""
 
     def prepare() -> tuple[HfModel, CarriedTensors]:
         hf_model = read_hf_config(source)
@@ -103,7 +118,7 @@ def export_hf(
             check_built_for(chunk, hf_model, source)
         carried = open_carried(source, hf_model)
         if dist.get_rank() == 0:
-            start_folder(out)
+            own.append(NewFolder(out))
         return hf_model, carried
 
     hf_model, carried = _together(prepare)
@@ -126,24 +141,20 @@ def export_hf(
         writer.finish()
 
     def publish() -> None:
-        if dist.get_rank() == 0:
+        for folder in own:
             model = replace(hf_model, dtype=stored)
-            write_hf_metadata(partial_path(out), files, model, source)
-            finish_folder(out)
+            write_hf_metadata(folder.partial, files, model, source)
+            folder.publish()
 
-    try:
-        for name, tensor in iter_hf_tensors(chunks, hf_model):
-            # After a failure the others still wait in the collectives of this loop.
-            if writers[name] == dist.get_rank() and failure is None:
-                try:
-                    writer.add(name, tensor)
-                except Exception as error:
-                    failure = error
-        _together(complete)
-        _together(publish)
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial_path(out), ignore_errors=True)
+    for name, tensor in iter_hf_tensors(chunks, hf_model):
+        # After a failure the others still wait in the collectives of this loop.
+        if writers[name] == dist.get_rank() and failure is None:
+            try:
+                writer.add(name, tensor)
+            except Exception as error:
+                failure = error
+    _together(complete)
+    _together(publish)
 
 
 def _writers(

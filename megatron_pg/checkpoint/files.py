@@ -1,12 +1,8 @@
-"""Files: JSON, dtype names, and folders that appear complete or not at all."""
+"""What the files of a checkpoint have in common: JSON, and the names of dtypes."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,64 +68,3 @@ def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A ``config.json``'s content that names another dtype."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-
-
-def check_absent(path: Path) -> None:
-    """Refuse an output folder that holds something, or that cannot be made.
-
-    Raises:
-        ValueError: naming the folder and the remedy.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is not empty; remove it or pass another out_dir=DIR")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{parent}: no permission to write; pass another out_dir=DIR")
-
-
-def partial_path(path: Path) -> Path:
-    """Where a folder is written before it is complete: beside it, under a hidden name."""
-    path = path.absolute()
-    return path.parent / f".{path.name}.partial"
-
-
-def start_folder(path: Path) -> Path:
-    """Make the empty partial folder of ``path``; what an interrupted run left there goes."""
-    check_absent(path)
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def finish_folder(path: Path) -> None:
-    """Rename the partial folder to ``path``, in one step; files get ordinary permissions."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in partial_path(path).rglob("*"):
-        if file.is_file():
-            # safetensors makes files that only their owner may read.
-            file.chmod(0o666 & ~umask)
-    if path.is_dir():
-        path.rmdir()
-    os.replace(partial_path(path), path.absolute())
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder that appears at ``path`` when the block ends well, and not at all otherwise.
-
-    Raises:
-        ValueError: if ``path`` holds something, cannot be written, or the disk is full.
-    """
-    path = Path(path)
-    partial = partial_path(path)
-    try:
-        yield start_folder(path)
-        finish_folder(path)
-    except OSError as error:
-        raise ValueError(f"{path}: writing failed ({error}); nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..parallel import ParallelSizes, PipelineSplit
 from .arguments import LAYOUT_ARGUMENTS, check_layout, make_megatron_args
 from .convert import Progress, write_megatron_weights
-from .files import atomic_folder, check_absent
 from .folders import (
     COMMON_STATE,
     Chunk,
@@ -29,6 +28,7 @@ from .folders import (
     write_hf_metadata_folder,
     write_tracker,
 )
+from .new_folder import atomic_folder, check_absent
 from .table import EMBEDDING, HEAD, check_finite
 
 _NOT_RESHARDABLE = "optimizer.distributed.dp_group_idx"

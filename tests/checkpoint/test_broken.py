@@ -22,11 +22,11 @@ from megatron_pg.checkpoint import (
     inspect_checkpoint,
     load_weights,
     megatron_to_hf,
+    new_folder,
     open_weights,
     read_hf_config,
     reshard_checkpoint,
 )
-from megatron_pg.checkpoint import files as checkpoint_files
 from megatron_pg.checkpoint.one_rank import build_gpt, one_rank
 
 pytestmark = pytest.mark.megatron
@@ -264,7 +264,7 @@ def test_output(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         hf_to_megatron(models / "llama", tmp_path / "full")
     with pytest.raises(ValueError, match="no permission|file"):
         hf_to_megatron(models / "llama", tmp_path / "full/file/out")
-    monkeypatch.setattr(checkpoint_files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(new_folder.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="no permission to write"):
         megatron_to_hf(models / "llama-megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full"]
@@ -319,8 +319,8 @@ def test_wrong_folder(case: str, models: Path, tmp_path: Path) -> None:
 
 def test_interrupted(models: Path, tmp_path: Path) -> None:
     """What is left by a killed conversion does not look finished, and the next one succeeds."""
-    partial = checkpoint_files.start_folder(tmp_path / "out")
-    (partial / "release").mkdir()
+    (tmp_path / ".out.partial" / "release").mkdir(parents=True)
+    (tmp_path / ".out.lock").write_text("process 1 on host elsewhere")
     assert not (tmp_path / "out").exists()
     hf_to_megatron(models / "llama", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

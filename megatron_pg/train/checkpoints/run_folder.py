@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import socket
 import tempfile
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
+from ...checkpoint import InUseError, LockedFile, lock_file
 from ...parallel import on_first_rank
 from ..config import TrainConfig
 
@@ -21,9 +18,6 @@ LOCK = "run.lock"
 _CANNOT = "cannot be written"
 # What torch's archive says of a file that takes no more.
 _TORCH_CANNOT = ("inline_container", "PytorchStreamWriter", "iostream error")
-
-# Answers of file systems that have no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -73,9 +67,7 @@ class FolderLock:
     """Keeps every other run out of a folder until it is released or this process ends.
 
     The kernel holds the lock and gives it back however the process ends: what a killed run leaves
-    behind keeps nobody out. Between hosts it holds where the network file system passes ``flock``
-    on (NFS unless mounted with ``nolock`` or ``local_lock``, Lustre with ``-o flock``), else on
-    one host.
+    behind keeps nobody out. How far it reaches says ``lock_file``.
 
     Args:
         folder: made if it is not there.
@@ -93,24 +85,35 @@ class FolderLock:
         self._folder = folder.absolute()
         self._label = f"{setting}={folder}"
         self._made: list[Path] = []
-        self._file: BinaryIO | None = None
+        self._locked: LockedFile | None = None
         try:
             self._made = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
-            self._file = self._acquire()
-            self._write_holder(self._file)
+            while self._locked is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._locked = lock_file(self._folder / LOCK)
+        except InUseError as error:
+            raise ValueError(
+                f"{self._label} is in use by another run ({error}); wait for it, stop it, or "
+                "choose another folder"
+            ) from error
         except OSError as error:
             self.release()
             raise ValueError(
                 f"{self._label} cannot be written ({_reason(error)}): a run keeps its files there; "
                 f"mend that, or choose another {setting}"
             ) from error
+        if self._locked.no_locks is not None:
+            self.warning = (
+                f"{self._label} lies on a file system without locks "
+                f"({_reason(self._locked.no_locks)}): nothing keeps a second run out of it"
+            )
         own = weakref.ref(self)
         # A fork would hold the lock as long as it lives.
         os.register_at_fork(after_in_child=lambda: _close(own()))
 
     def release(self) -> None:
         """Let others in. What was made for the lock and holds nothing else goes."""
-        if self._file is not None:
+        if self._locked is not None:
             with suppress(OSError):
                 (self._folder / LOCK).unlink()
         self.close()
@@ -120,40 +123,9 @@ class FolderLock:
 
     def close(self) -> None:
         """Give up this process's part in the lock."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _acquire(self) -> BinaryIO:
-        while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            file = os.fdopen(os.open(self._folder / LOCK, flags, 0o666), "r+b", buffering=0)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = file.read(300).decode(errors="replace").strip()
-                raise ValueError(
-                    f"{self._label} is in use by another run ({holder or 'which has just begun'}); "
-                    "wait for it, stop it, or choose another folder"
-                ) from error
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                self.warning = (
-                    f"{self._label} lies on a file system without locks ({_reason(error)}): "
-                    "nothing keeps a second run out of it"
-                )
-                return file
-            # Another run may have released, and removed, the file that was opened.
-            if _is_at(file, self._folder / LOCK):
-                return file
-            file.close()
-
-    def _write_holder(self, file: BinaryIO) -> None:
-        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}\n".encode())
+        if self._locked is not None:
+            self._locked.file.close()
+            self._locked = None
 
 
 @contextmanager
@@ -208,13 +180,6 @@ def _reason(error: OSError) -> str:
     if isinstance(error, FileExistsError):
         return "it is a file"
     return error.strerror or str(error)
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _close(lock: FolderLock | None) -> None:
