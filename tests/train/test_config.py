@@ -68,6 +68,8 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["rollout.group_across_files=1"], "rollout.group_across_files=1 must be true or false"),
         (["model.transformer=3"], "model.transformer=3 must be a mapping"),
         (["model.hf=3"], "model.hf=3 must be text or null"),
+        (["run.out=~/runs"], "run.out='~/runs' begins with ~, which only a shell"),
+        (["rollout.server.export_dir=~/a"], "export_dir='~/a' begins with ~, which"),
         (["rollout.source=file"], "must be one of recorded, model, server, module:name"),
         (["rollout.task=3"], "rollout.task must be a mapping, got 3"),
         # Ranges.
@@ -75,6 +77,9 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["algorithm.ppo_epochs=0"], "algorithm.ppo_epochs=0 must be at least 1"),
         (["optimizer.lr=-1e-3"], "optimizer.lr=-0.001 must be at least 0"),
         (["optimizer.lr=.nan"], "optimizer.lr=nan must be finite"),
+        ([f"run.seed={2**53 + 1}"], "run.seed must be at most 2**53 (9007199254740992)"),
+        ([f"run.num_steps={'9' * 400}"], "run.num_steps must be at most 2**53"),
+        ([f"run.seed=-{'9' * 400}"], "999 must be at least 0"),
         (["optimizer.lr=.inf"], "optimizer.lr=inf must be finite and at least 0"),
         (["optimizer.adam_eps=.inf"], "optimizer.adam_eps=inf must be finite and above 0"),
         (["optimizer.adam_beta2=1"], "optimizer.adam_beta2=1.0 must be below 1"),
@@ -240,6 +245,10 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["num_steps"], "override 'num_steps' must be section.key=value"),
         (["num_steps=3"], "override 'num_steps=3' must be section.key=value"),
         (["run.out=${nothing}"], "no valid YAML configuration"),
+        (
+            ["rollout.files=" + "[" * 900 + "]" * 900],
+            "YAML configuration: nested too deeply",
+        ),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(

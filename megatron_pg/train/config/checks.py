@@ -42,6 +42,14 @@ def config_problems(config: TrainConfig) -> list[str]:
             "parallel.expert_model_parallel_size=1, got "
             f"{config.parallel.expert_model_parallel_size}, or use a server"
         )
+    folders = {"run.out": config.run.out}
+    folders["rollout.server.export_dir"] = config.rollout.server.export_dir or ""
+    # What is read is missing there; what is written would make a folder of that name.
+    problems += [
+        f"{name}={folder!r} begins with ~, which only a shell reads as a home; write the whole path"
+        for name, folder in folders.items()
+        if folder.startswith("~")
+    ]
     if config.run.export_hf and config.model.hf is None:
         problems.append("run.export_hf needs model.hf, whose configuration and tokenizer it takes")
     if 0 <= config.optimizer.lr < config.optimizer.min_lr:

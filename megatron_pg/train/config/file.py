@@ -66,6 +66,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         content = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} is no valid YAML configuration: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no valid YAML configuration: nested too deeply") from error
     problems: list[str] = []
     _register_own(content, problems)
     config = _read(TrainConfig, content, "", problems)

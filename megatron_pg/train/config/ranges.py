@@ -63,6 +63,8 @@ _ABOVE_ZERO = (
 )
 _BELOW_ONE = ("optimizer.adam_beta1", "optimizer.adam_beta2")
 _AT_MOST_ONE = {"rollout.top_p": ", which turns it off"}
+# A float holds every integer up to here; seeds are added to, and torch takes 64 bits of them.
+_MOST = 2**53
 # key -> smallest and largest value
 _BETWEEN = {"rollout.task.held_out_share": (0.01, 0.99)}
 
@@ -78,18 +80,21 @@ def range_of(path: str) -> str:
 
 def out_of_range(config: TrainConfig) -> Iterator[str]:
     """Every number of a configuration that lies outside its range."""
+    large = [path for path in _numbers(config, int) if _value(config, path) > _MOST]
+    yield from (f"{path} must be at most 2**53 ({_MOST})" for path in large)
     for path in (*_AT_LEAST, *_ABOVE_ZERO):
         value = _value(config, path)
-        if value is None or isinstance(value, str):
+        if value is None or isinstance(value, str) or path in large:
             # Some have a word for no number.
             continue
         if path in _ABOVE_ZERO:
             wrong, rule = not value > 0, "above 0"
         else:
             wrong, rule = value < _AT_LEAST[path], f"at least {_AT_LEAST[path]:g}"
-        if wrong or not math.isfinite(value):
-            yield f"{path}={value!r} must be {'finite and ' * (not math.isfinite(value))}{rule}"
-    for path in _floats(config):
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if wrong or infinite:
+            yield f"{path}={value!r} must be {'finite and ' * infinite}{rule}"
+    for path in _numbers(config, float):
         told = (*_AT_LEAST, *_ABOVE_ZERO, *_BETWEEN)
         if path not in told and not math.isfinite(_value(config, path)):
             yield f"{path}={_value(config, path)!r} must be finite"
@@ -104,13 +109,13 @@ def out_of_range(config: TrainConfig) -> Iterator[str]:
             yield f"{path}={_value(config, path)!r} must be at most 1{meaning}"
 
 
-def _floats(section: Any, prefix: str = "") -> Iterator[str]:
-    """Every key whose value is a float."""
+def _numbers(section: Any, kind: type, prefix: str = "") -> Iterator[str]:
+    """Every key whose value is of a kind, int or float."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _floats(value, f"{prefix}{field.name}.")
-        elif isinstance(value, float):
+            yield from _numbers(value, kind, f"{prefix}{field.name}.")
+        elif type(value) is kind:
             yield f"{prefix}{field.name}"
 
 
