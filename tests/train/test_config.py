@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("megatron.core")
 
+from megatron_pg.loss import PolicyLossConfig  # noqa: E402
 from megatron_pg.train import DryRun, TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.config.file import config_dict  # noqa: E402
@@ -269,6 +270,30 @@ def test_all_problems_are_in_one_error(tmp_path: Path, sections: dict[str, Any])
     sections["run"]["nmu_steps"] = sections["modle"] = {}
     with pytest.raises(ValueError, match=r"^2 problem\(s\)"):
         load(tmp_path, sections)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "transformer"),
+    [
+        (["model.transformer={num_layers: 2}"], {"num_layers": 2, "hidden_size": 32}),
+        (["model.transformer={}"], {}),
+        (["model.transformer={ }"], {}),
+        (["model.transformer={}", "model.transformer.num_layers=2"], {"num_layers": 2}),
+        (["model.transformer.num_layers=2", "model.transformer={}"], {}),
+    ],
+)
+def test_an_empty_mapping_removes_what_the_file_has(
+    tmp_path: Path, sections: dict[str, Any], overrides: list[str], transformer: dict[str, Any]
+) -> None:
+    sections["model"]["transformer"] = {"num_layers": 4, "hidden_size": 32}
+    config = load(tmp_path, sections, *overrides)
+    assert config.model.transformer == transformer and config.model.hf == sections["model"]["hf"]
+
+
+def test_an_empty_section_is_its_defaults(tmp_path: Path, sections: dict[str, Any]) -> None:
+    sections["algorithm"] = {"policy": {"policy_loss": "cispo"}}
+    assert load(tmp_path, sections).algorithm.policy.policy_loss == "cispo"
+    assert load(tmp_path, sections, "algorithm.policy={}").algorithm.policy == PolicyLossConfig()
 
 
 def test_what_is_given_is_what_is_read(tmp_path: Path, sections: dict[str, Any]) -> None:

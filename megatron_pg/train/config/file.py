@@ -47,6 +47,9 @@ _HIDDEN = "***"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and ``section.key=value`` overrides; a section left empty is its defaults.
 
+    Overrides apply in order. One that is a mapping sets the fields that it has and leaves the
+    file's others; the empty one leaves none.
+
     Raises:
         ValueError: naming the file, the key and the nearest valid one, or the value and what was
             expected. One error has all unknown keys and wrong types; once there are none, one has
@@ -62,7 +65,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if "=" not in override or "." not in override.split("=")[0]:
             raise ValueError(f"override {override!r} must be section.key=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.load(path)
+        for override in overrides:
+            key, value = override.split("=", 1)
+            if value.replace(" ", "") == "{}":
+                # A merge would leave what the file has there, as if nothing were said.
+                OmegaConf.update(merged, key, {}, merge=False)
+            else:
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         content = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} is no valid YAML configuration: {error}") from error

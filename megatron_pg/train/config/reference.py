@@ -31,8 +31,9 @@ _INTRODUCTION = """\
 # Every field of a configuration
 
 A YAML file has these sections. What it leaves out has its default, and `section.key=value` on the
-command line goes before the file. Numbers are finite. Unknown keys, wrong types and values out of
-range are refused, all in one message.
+command line goes before the file; of a mapping it sets the fields that it names, and `{}` removes
+all. Numbers are finite. Unknown keys, wrong types and values out of range are refused, all in one
+message.
 """
 
 
