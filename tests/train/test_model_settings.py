@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import tanh
 
 pytest.importorskip("megatron.core")
 
@@ -20,6 +21,7 @@ from megatron_pg.train import TrainConfig, dry_run, load_config  # noqa: E402
 from megatron_pg.train.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_pg.train.model import plan as model_plan  # noqa: E402
 from megatron_pg.train.model.plan import check_attention, plan_model  # noqa: E402
+from megatron_pg.train.model.transformer_settings import transformer_settings  # noqa: E402
 from megatron_pg.train.rollouts import open_sampling  # noqa: E402
 from tests.train import tiny  # noqa: E402
 
@@ -86,6 +88,20 @@ def plan(transformer: dict[str, Any], **parallel: Any) -> TransformerConfig:
     return plan_model(model, ParallelConfig(**parallel)).config
 
 
+def test_a_squared_relu_is_given_by_its_name() -> None:
+    activation = plan(SIZES | dict(activation_func="squared_relu")).activation_func
+    assert activation(torch.tensor([-2.0, 3.0])).tolist() == [0.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown"), [("silu", "'silu'"), ("squared_relu", "'squared_relu'"), (tanh, "'tanh'")]
+)
+def test_what_a_folder_says_is_shown_as_a_file_would_say_it(kept: Any, shown: str) -> None:
+    named = plan(SIZES | dict(activation_func=kept)).activation_func if kept is not tanh else tanh
+    with pytest.raises(ValueError, match=f"contradicts model.hf, which says {shown}; remove it"):
+        transformer_settings({"activation_func": "relu"}, {"activation_func": named})
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_what_is_not_set_here_says_where(name: str) -> None:
     if name not in INSTALLED:
@@ -118,8 +134,8 @@ def test_what_is_not_set_here_says_where(name: str) -> None:
         ("recompute_granularity", "some", "must be one of 'full', 'selective' or null"),
         ("recompute_modules", "core_attn", "must be a list of text or null"),
         ("recompute_modules", [1], "must be a list of text or null"),
-        ("activation_func", "swish", "must be one of gelu, silu, relu"),
-        ("activation_func", ["silu"], "must be one of gelu, silu, relu"),
+        ("activation_func", "swish", "must be one of gelu, silu, relu, squared_relu"),
+        ("activation_func", ["silu"], "must be one of gelu, silu, relu, squared_relu"),
         ("params_dtype", "fp8", "must be one of bfloat16, float32, float64"),
         ("params_dtype", {}, "must be one of bfloat16, float32, float64"),
         ("num_layer", 4, "did you mean 'num_layers'?"),

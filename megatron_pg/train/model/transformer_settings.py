@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ...mcore import field_verdict, transformer_config_class
@@ -67,7 +68,7 @@ def _field_problems(
     path = f"model.transformer.{name}={given!r}"
     verdict = field_verdict(name)
     if of_hf is not None and name in of_hf and name not in _FREE and value != of_hf[name]:
-        yield f"{path} contradicts model.hf, which says {of_hf[name]!r}; remove it"
+        yield f"{path} contradicts model.hf, which says {_shown(name, of_hf[name])}; remove it"
     elif of_hf is not None and name not in of_hf and _makes_another_model(name, value, field):
         yield f"{path} makes another model of the weights of model.hf; remove it"
     elif verdict is not None and verdict.is_inert and value != field.default:
@@ -79,6 +80,12 @@ def _field_problems(
                 yield f"{path} must be finite"
             elif number < least or (name in _ABOVE_ZERO and number <= 0):
                 yield f"{path} must be {'at least 1' if name in _SIZES else 'above 0'}"
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value as a file would say it; a function that no file can name by its own name."""
+    words = [word for word, named in _NAMED.get(name, {}).items() if named is value]
+    return repr(words[0] if words else getattr(value, "__name__", value))
 
 
 def _makes_another_model(name: str, value: Any, field: Any) -> bool:
@@ -111,6 +118,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "gelu": torch.nn.functional.gelu,
         "silu": torch.nn.functional.silu,
         "relu": torch.nn.functional.relu,
+        "squared_relu": squared_relu,
     },
 }
 _SIZES = {
