@@ -46,7 +46,7 @@ def state_space_scan(
     wide = torch.promote_types(x.dtype, torch.float32)
     before = None if states is None else states.to(wide)
     inputs = [_chunks(y.to(wide), min(chunk_tokens, x.shape[1])) for y in (x, dt, b, c)]
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         out, state = _scan(inputs, rates.to(wide), before)
     return out[:, : x.shape[1]].to(x.dtype), state
 

@@ -108,7 +108,7 @@ def vocab_parallel_logprobs(
         kernels=_logits_kernels(rows.device),
     )
     # The backward makes the logits again, and autocast may be off there: both make the same ones.
-    with torch.autocast(rows.device.type, enabled=False):
+    with torch.autocast("cuda" if rows.is_cuda else "cpu", enabled=False):
         logprobs, entropy = _VocabParallelLogprobs.apply(rows, weight, shard, with_entropy)
     return logprobs, entropy
 
@@ -283,7 +283,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(maxima)
         of_rows = maxima, log_sums, grad_logprobs, entropy, grad_entropy
-        with torch.autocast(rows.device.type, enabled=False):
+        with torch.autocast("cuda" if rows.is_cuda else "cpu", enabled=False):
             for columns in shard.column_blocks():
                 shard.add_gradients(rows, weight, columns, of_rows, grad_rows, grad_weight)
         return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, None, None
