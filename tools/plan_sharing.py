@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_pg.data import Group
-    from tools.sharing.model import ModelDims
+    from tools.sharing.dims import ModelDims
     from tools.sharing.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_pg import PrefixTree
+from tools.sharing.dims import ModelDims
 from tools.sharing.memory import RESIDENT_MODE, layer_memory
-from tools.sharing.model import ModelDims
 from tools.sharing.settings import Settings
 
 

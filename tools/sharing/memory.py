@@ -14,7 +14,7 @@ from megatron_pg.data import (
     ResidencyConfig,
 )
 from megatron_pg.parallel import kv_head_copies
-from tools.sharing.model import ModelDims
+from tools.sharing.dims import ModelDims
 from tools.sharing.settings import Settings
 
 # As it is when nothing is said.

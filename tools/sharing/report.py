@@ -29,8 +29,8 @@ from megatron_pg.data import (
 )
 from tools.flops import packed_flops, written_out_flops
 from tools.sharing.budget import recommend_max_tokens
+from tools.sharing.dims import ModelDims
 from tools.sharing.memory import RESIDENT_MODE, stage_memory
-from tools.sharing.model import ModelDims
 from tools.sharing.rollouts import rollout_report, summary
 from tools.sharing.settings import Settings, raise_problems, setting_problems
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_pg.data import row_budget
 from megatron_pg.parallel import ParallelSizes
 from tools.cli import in_flags
-from tools.sharing.model import ModelDims
+from tools.sharing.dims import ModelDims
 
 
 @dataclass(frozen=True, kw_only=True)
