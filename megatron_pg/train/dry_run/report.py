@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from ...data import PackPlan, card_here, card_or_here
 from ...grpo import TokenCounts, count_tokens
-from ...mcore import validate_config
 from ...parallel import ParallelSizes
 from ...rollout import FilePrompts
-from ..config import TrainConfig, config_problems, raise_problems
-from ..model import (
-    ModelPlan,
-    plan_model,
-    training_configs,
-    validate_trainable,
-    validate_weights,
-)
-from ..rollouts import (
-    Recording,
-    Sampling,
-    check_held_out,
-    open_sampling,
-    read_recording,
-    routes_of_run,
-)
+from ..config import TrainConfig
+from ..model import ModelPlan
+from .inputs import RunInputs, read_inputs
 from .memory import RESIDENT, RunMemory, StageMemory
 from .parameters import ModelModules
 from .prediction import predict_first_step
@@ -34,7 +19,6 @@ from .rows import FirstStep, StepRows, rows_of
 from .text import memory_lines
 from .verdict import judge
 
-T = TypeVar("T")
 # Why groups of a step train nothing.
 _LEFT_OUT = "(status, masks or rewards of their samples)"
 
@@ -93,54 +77,18 @@ def dry_run(config: TrainConfig, world_size: int, card: str | None = None) -> Dr
     Raises:
         ValueError: listing everything else that would stop the run.
     """
-    problems = config_problems(config) + config.parallel.sizes.launch_problems(world_size)
-
-    def attempt(action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except (ValueError, NotImplementedError, ImportError) as error:
-            problems.append(str(error).replace("\n", "\n    "))
-            return None
-
-    plan: ModelPlan | None = None
-    bare: list[str] | None = None
-    if config.model.hf is not None or config.model.vocab_size is not None:
-        plan = attempt(lambda: plan_model(config.model, config.parallel, card=card))
-    recording: Recording | None = None
-    first: FirstStep | None = None
-    if plan is not None:
-        model_plan = plan
-        attempt(lambda: validate_config(model_plan.config))
-        attempt(lambda: validate_trainable(model_plan))
-        attempt(lambda: training_configs(config, model_plan))
-        bare = attempt(lambda: validate_weights(config, may_be_bare=True))
-        if config.rollout.source == "recorded" and config.rollout.files:
-            packing = plan.packing(config.prefix_group)
-            recording = attempt(lambda: read_recording(config, model_plan, packing))
-            if (found := recording) is not None:
-                first = attempt(lambda: FirstStep.of(config, found))
-    sampling: Sampling | None = None
-    if config.rollout.source != "recorded":
-        if plan is not None:
-            model_plan = plan
-            attempt(lambda: routes_of_run(config, model_plan))
-        most = None if plan is None else plan.max_positions
-        sampling = attempt(lambda: open_sampling(config, most))
-        if sampling is not None:
-            task, reward = sampling.task, sampling.reward
-            attempt(lambda: check_held_out(config.run, task, reward))
-    raise_problems("would stop this run", problems)
-    assert plan is not None
+    inputs = read_inputs(config, world_size, card)
+    plan, recording, first = inputs.plan, inputs.recording, inputs.first
     sizes = ParallelSizes.from_config(config.parallel, world_size)
     lines = [_layout_line(sizes)]
     plans: list[list[PackPlan]] | None = None
     if recording is not None and first is not None:
-        plans = first.plans(plan.packing(config.prefix_group), sizes.dp)
+        plans = first.plans(inputs.packing, sizes.dp)
         lines.append(_packing_line(config, len(recording.groups), first, plans))
-    if sampling is not None and isinstance(sampling.task, FilePrompts):
-        lines.append(str(sampling.task))
+    if inputs.sampling is not None and isinstance(inputs.sampling.task, FilePrompts):
+        lines.append(str(inputs.sampling.task))
     lines.append(_machine_line(config, plan, card))
-    lines += [f"{folder} holds no weights, which the run will need" for folder in bare or ()]
+    lines += [f"{folder} holds no weights, which the run will need" for folder in inputs.bare]
     memory = RunMemory(
         config=config,
         plan=plan,
@@ -151,24 +99,35 @@ def dry_run(config: TrainConfig, world_size: int, card: str | None = None) -> Dr
     )
     lines += memory_lines(memory)
     known = card or card_here()
-    if recording is not None and first is not None and first.minibatches and plans and known:
-        seconds = predict_first_step(
-            config,
-            plan,
-            plans,
-            sizes=sizes,
-            card=known,
-            updated=max(stage.updated for stage in memory.stages),
-            num_minibatches=len(first.minibatches),
-            recorded=recording.fields,
-        )
-        lines.append(
-            f"first step on {known} cards in bf16, predicted, at the least: {seconds}"
-            + (f"; pipeline idle {seconds.idle / seconds.total:.0%}" if sizes.pp > 1 else "")
-        )
+    if plans and known:
+        lines += _seconds_line(inputs, plans, memory, known)
     verdict = judge(memory, card) if plan.on_cuda else None
     lines += [str(verdict)] if verdict is not None else []
     return DryRun(tuple(lines), tuple(memory.stages), None if verdict is None else verdict.fits)
+
+
+def _seconds_line(
+    inputs: RunInputs, plans: Sequence[Sequence[PackPlan]], memory: RunMemory, card: str
+) -> Iterator[str]:
+    """Of a first step that trains something."""
+    recording, first = inputs.recording, inputs.first
+    if recording is None or first is None or not first.minibatches:
+        return
+    seconds = predict_first_step(
+        memory.config,
+        memory.plan,
+        plans,
+        sizes=memory.sizes,
+        card=card,
+        updated=max(stage.updated for stage in memory.stages),
+        num_minibatches=len(first.minibatches),
+        recorded=recording.fields,
+    )
+    is_piped = memory.sizes.pp > 1
+    yield (
+        f"first step on {card} cards in bf16, predicted, at the least: {seconds}"
+        + (f"; pipeline idle {seconds.idle / seconds.total:.0%}" if is_piped else "")
+    )
 
 
 def _machine_line(config: TrainConfig, plan: ModelPlan, card: str | None) -> str:
