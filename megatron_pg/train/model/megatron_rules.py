@@ -69,6 +69,26 @@ def megatron_problems(
         yield from ignored_expert_settings(config, asked)
 
 
+def position_problems(config: TransformerConfig, position_embedding_type: str) -> Iterator[str]:
+    """Positions that attention of the model does not take, or that turn no whole pairs."""
+    if config.multi_latent_attention:
+        if position_embedding_type != "rope":
+            yield (
+                f"position_embedding_type={position_embedding_type!r}: latent attention turns its "
+                "own part of queries and keys; leave it at 'rope'"
+            )
+        if config.qk_pos_emb_head_dim % 2:
+            yield (
+                f"qk_pos_emb_head_dim={config.qk_pos_emb_head_dim} must be even: rotary positions "
+                "turn pairs of channels"
+            )
+    elif position_embedding_type in ("rope", "yarn") and config.kv_channels % 2:
+        yield (
+            f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
+            "be even: rotary positions turn pairs of channels"
+        )
+
+
 def _width_problems(config: TransformerConfig) -> Iterator[str]:
     if config.kv_channels < 1:
         yield (

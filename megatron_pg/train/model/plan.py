@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from ...checkpoint import HfModel, make_megatron_args, read_hf_config
 from ...data import AttentionSizes, LayerKind, layer_kinds
 from ...grpo import PackingConfig, PrefixGroupConfig, row_cost_model
 from ...mcore import cpu, layer_windows, make_transformer_config, validate_config
-from ...parallel import PipelineSplit
+from ...parallel import ParallelSizes, PipelineSplit
 from ..config import ModelConfig, ParallelConfig, needs_vocab_size_message, raise_problems
 from .expert_rules import check_expert_biases
 from .fusions import OF_TE, Machine, fusion_defaults
 from .linear_rules import kernel_problems, undivided_problems
-from .megatron_rules import megatron_problems
+from .megatron_rules import megatron_problems, position_problems
 from .transformer_settings import refused_settings, transformer_settings
 
 
@@ -109,22 +109,53 @@ def plan_model(
         NotImplementedError: on a Hugging Face model that is not supported (``read_hf_config``).
     """
     sizes = parallel.sizes
+    hf: HfModel | None = None if model.hf is None else read_hf_config(model.hf)
     settings: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    if model.hf is not None:
-        hf: HfModel = read_hf_config(model.hf)
-        settings |= hf.transformer_config()
-        gpt = hf.gpt_model(
-            tp_size=sizes.tp, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
-        )
-        if model.max_position_embeddings is not None:
-            hf.check_positions(model.max_position_embeddings)
-            gpt["max_sequence_length"] = model.max_position_embeddings
-        vocab_size = hf.vocab_size
-    else:
+    if hf is None:
         gpt, vocab_size = _from_scratch(model, sizes.tp)
-    of_hf = None if model.hf is None else dict(settings)
+    else:
+        gpt, vocab_size = _of_folder(hf, model, sizes.tp)
+        settings |= hf.transformer_config()
+    of_hf = None if hf is None else dict(settings)
     machine = _machine(model.transformer_impl, card is not None)
-    settings |= {
+    settings |= _settings_of_run(sizes, machine)
+    overrides = transformer_settings(model.transformer, of_hf)
+    settings |= overrides
+    fused = fusion_defaults(settings, gpt["position_embedding_type"], machine)
+    settings |= {name: value for name, value in fused.items() if name not in overrides}
+    # Megatron-Core refuses kernels that are not installed here, wherever the model is to run.
+    elsewhere = {} if machine.is_here else {n: settings.pop(n) for n in OF_TE if n in settings}
+    if settings.get("multi_latent_attention") and hf is None:
+        # Its layers have rotary embeddings of their own.
+        settings["rotary_base"] = model.rotary_base
+    settings["pipeline_dtype"] = settings["params_dtype"]
+    settings["bf16"] = settings["params_dtype"] is torch.bfloat16
+    check_expert_biases(settings, sizes)
+    config = _make_config(settings, overrides, parallel)
+    for name, value in elsewhere.items():
+        setattr(config, name, value)
+    problems = list(megatron_problems(config, overrides, sizes.vpp, machine))
+    problems += position_problems(config, gpt["position_embedding_type"])
+    if machine.has_cuda and machine.is_here:
+        problems += kernel_problems(config, gpt.get("hybrid_layer_pattern") or "")
+    raise_problems("with the model's settings", problems)
+    validate_config(config)
+    origin = None
+    if hf is not None and model.hf is not None:
+        args = make_megatron_args(
+            hf,
+            sizes,
+            PipelineSplit.from_config(config),
+            make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+            dtype=config.params_dtype,
+        )
+        origin = Origin(Path(model.hf), args)
+    return ModelPlan(config, gpt, vocab_size, machine.has_te_layers, origin, machine.has_cuda, card)
+
+
+def _settings_of_run(sizes: ParallelSizes, machine: Machine) -> dict[str, Any]:
+    """Fields of ``TransformerConfig`` that are the run's, whatever the model."""
+    settings = {
         "transformer_impl": "transformer_engine" if machine.has_te_layers else "local",
         **sizes.group_arguments(),
         "sequence_parallel": sizes.sp,
@@ -137,22 +168,15 @@ def plan_model(
     if sizes.vpp is not None:
         # Two stages exchange in both directions at once; batched calls would mix them up.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if not machine.has_cuda:
-        settings |= cpu.transformer_config_defaults()
-    overrides = transformer_settings(model.transformer, of_hf)
-    settings |= overrides
-    fused = fusion_defaults(settings, gpt["position_embedding_type"], machine)
-    settings |= {name: value for name, value in fused.items() if name not in overrides}
-    # Megatron-Core refuses kernels that are not installed here, wherever the model is to run.
-    elsewhere = {} if machine.is_here else {n: settings.pop(n) for n in OF_TE if n in settings}
-    if settings.get("multi_latent_attention") and model.hf is None:
-        # Its layers have rotary embeddings of their own.
-        settings["rotary_base"] = model.rotary_base
-    settings["pipeline_dtype"] = settings["params_dtype"]
-    settings["bf16"] = settings["params_dtype"] is torch.bfloat16
-    check_expert_biases(settings, sizes)
+    return settings if machine.has_cuda else settings | cpu.transformer_config_defaults()
+
+
+def _make_config(
+    settings: Mapping[str, Any], overrides: Mapping[str, Any], parallel: ParallelConfig
+) -> TransformerConfig:
+    """Megatron-Core's configuration; what it refuses, in words of the run's."""
     try:
-        config = make_transformer_config(settings)
+        return make_transformer_config(settings)
     except Exception as error:  # whatever Megatron-Core's checks run into
         refused = [*refused_settings(overrides), *undivided_problems(settings)]
         raise_problems("with the model's settings", refused)
@@ -162,25 +186,6 @@ def plan_model(
             f"change of parallel {', '.join(named) or 'a size'}, or of model.transformer "
             f"{', '.join(overrides) or 'a field'}"
         ) from error
-    for name, value in elsewhere.items():
-        setattr(config, name, value)
-    problems = list(megatron_problems(config, overrides, sizes.vpp, machine))
-    problems += _position_problems(config, gpt["position_embedding_type"])
-    if machine.has_cuda and machine.is_here:
-        problems += kernel_problems(config, gpt.get("hybrid_layer_pattern") or "")
-    raise_problems("with the model's settings", problems)
-    validate_config(config)
-    origin = None
-    if model.hf is not None:
-        args = make_megatron_args(
-            hf,
-            sizes,
-            PipelineSplit.from_config(config),
-            make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
-            dtype=config.params_dtype,
-        )
-        origin = Origin(Path(model.hf), args)
-    return ModelPlan(config, gpt, vocab_size, machine.has_te_layers, origin, machine.has_cuda, card)
 
 
 def validate_trainable(plan: ModelPlan) -> None:
@@ -221,23 +226,15 @@ def check_attention(plan: ModelPlan, backend_name: str, device: torch.device) ->
         select_backend(inputs, backend_name)
 
 
-def _position_problems(config: TransformerConfig, position_embedding_type: str) -> Iterator[str]:
-    if config.multi_latent_attention:
-        if position_embedding_type != "rope":
-            yield (
-                f"position_embedding_type={position_embedding_type!r}: latent attention turns its "
-                "own part of queries and keys; leave it at 'rope'"
-            )
-        if config.qk_pos_emb_head_dim % 2:
-            yield (
-                f"qk_pos_emb_head_dim={config.qk_pos_emb_head_dim} must be even: rotary positions "
-                "turn pairs of channels"
-            )
-    elif position_embedding_type in ("rope", "yarn") and config.kv_channels % 2:
-        yield (
-            f"kv_channels={config.kv_channels} (hidden_size / num_attention_heads unless set) must "
-            "be even: rotary positions turn pairs of channels"
-        )
+def _of_folder(hf: HfModel, model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], int]:
+    """Arguments of the model that a folder describes, and its vocabulary without padding."""
+    gpt = hf.gpt_model(
+        tp_size=tp_size, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by
+    )
+    if model.max_position_embeddings is not None:
+        hf.check_positions(model.max_position_embeddings)
+        gpt["max_sequence_length"] = model.max_position_embeddings
+    return gpt, hf.vocab_size
 
 
 def _from_scratch(model: ModelConfig, tp_size: int) -> tuple[dict[str, Any], int]:
