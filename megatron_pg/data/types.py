@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ class Sample:
         metadata: carried along, never read by training.
 
     Raises:
-        ValueError: if a tensor has another shape, dtype or device, if the reward is not finite, or
-            if the loss weight is not above 0.
+        ValueError: if a tensor has another shape, dtype or device, if the reward is not finite, if
+            the loss weight is not above 0, or on an unknown status.
     """
 
     prompt_ids: Tensor
@@ -106,6 +106,8 @@ class Sample:
             raise ValueError(
                 f"loss_weight={weight} must be finite and above 0; mask what is not to be trained"
             )
+        if self.status not in (known := get_args(Status)):
+            raise ValueError(f"status={self.status!r} must be one of {', '.join(known)}")
         if self.status == "aborted" or not len(self.response_ids):
             object.__setattr__(self, "status", "aborted")
             object.__setattr__(self, "loss_mask", torch.zeros_like(self.loss_mask))

@@ -37,6 +37,11 @@ def test_a_prompt_needs_a_token():
         make_sample([], [1])
 
 
+def test_a_status_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="status='done' must be one of completed, truncated, ab"):
+        replace(make_sample([1], [2]), status="done")
+
+
 def test_without_aborted_keeps_order_and_whole_groups():
     kept, aborted, empty = (make_sample([1], r) for r in ([2], [3], []))
     aborted = replace(aborted, status="aborted")

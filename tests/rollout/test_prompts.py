@@ -194,6 +194,12 @@ def test_too_long_prompts_are_refused_or_left_out_and_counted(limit: int, tmp_pa
         prompts(file, **settings)
 
 
+def test_what_becomes_of_long_prompts_is_known(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    with refused("too_long='drop' must be one of refuse, leave_out"):
+        prompts(file, chat=False, too_long="drop")
+
+
 def test_none_that_is_short_enough_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "xxxxx"}])
     with refused(file, "all prompts are too long: 0 from 1 file, 1 left out"):

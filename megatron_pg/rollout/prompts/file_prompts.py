@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -69,6 +69,8 @@ class FilePrompts:
     ) -> None:
         if "{question}" not in template:
             raise ValueError(f"template={template!r} must contain {{question}}")
+        if too_long not in (known := get_args(TooLong)):
+            raise ValueError(f"too_long={too_long!r} must be one of {', '.join(known)}")
         reader = RowReader(
             tokenizer=tokenizer,
             prompt_key=prompt_key,
