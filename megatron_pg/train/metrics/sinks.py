@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...data import parse_json_text
 from ..checkpoints import write_atomically, writing
 from ..config import RunConfig
 from .generations import Generation, Generations, printable, write_generations
@@ -234,15 +235,26 @@ def make_sinks(run: RunConfig, config: Mapping[str, Any], first_step: int) -> li
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Metrics of every complete step of a ``metrics.jsonl``; a torn last line is left out."""
+    """Metrics of every complete step of a ``metrics.jsonl``; a torn last line is left out.
+
+    Raises:
+        ValueError: naming the file and a line before the last one that holds no step.
+    """
     if not path.is_file():
         return []
-    steps = []
-    for line in path.read_text().splitlines():
+    steps: list[dict[str, float]] = []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            step = parse_json_text(line)
+        except ValueError:
+            step = None
+        if isinstance(step, dict) and type(step.get("step")) in (int, float):
+            steps.append(step)
+        elif number < len(lines):
+            # What follows it would be cut off with it.
+            told = "holds no step of a run; restore the file, or remove the line"
+            raise ValueError(f"{path}, line {number} {told}")
     return steps
 
 
