@@ -173,8 +173,6 @@ class Recorded:
         own: what routers with those weights decide.
         layers: places of this rank's layers with experts.
         same_gradients: whether the first update is to the last bit that of a step without replay.
-        alone: recorded over the samples written out; of all layers of a rank.
-        together: recorded over rows, written out.
     """
 
     recorded: list[Tensor]
@@ -182,8 +180,6 @@ class Recorded:
     own: list[Tensor]
     layers: list[int]
     same_gradients: bool
-    alone: list[Tensor]
-    together: list[Tensor]
 
 
 def recorded_step(
@@ -194,23 +190,21 @@ def recorded_step(
         harness.initialize(case)
         config = harness.make_config(case)
         chunks = harness.wrap_ddp(case, config, harness.build(case, config, packed=True))
-
-        def step_of(mode: Any) -> GrpoStep:
-            algorithm = GrpoConfig(router_replay=mode, ppo_epochs=2)
-            return GrpoStep(
-                chunks, vocab_size=harness.VOCAB, algorithm=algorithm, settings=settings
+        recording, plain = (
+            GrpoStep(
+                chunks,
+                vocab_size=harness.VOCAB,
+                algorithm=GrpoConfig(router_replay=mode, ppo_epochs=2),
+                settings=settings,
             )
-
-        recording, plain = step_of("R2"), step_of("disabled")
+            for mode in ("R2", "disabled")
+        )
         batch, other = recording.prepare(groups), plain.prepare(groups)
         recording.backward(batch)
         gradients = harness.named_gradients(chunks)
         plain.backward(other)
         without = harness.named_gradients(chunks)
         same = all(torch.equal(gradients[n], without[n]) for n in without)
-        together, alone = (
-            written_out_routes(plain, of_samples) for of_samples in (groups, one_by_one(groups))
-        )
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for name, parameter in sorted(chunks[0].module.named_parameters()):
@@ -222,9 +216,19 @@ def recorded_step(
             own=routes_of(passed(plain, other)),
             layers=moe_layers(chunks),
             same_gradients=same,
-            alone=alone,
-            together=together,
         )
+
+
+def routes_alone_and_together(
+    case: harness.Case, settings: PrefixGroupConfig, groups: Sequence[Group]
+) -> list[list[Tensor]]:
+    """Routes of all layers of a rank, recorded over samples that stand alone, and over groups."""
+    with harness.on_cpu(case):
+        harness.initialize(case)
+        config = harness.make_config(case)
+        chunks = harness.wrap_ddp(case, config, harness.build(case, config, packed=True))
+        step = GrpoStep(chunks, vocab_size=harness.VOCAB, settings=settings)
+        return [written_out_routes(step, of) for of in (one_by_one(groups), groups)]
 
 
 def passed(step: GrpoStep, batch: StepBatch) -> StepBatch:

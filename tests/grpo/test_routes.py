@@ -29,6 +29,7 @@ from tests.grpo.replay_steps import (  # noqa: E402
     recorded_step,
     replay_case,
     replay_step,
+    routes_alone_and_together,
 )
 from tests.grpo.test_on_ranks import carrying  # noqa: E402
 from tests.mcore import cases, harness  # noqa: E402
@@ -122,10 +123,11 @@ def test_without_replay_samples_that_share_tokens_share_routes(ranks: Pool) -> N
     """A router sees the same hidden state, whether samples share it or stand alone."""
     groups = make_large_groups()
     settings = PrefixGroupConfig(max_tokens_per_microbatch=200)
-    (rank,) = ranks.run(1, recorded_step, replay_case(), settings, groups)
-    assert len(rank.alone) == sum(len(group.samples) for group in groups)
-    for alone, together in zip(rank.alone, rank.together, strict=True):
-        assert torch.equal(alone, together)
+    arguments = (replay_case(), settings, groups)
+    ((alone, together),) = ranks.run(1, routes_alone_and_together, *arguments)
+    assert len(alone) == sum(len(group.samples) for group in groups)
+    for of_sample, shared in zip(alone, together, strict=True):
+        assert torch.equal(of_sample, shared)
 
 
 def test_replicas_replay_routes_that_others_have_brought(ranks: Pool) -> None:
