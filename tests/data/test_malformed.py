@@ -108,6 +108,12 @@ BAD_ROWS = {
     "id beyond int64": (row_with(group_id=2**70), "group_id", "string or an integer"),
     "rollout_id is a float": (row_with(rollout_id=1.5), "rollout_id", "string or an integer"),
     "another name": (row_with(execution_id="a"), "execution_id", "its name here is 'rollout_id'"),
+    "TRL's name": (row_with(completion_ids=[1]), "completion_ids", "here is 'response_ids'"),
+    "SGLang's name": (row_with(output_ids=[1]), "output_ids", "here is 'response_ids'"),
+    "verl's name": (row_with(response_mask=[1]), "response_mask", "its name here is 'loss_mask'"),
+    "a score": (row_with(score=1), "score", "its name here is 'reward'"),
+    "anyone's logprobs": (row_with(logprobs=[0.0]), "logprobs", "are the engine's that sampled"),
+    "whole sequence": (row_with(input_ids=[1]), "input_ids", "say where the response begins"),
     "mask for text": (text_with(loss_mask=[1]), "loss_mask", "text does not determine"),
 }
 

@@ -190,12 +190,33 @@ def _form_errors(row: Mapping[str, Any], *, has_encoder: bool) -> Errors:
 
 
 # What other programs call a field.
-_OTHER_NAMES = {"execution_id": "rollout_id", "trajectory_id": "rollout_id", "uid": "group_id"}
+_OTHER_NAMES = {
+    **dict.fromkeys(("execution_id", "trajectory_id"), "rollout_id"),
+    "uid": "group_id",
+    **dict.fromkeys(("output_ids", "completion_ids"), "response_ids"),
+    **dict.fromkeys(("output", "completion"), "response"),
+    "response_mask": "loss_mask",
+    "score": "reward",
+}
+# What others' names leave open, so that the name nearest in letters may be the wrong one.
+_OPEN_NAMES = {
+    **dict.fromkeys(
+        ("logprobs", "log_probs"),
+        "say whose: 'rollout_logprobs' are the engine's that sampled, 'old_logprobs' those of the "
+        "policy before the update, 'ref_logprobs' the reference model's",
+    ),
+    **dict.fromkeys(
+        ("input_ids", "tokens"),
+        "say where the response begins: give 'prompt_ids' and 'response_ids'",
+    ),
+}
 
 
 def _unknown_field(name: str) -> str:
     if name in _OTHER_NAMES:
         return f"is no field of the schema; its name here is {_OTHER_NAMES[name]!r}"
+    if name in _OPEN_NAMES:
+        return f"is no field of the schema; {_OPEN_NAMES[name]}"
     close = get_close_matches(name, FIELDS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "put it under 'metadata'"
     return f"is no field of the schema; {hint}"
