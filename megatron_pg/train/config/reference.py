@@ -32,8 +32,8 @@ _INTRODUCTION = """\
 
 A YAML file has these sections. What it leaves out has its default, and `section.key=value` on the
 command line goes before the file; of a mapping it sets the fields that it names, and `{}` removes
-all. Numbers are finite. Unknown keys, wrong types and values out of range are refused, all in one
-message.
+all. Numbers are finite. Unknown keys and wrong types are refused, all in one message, and then
+values out of range, likewise.
 """
 
 
