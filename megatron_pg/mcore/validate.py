@@ -184,7 +184,7 @@ def _router_problems(config: TransformerConfig) -> Iterator[str]:
                 "changes; use 'aux_loss' or 'seq_aux_loss'"
             )
     sizes = ParallelSizes.from_config(config)
-    if config.moe_token_dispatcher_type == "allgather" and sizes.ep * sizes.expert_tp > sizes.tp:
+    if config.moe_token_dispatcher_type == "allgather" and sizes.shares_experts:
         yield (
             f"moe_token_dispatcher_type='allgather' with expert_model_parallel_size={sizes.ep}: it "
             "takes the rows of all replicas that share experts to be equally long; set "

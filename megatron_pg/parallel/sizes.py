@@ -84,6 +84,11 @@ class ParallelSizes:
         return self.tp if self.etp is None else self.etp
 
     @property
+    def shares_experts(self) -> bool:
+        """Whether ranks that run other rows exchange tokens with this one's experts."""
+        return self.tp % (self.ep * self.expert_tp) > 0
+
+    @property
     def num_chunks(self) -> int:
         """Model chunks over all pipeline ranks."""
         return self.pp * (self.vpp or 1)

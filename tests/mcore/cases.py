@@ -36,6 +36,8 @@ MOE: dict[str, Any] = dict(
     # Megatron's router takes its softmax in fp32 whatever the model's dtype.
     bound=1e-6,
 )
+# Core refuses it for rows of several lengths.
+ALLGATHER = dict(moe_token_dispatcher_type="allgather", variable_seq_lengths=False)
 
 
 def moe(spec: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]:
@@ -601,7 +603,7 @@ ROUTERS = {
         BOTH, Z, BIAS, MOE_RECOMPUTE, equal=True, tp=2, sp=True, ep=2, etp=1
     ),
     "all_tp2_sp_ep2_etp1_allgather": router(
-        *(AUX, Z, BIAS, dict(moe_token_dispatcher_type="allgather", variable_seq_lengths=False)),
+        *(AUX, Z, BIAS, ALLGATHER),
         tp=2,
         sp=True,
         ep=2,

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_pg import PrefixTree, pack_trees
 from megatron_pg.mcore import PrefixGroupedSeqParams, count_attention_calls
@@ -27,6 +28,7 @@ from tests.mcore.generate_harness import (
     REFUSED,
     STOP_TOKENS,
     VOCAB,
+    Groups,
     assert_drawn,
     assert_same,
     lengths,
@@ -214,8 +216,8 @@ def check_modes() -> None:
     logits = chunks[0](row, params.position_ids[None], None, packed_seq_params=params)
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in chunks[0].parameters())
-    with pytest.raises(ValueError, match="prompts is empty"):
-        sample(chunks, [])
+    with pytest.raises(ValueError, match="seed=-1"):
+        sample(chunks, seed=-1)
     assert [module.training for module in chunks[0].modules()] == modes
     wrapped = harness.wrap_ddp(harness.Case(), chunks[0].config, chunks)
     assert wrapped[0] is not chunks[0]
@@ -233,11 +235,6 @@ def check_refusals() -> None:
         sample([])
     with pytest.raises(ValueError, match="needs PrefixGroupedGPTModel"):
         sample([make_stock(case, chunks)])
-    with (
-        mock.patch.object(chunks[0].config, "expert_model_parallel_size", 2),
-        pytest.raises(NotImplementedError, match="expert_model_parallel_size=2"),
-    ):
-        sample(chunks)
 
 
 def check_parallel(case: harness.Case) -> None:
@@ -246,7 +243,7 @@ def check_parallel(case: harness.Case) -> None:
     of_stages = {field.name for field in fields(PipelineSplit)}
     config = {name: value for name, value in case.config.items() if name not in of_stages}
     pattern = case.pattern and case.pattern.replace("|", "")
-    alone: dict[str, Any] = dict(tp=1, sp=False, cp=1, pp=1, vpp=None, dp=world)
+    alone: dict[str, Any] = dict(tp=1, sp=False, cp=1, pp=1, vpp=None, dp=world, ep=1, etp=None)
     single = replace(case, **alone, config=config, pattern=pattern)
     chunks = make_model(single)
     want = sample(chunks, max_response_tokens=20)
@@ -258,15 +255,37 @@ def check_parallel(case: harness.Case) -> None:
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     mine = range(replica, len(want), case.dp * case.cp)
     prompts = [make_prompts()[i] for i in mine]
+    # A CPU rounds some of fp32's sigmoids by how many are computed at once.
+    bound = 1e-6 if case.config.get("moe_router_score_function") == "sigmoid" else 1e-10
     got = sample(chunks, prompts, prompt_numbers=mine, max_response_tokens=20)
-    assert_same(got, [want[i] for i in mine])
+    assert_same(got, [want[i] for i in mine], bound)
     assert_same(
         sample(chunks, prompts, temperature=0, num_generations=1, max_batch_samples=2),
         [greedy[i] for i in mine],
+        bound,
     )
+    check_uneven_replicas(case, chunks, replica, want, bound)
     assert len(set(lengths(want))) > 3, "samples must end at different steps"
     assert any(n % 2 for n in (sum(length > s for length in lengths(want)) for s in range(20)))
     assert all(chunk.decoder.input_tensor is None for chunk in chunks if not chunk.pre_process)
+
+
+def check_uneven_replicas(
+    case: harness.Case, chunks: list[Any], replica: int, want: Groups, bound: float
+) -> None:
+    """The first replica has a wrong prompt, and then all prompts, in two batches."""
+    shares_experts = case.ep * (case.tp if case.etp is None else case.etp) > case.tp
+    wrong = torch.tensor([3, VOCAB])
+    if replica == 0 or shares_experts:
+        with pytest.raises(ValueError, match=r"prompts\[0\] has tokens outside"):
+            sample(chunks, [wrong] if replica == 0 else make_prompts())
+    own = slice(2 if replica == 0 else 0)
+    got = sample(chunks, make_prompts()[own], max_batch_samples=4, max_response_tokens=20)
+    assert_same(got, want[own], bound)
+    routers = [m for c in chunks for m in c.modules() if isinstance(m, TopKRouter)]
+    assert bool(routers) == (case.config.get("num_moe_experts") is not None)
+    if case.config.get("moe_router_enable_expert_bias"):
+        assert not any(router.local_tokens_per_expert.any() for router in routers)
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -25,7 +25,32 @@ VOCAB = harness.VOCAB - 4  # the model's last columns are padding
 STOP_TOKENS = [7, 23, 41]
 # What everything here is sampled with.
 TEMPERATURE, SEED, NUM_GENERATIONS = 0.8, 5, 4
-CASES = cases.EQUIVALENCE | {f"hybrid_{name}": case for name, case in cases.HYBRID.items()}
+# Replicas that share experts, and a replica that has all of them on its own ranks.
+EXPERTS = {
+    "moe_tp2_sp_etp1_allgather": harness.Case(
+        tp=2, sp=True, ep=2, etp=1, **cases.moe(**cases.ALLGATHER)
+    ),
+    "moe_ep2_latent": harness.Case(
+        dp=2, ep=2, **cases.MOE | cases.latent(dict(num_experts=4), **cases.MOE["config"])
+    ),
+    "moe_ep2_window": harness.Case(
+        dp=2, ep=2, **cases.moe(window_size=(3, 0), window_attn_skip_freq=[1, 0])
+    ),
+    "moe_ep2_statistics": harness.Case(
+        dp=2, ep=2, **cases.moe(**cases.AUX | cases.Z | cases.BIAS | cases.DEEPSEEK)
+    ),
+    "moe_ep2_pp2_vpp2": harness.Case(dp=2, ep=2, pp=2, vpp=2, num_layers=4, **cases.MOE),
+    "moe_ep2_tp2_sp": harness.Case(tp=2, sp=True, dp=2, ep=2, **cases.MOE),
+    "moe_ep4_tp2_sp_etp1": harness.Case(tp=2, sp=True, dp=2, ep=4, etp=1, **cases.MOE),
+    "moe_ep2_etp2": harness.Case(dp=4, ep=2, etp=2, **cases.MOE),
+}
+if HAS_HYBRID_MODEL:
+    EXPERTS["moe_ep2_mamba"] = harness.Case(
+        dp=2, ep=2, **cases.linear_hybrid("M*ME", **cases.MOE["config"])
+    )
+CASES = (
+    cases.EQUIVALENCE | {f"hybrid_{name}": case for name, case in cases.HYBRID.items()} | EXPERTS
+)
 # Names of them: models on one rank, and layouts of several.
 MODELS: tuple[str, ...] = (
     "plain",
@@ -71,6 +96,11 @@ LAYOUTS: tuple[str, ...] = (
     "tp2_sp_pp2",
     "tp2_sp_pp2_vpp2",
     "pp2_dp2",
+    "moe_tp2_sp_etp1",
+    "moe_ep2",
+    "cp2_moe_ep2",
+    "cp2_dp2_moe_ep4",
+    *EXPERTS,
 )
 if DIVIDES_LINEAR_ATTENTION:
     LAYOUTS += ("linear_cp2",)
@@ -188,10 +218,11 @@ def load_full_state(chunks: list[Any], full: dict[str, Tensor]) -> None:
     """Give the chunks of this rank their part of a one-rank model's weights."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    ep_rank = parallel_state.get_expert_model_parallel_rank()
 
     def part(x: Tensor, shape: torch.Size) -> Tensor:
         dim = next(d for d in range(x.dim()) if x.shape[d] != shape[d])
-        return x.chunk(x.shape[dim] // shape[dim], dim)[tp_rank]
+        return x.chunk(x.shape[dim] // shape[dim], dim)[rank]
 
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -199,6 +230,12 @@ def load_full_state(chunks: list[Any], full: dict[str, Tensor]) -> None:
             if layer:
                 number = chunk.decoder.layers[int(layer[1])].layer_number - 1
                 name = f"decoder.layers.{number}.{layer[2]}"
+            expert, rank = re.search(r"local_experts\.(\d+)", name), tp_rank
+            if expert:
+                num_local = chunk.config.num_moe_experts // chunk.config.expert_model_parallel_size
+                number = int(expert[1]) + num_local * ep_rank
+                name = name.replace(expert[0], f"local_experts.{number}")
+                rank = parallel_state.get_expert_tensor_parallel_rank()
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
             value = full[name]
@@ -249,7 +286,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "max_batch_samples=3 must": dict(max_batch_samples=3),
     "prompt_numbers has 1 entries": dict(prompt_numbers=[1]),
     "the least is -1": dict(prompt_numbers=[-1, 0, 1, 2]),
-    "prompts is empty": dict(prompts=[]),
     r"prompts\[1\] must be": dict(prompts=[torch.tensor([1]), torch.tensor([], dtype=torch.int64)]),
     r"prompts\[0\] must be": dict(prompts=[torch.tensor([1.0])]),
     r"prompts\[0\] has tokens outside \[0, 60\)": dict(prompts=[torch.tensor([60])]),

@@ -191,6 +191,21 @@ def test_derived_sizes() -> None:
     assert (replace(sizes, cp=4).row_multiple, replace(sizes, cp=4).model_size) == (8, 24)
 
 
+@pytest.mark.parametrize("ep", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 6])
+def test_who_shares_experts(tp: int, ep: int) -> None:
+    """By hand: whether a set of experts lies on ranks of more than one model rank's row."""
+    found = []
+    for etp in (None, 1, 2):
+        num_experts_ranks = ep * (etp or tp)
+        places = range(tp * num_experts_ranks)
+        rows = {(place // num_experts_ranks, place // tp) for place in places}
+        shares = len(rows) > len({expert_set for expert_set, _ in rows})
+        assert ParallelSizes(tp=tp, ep=ep, etp=etp).shares_experts == shares
+        found.append(shares)
+    assert found[0] == (ep > 1)
+
+
 def test_sizes_are_read_under_megatrons_names() -> None:
     sizes = ParallelSizes(tp=2, sp=True, pp=3, vpp=2, cp=1, ep=2, etp=1)
     assert ParallelSizes.from_config(megatron_arguments(sizes)) == sizes

@@ -40,6 +40,7 @@ LAYOUTS: dict[str, ParallelConfig] = {
     ),
     "cp2_distributed": ParallelConfig(context_parallel_size=2, use_distributed_optimizer=True),
     "dp2": ParallelConfig(),
+    "ep2": ParallelConfig(expert_model_parallel_size=2),
     "dp2_distributed": ParallelConfig(use_distributed_optimizer=True),
     "tp2_sp_distributed": ParallelConfig(
         tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=True

@@ -202,14 +202,6 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
             [*FROM_SERVER, "rollout.server.dialect=text", "rollout.top_k=3"],
             "rollout.top_k=3 with rollout.server.dialect=text: top_k and stop_token_ids are no",
         ),
-        (
-            [
-                "rollout.source=model",
-                "rollout.files=[]",
-                "parallel.expert_model_parallel_size=2",
-            ],
-            "rollout.source=model does not sample under expert parallelism",
-        ),
         (["model.hf=null"], "model.vocab_size is needed"),
         (["model.vocab_size=50"], "model.vocab_size=50 would be ignored"),
         (["model.max_position_embeddings=0"], "model.max_position_embeddings=0 must be at least 1"),

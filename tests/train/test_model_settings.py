@@ -270,7 +270,7 @@ def test_experts_that_megatron_would_refuse(
             dict(num_moe_experts=4, add_bias_linear=True),
             dict(tensor_model_parallel_size=2),
             "set parallel.expert_tensor_parallel_size=1 and spread the experts by "
-            "parallel.expert_model_parallel_size=2, or another size above 1; with rollout.source=m",
+            "parallel.expert_model_parallel_size=2, or another size above 1",
         ),
         (
             dict(pipeline_model_parallel_layout="Et|t|t|tL"),

@@ -52,8 +52,9 @@ def generate(
     Equals sampling every response alone with the stock model on written-out sequences. A prompt is
     encoded once and its keys and values exist once, however many responses attend to them; each has
     a copy of its states. Each step gives every live sample one token. Called on every rank of a
-    model replica with equal arguments; every such rank gets the result. Data-parallel replicas
-    sample independently.
+    model replica with equal arguments; every such rank gets the result. Replicas, and
+    context-parallel ranks, sample their own prompts, as many as each has, if any; where they share
+    experts, all of them call this and return together.
 
     A sample's randomness depends on ``seed``, its prompt's number and its place in the group only,
     not on batches, on other samples or on the parallel layout.
@@ -61,7 +62,7 @@ def generate(
     Args:
         model_chunks: this rank's ``PrefixGroupedGPTModel`` or ``PrefixGroupedHybridModel`` chunks,
             wrapped or not; several under an interleaved pipeline.
-        prompts: one ``[P]`` int64 CPU tensor each, at least one token.
+        prompts: one ``[P]`` int64 CPU tensor each, at least one token; there may be none.
         num_generations: responses per prompt.
         max_response_tokens: longest response.
         seed: of the randomness, at least 0.
@@ -80,26 +81,27 @@ def generate(
 
     Raises:
         ValueError: on an argument outside its range, tokens outside the vocabulary, or sequences
-            longer than learned position embeddings.
-        NotImplementedError: for expert parallelism.
+            longer than learned position embeddings; on all that share experts.
     """
     stages = ModelStages(model_chunks)
     padded_vocab = stages.chunks[0].vocab_size
     vocab_size = padded_vocab if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= padded_vocab:
-        raise ValueError(f"vocab_size={vocab_size} must lie in [1, {padded_vocab}], the model's")
-    _check_counts(num_generations, max_response_tokens, seed, max_batch_samples)
-    _check_tokens(prompts, stop_token_ids, vocab_size)
-    _check_positions(stages, max(map(len, prompts)) + max_response_tokens)
     numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
-    if len(numbers) != len(prompts) or min(numbers) < 0:
-        raise ValueError(
-            f"prompt_numbers has {len(numbers)} entries for {len(prompts)} prompts, "
-            f"the least is {min(numbers, default=None)}; give one number >= 0 per prompt"
-        )
-    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
+
+    def checked_sampler() -> Sampler:
+        if not 1 <= vocab_size <= padded_vocab:
+            raise ValueError(
+                f"vocab_size={vocab_size} must lie in [1, {padded_vocab}], the model's"
+            )
+        _check_counts(num_generations, max_response_tokens, seed, max_batch_samples)
+        _check_prompts(prompts, numbers, vocab_size)
+        _check_stop_tokens(stop_token_ids, vocab_size)
+        _check_positions(stages, max(map(len, prompts), default=0) + max_response_tokens)
+        return Sampler(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
+
+    sampler = stages.before_sampling(checked_sampler)
     stop_tokens = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64)
-    batch_prompts = len(prompts)
+    batch_prompts = max(len(prompts), 1)
     if max_batch_samples is not None:
         batch_prompts = max_batch_samples // num_generations
     groups = []
@@ -108,6 +110,7 @@ def generate(
             batch = slice(first, first + batch_prompts)
             uniforms = sample_uniforms(seed, numbers[batch], num_generations, max_response_tokens)
             groups += _generate_batch(stages, prompts[batch], uniforms, sampler, stop_tokens)
+        stages.finish()
     return groups
 
 
@@ -201,11 +204,12 @@ def _check_counts(
         )
 
 
-def _check_tokens(
-    prompts: Sequence[Tensor], stop_token_ids: Sequence[int], vocab_size: int
-) -> None:
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty: pass at least one prompt")
+def _check_prompts(prompts: Sequence[Tensor], numbers: Sequence[int], vocab_size: int) -> None:
+    if len(numbers) != len(prompts) or min(numbers, default=0) < 0:
+        raise ValueError(
+            f"prompt_numbers has {len(numbers)} entries for {len(prompts)} prompts, "
+            f"the least is {min(numbers, default=None)}; give one number >= 0 per prompt"
+        )
     for i, prompt in enumerate(prompts):
         if prompt.ndim != 1 or prompt.dtype != torch.int64 or len(prompt) == 0 or prompt.is_cuda:
             raise ValueError(
@@ -214,6 +218,9 @@ def _check_tokens(
             )
         if int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size:
             raise ValueError(f"prompts[{i}] has tokens outside [0, {vocab_size}), the vocabulary")
+
+
+def _check_stop_tokens(stop_token_ids: Sequence[int], vocab_size: int) -> None:
     wrong = [token for token in stop_token_ids if not 0 <= token < vocab_size]
     if wrong:
         raise ValueError(f"stop_token_ids {wrong} lie outside [0, {vocab_size}), the vocabulary")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from ...parallel import ParallelSizes
-from ...tree import to_device
+from ...parallel import ParallelSizes, from_all_ranks
+from ...tree import PrefixTree, pack_trees, to_device
 from ..model import PrefixGroupedModel
+from .cache import GenerationCache
 from .rows import DecodeSeqParams, PrefillSeqParams
 from .sampling import Sampler
+
+T = TypeVar("T")
 
 
 class ModelStages:
@@ -25,6 +28,9 @@ class ModelStages:
     sampled on one rank of the last stage and sent to all ranks, so that all ranks agree on them
     even where a kernel's sums are not reproducible.
 
+    Replicas that share experts all take part in every forward, each with a row of its own: those
+    that have none left run one token without meaning.
+
     Attributes:
         chunks: the models inside the given modules, in order of virtual stage.
         config: their settings.
@@ -33,7 +39,6 @@ class ModelStages:
 
     Raises:
         ValueError: if a chunk is no ``PrefixGroupedModel``.
-        NotImplementedError: for expert parallelism.
     """
 
     def __init__(self, model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -50,16 +55,21 @@ class ModelStages:
         first = self.chunks[0]
         self.config = first.config
         # Context-parallel ranks each run the whole row.
-        self.row_multiple = ParallelSizes.from_config(self.config).sp_size
-        if self.config.expert_model_parallel_size > 1:
-            raise NotImplementedError(
-                f"expert_model_parallel_size={self.config.expert_model_parallel_size}: ranks that "
-                "share experts would have to take equally many steps; set it to 1 or use an engine"
-            )
+        sizes = ParallelSizes.from_config(self.config)
+        self.row_multiple = sizes.sp_size
         self.device = next(first.parameters()).device
         self._tp_group, self._pp_group = first.pg_collection.tp, first.pg_collection.pp
         self._pp_ranks = dist.get_process_group_ranks(self._pp_group)
         self._stage = dist.get_rank(self._pp_group)
+        # The replicas of this stage: those that share experts are among them, on every stage alike.
+        self._sharing_group: dist.ProcessGroup | None = None
+        if self.config.num_moe_experts and sizes.shares_experts:
+            self._sharing_group = first.pg_collection.dp_cp
+
+    def before_sampling(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns; its error is raised on all replicas that would wait here."""
+        group = self._sharing_group
+        return action() if group is None else from_all_ranks(action, group)[group.rank()]
 
     def forward(self, tokens: Tensor, params: PrefillSeqParams | DecodeSeqParams) -> Tensor | None:
         """Logits ``[output rows, padded vocabulary]`` on the last stage, None on the others.
@@ -68,6 +78,25 @@ class ModelStages:
             tokens: ``[row]`` int64 on the CPU, padding included.
             params: the row's call argument, equal on every rank.
         """
+        self._any_goes_on(True)
+        return self._run(tokens, params)
+
+    def finish(self) -> None:
+        """Take part in the forwards of other replicas until all of them have come here."""
+        layout = pack_trees([PrefixTree.from_sequences([[0]])], pad_to_multiple=self.row_multiple)
+        params = PrefillSeqParams.from_prompts(layout, GenerationCache([1], 1, 1, self.device))
+        while self._any_goes_on(False):
+            self._run(layout.token_ids, params)
+
+    def _any_goes_on(self, goes_on: bool) -> bool:
+        """Whether a replica runs a row next, of those that wait for each other."""
+        if self._sharing_group is None:
+            return goes_on
+        flag = torch.tensor(int(goes_on), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._sharing_group)
+        return bool(flag)
+
+    def _run(self, tokens: Tensor, params: PrefillSeqParams | DecodeSeqParams) -> Tensor | None:
         (tokens,) = to_device([tokens], self.device)
         output: Any = None
         for chunk in self.chunks:

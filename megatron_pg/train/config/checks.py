@@ -36,12 +36,6 @@ def config_problems(config: TrainConfig) -> list[str]:
         *_reference_problems(config),
         *loop_problems(config),
     ]
-    if config.rollout.source == "model" and config.parallel.expert_model_parallel_size > 1:
-        problems.append(
-            "rollout.source=model does not sample under expert parallelism: set "
-            "parallel.expert_model_parallel_size=1, got "
-            f"{config.parallel.expert_model_parallel_size}, or use a server"
-        )
     folders = {"run.out": config.run.out}
     folders["rollout.server.export_dir"] = config.rollout.server.export_dir or ""
     # What is read is missing there; what is written would make a folder of that name.

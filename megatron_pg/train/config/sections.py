@@ -196,9 +196,9 @@ class RolloutConfig:
     """Where groups come from.
 
     Attributes:
-        source: "recorded" reads files, "model" samples from the trained model itself, without
-            expert parallelism, "server" asks an inference server; ``module:name`` is a
-            ``rollout.RolloutSource`` of your own.
+        source: "recorded" reads files, "model" samples from the trained model itself,
+            "server" asks an inference server; ``module:name`` is a ``rollout.RolloutSource`` of
+            your own.
         source_config: arguments of a source of your own, beside tokenizer and vocab_size.
         files: recorded rollouts.
         format: of the files; "auto" goes by their suffix and fields.

@@ -22,9 +22,7 @@ def check_expert_biases(settings: Mapping[str, Any], sizes: ParallelSizes) -> No
             "Megatron-Core does not divide experts with biases, and "
             f"expert_tensor_parallel_size={sizes.expert_tp} would (tp's size where it is not set): "
             "set parallel.expert_tensor_parallel_size=1 and spread the experts by "
-            f"parallel.expert_model_parallel_size={sizes.tp}, or another size above 1; with "
-            "rollout.source=model, which samples without expert parallelism, take pipeline stages "
-            "in place of tensor parallelism"
+            f"parallel.expert_model_parallel_size={sizes.tp}, or another size above 1"
         )
 
 

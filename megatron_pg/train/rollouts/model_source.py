@@ -57,8 +57,6 @@ class ModelSource(RolloutSource):
     def _sample(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], params: SamplingParams
     ) -> Sequence[Sequence[GeneratedResponse]]:
-        if not prompts:
-            return []
         return generate(
             self.chunks,
             [prompt.prompt_ids for prompt in prompts],
