@@ -71,7 +71,7 @@ from .routes import RouteShape, route_problem, routes_of_samples, without_routes
 from .rows import Microbatch, PackedRow, PrefixRow, TokenValues, Wave
 from .shape import GroupShape, group_shape, group_tree, select_samples
 from .types import OPTIONAL_TOKEN_VALUES, UNKNOWN_ROUTE, Group, Sample, Status, without_aborted
-from .values import response_problems, reward_problem, shorten, show
+from .values import MAX_NESTING, response_problems, reward_problem, shorten, show
 
 __all__ = [
     "AttentionSizes",
@@ -88,6 +88,7 @@ __all__ = [
     "LayerKind",
     "LayerSizes",
     "LinearSizes",
+    "MAX_NESTING",
     "MemoryModel",
     "Microbatch",
     "ModuleKinds",

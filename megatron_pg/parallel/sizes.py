@@ -185,7 +185,9 @@ class ParallelSizes:
             stages = _remainders({"num_layers": model.num_layers}, pp=s.pp, vpp=s.vpp or 1)
             own = (
                 "or give stages unequal numbers (num_layers_in_first_pipeline_stage, "
-                "num_layers_in_last_pipeline_stage, pipeline_model_parallel_layout)"
+                "num_layers_in_last_pipeline_stage, pipeline_model_parallel_layout; or count the "
+                "embedding and the loss as layers: account_for_embedding_in_pipeline_split, "
+                "account_for_loss_in_pipeline_split)"
             )
             problems += [f"{problem}, {own}" for problem in stages]
         return [*problems, *s._expert_problems(model)]

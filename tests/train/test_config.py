@@ -240,8 +240,11 @@ def load(folder: Path, sections: dict[str, Any], *overrides: str) -> TrainConfig
         (["run.out=${nothing}"], "no valid YAML configuration"),
         (
             ["rollout.files=" + "[" * 900 + "]" * 900],
-            "YAML configuration: nested too deeply",
+            "YAML configuration: nested too deeply, at most 64 levels",
         ),
+        (["run.num_steps=1:30"], "run.num_steps: YAML reads this number in base 8 or 60"),
+        (["run.num_steps=010"], "run.num_steps: YAML reads this number in base 8 or 60"),
+        (["model.config={a: [0x10, -1:30.5]}"], "model.config: YAML reads this number in base"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(
@@ -343,6 +346,18 @@ def test_a_wrong_key_is_refused_without_showing_it(
     assert "73194" not in str(caught.value)
 
 
+def test_numbers_of_other_bases_are_named_by_their_line(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    path = tiny.write_config(tmp_path / "config.yaml", sections)
+    text = path.read_text()
+    lines = len(text.splitlines())
+    path.write_text(text + "extra: '010'\nmore: [1, 0_7]\nthird: 0\nfourth: 100\n")
+    with pytest.raises(ValueError) as error:
+        load_config(path)
+    assert str(error.value).count("base 8") == 1 and f"line {lines + 2}:" in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "run: [unclosed", "just words"])
 def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
@@ -439,7 +454,7 @@ def test_a_dry_run_tells_layout_packing_and_size(tmp_path: Path, sections: dict[
     # Embedding and output, four layers of attention, gated MLP and two norms, and the last norm.
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
     assert one.parameters_per_rank == 2 * tiny.VOCAB * 32 + 4 * layer + 32
-    assert one.lines[0] == "1 ranks: tp 1 x pp 1 (vpp 1) x dp 1"
+    assert one.lines[0] == "1 rank: tp 1 x pp 1 (vpp 1) x dp 1"
     assert re.search(r"first step of 5 of 7 groups: \d+ logical tokens, \d+ encoded", one.lines[1])
     assert " local (model.transformer_impl=auto)" in one.lines[2]
     many = dry_run(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ...data import MAX_NESTING
 from ...loss import (
     ADVANTAGE_ESTIMATORS,
     POLICY_LOSSES,
@@ -40,6 +42,11 @@ _MOVED = {
         "logprob_chunk_tokens",
     )
 }
+# What YAML 1.1 reads as numbers of base 8 and 60: 010 is 8, and 1:30 is 90.
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+# Tokens of mappings and sequences.
+_OPENS = {"<block sequence start>", "<block mapping start>", "[", "{"}
+_CLOSES = {"<block end>", "]", "}"}
 # In place of a key, which belongs into no output and no message.
 _HIDDEN = "***"
 
@@ -65,6 +72,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if "=" not in override or "." not in override.split("=")[0]:
             raise ValueError(f"override {override!r} must be section.key=value")
     try:
+        problems = _text_problems(Path(path).read_text(encoding="utf-8"))
+        for override in overrides:
+            key, value = override.split("=", 1)
+            problems += _text_problems(value, key)
         merged = OmegaConf.load(path)
         for override in overrides:
             key, value = override.split("=", 1)
@@ -78,7 +89,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path} is no valid YAML configuration: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is no valid YAML configuration: nested too deeply") from error
-    problems: list[str] = []
     _register_own(content, problems)
     config = _read(TrainConfig, content, "", problems)
     if config is not None:
@@ -94,6 +104,31 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
     server = content["rollout"]["server"]
     server["api_key"] = None if server["api_key"] is None else _HIDDEN
     return content
+
+
+def _text_problems(text: str, key: str | None = None) -> list[str]:
+    """What of a YAML text would be read as something else than stands there.
+
+    Values are not shown: one may be a server's key.
+
+    Raises:
+        ValueError: if it is nested too deeply; where the parser ends depends on the interpreter's
+            stack.
+    """
+    from yaml import ScalarToken, scan
+
+    problems, depth = [], 0
+    for token in scan(text):
+        depth += token.id in _OPENS
+        depth -= token.id in _CLOSES
+        if depth > MAX_NESTING:
+            raise ValueError(f"nested too deeply, at most {MAX_NESTING} levels are read")
+        if isinstance(token, ScalarToken) and token.plain and _OTHER_BASES.fullmatch(token.value):
+            problems.append(
+                f"{key or f'line {token.start_mark.line + 1}'}: YAML reads this number in base 8 "
+                "or 60; write it without leading zeros and colons, or text in quotes"
+            )
+    return problems
 
 
 def _register_own(content: Any, problems: list[str]) -> None:

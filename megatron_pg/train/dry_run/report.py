@@ -144,7 +144,8 @@ def _machine_line(config: TrainConfig, plan: ModelPlan, card: str | None) -> str
 
 def _layout_line(s: ParallelSizes) -> str:
     return (
-        f"{s.world_size} ranks: tp {s.tp}{' with sp' if s.sp else ''} x pp {s.pp} "
+        f"{s.world_size} rank{'s' if s.world_size > 1 else ''}: "
+        f"tp {s.tp}{' with sp' if s.sp else ''} x pp {s.pp} "
         f"(vpp {s.vpp or 1}){f' x cp {s.cp}' if s.cp > 1 else ''} x dp {s.dp}"
         + (f"; experts: ep {s.ep} x etp {s.expert_tp}" if s.ep > 1 or s.etp else "")
     )

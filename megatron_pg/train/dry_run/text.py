@@ -17,7 +17,7 @@ _CHOICES = {"full": "full", "mlp": "selective (mlp)", "moe": "selective (moe)"} 
 def memory_lines(memory: RunMemory) -> Iterator[str]:
     """The fullest rank by what takes its memory, the others, recompute and a checkpoint."""
     config, stages, fullest = memory.config, memory.stages, memory.fullest
-    of_stage = f" (pipeline stage {fullest.stage} of {len(stages)})" if len(stages) > 1 else ""
+    of_stage = f" (pipeline stage {fullest.stage + 1} of {len(stages)})" if len(stages) > 1 else ""
     yield (
         f"fullest rank{of_stage}: {fullest.parameters.total:,} parameters, {fullest.num_layers} "
         f"layers, about {_gib(fullest.total)}: {_terms(fullest)}"
