@@ -123,7 +123,7 @@ def nesting_problem(value: Any) -> str | None:
 
     Walks no container twice on one level: pickles may hold one list at many places, or in itself.
     """
-    level = [value]
+    level = [value] if isinstance(value, _NESTED) else []
     for _ in range(MAX_NESTING):
         held: dict[int, Any] = {}
         for outer in level:
