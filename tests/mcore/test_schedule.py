@@ -132,7 +132,7 @@ def test_overlaps_that_count_on_one_call_and_unknown_modes_are_refused() -> None
         model=model,
         seq_length=4,
     )
-    with pytest.raises(ValueError, match="mode='recompite': use 'retain' or 'recompute'"):
+    with pytest.raises(ValueError, match="mode='recompite' must be one of retain, recompute"):
         call(mode="recompite")
     # Rows of one call, too, are as many as the groups fill.
     for waves in ([Wave((object(),), (object(),))], [Wave((), (object(),))]):
