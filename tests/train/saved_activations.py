@@ -45,7 +45,9 @@ def saved_bytes(plan: ModelPlan, trees: Sequence[PrefixTree] = TREES) -> int:
         saved[x.untyped_storage().data_ptr()] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    # What a device compiles keeps other tensors than the same as written, and they are those meant.
+    compiled = torch.compiler.set_stance("default")
+    with compiled, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         logprobs, _ = model(tokens[None], params.position_ids[None], None, packed_seq_params=params)
     assert logprobs.requires_grad
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
