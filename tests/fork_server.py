@@ -10,9 +10,7 @@ import faulthandler
 import gc
 import os
 import pickle
-import random
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +18,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 _PR_SET_PDEATHSIG = 1
 
@@ -60,7 +60,7 @@ class Server:
         gc.freeze()
         launcher = {"WORLD_SIZE": str(num_ranks)}
         if num_ranks > 1:
-            launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         pids, server = [], os.getpid()
         for rank in range(num_ranks):
             pid = os.fork()
@@ -115,15 +115,6 @@ def _be_rank(
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    """A port that nobody listens on, below those that connections take for themselves."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 if __name__ == "__main__":

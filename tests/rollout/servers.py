@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 VLLM_PYTHON = os.environ.get("MEGATRON_PG_VLLM_PYTHON") or (
     sys.executable if importlib.util.find_spec("vllm") else None
 )
@@ -25,9 +27,7 @@ STARTUP_SECONDS = 300.0
 @contextmanager
 def run_server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
     """Address of the server that ``command`` starts on ``{port}``; ended with its children."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | environment
     with log.open("w") as output:
         server = subprocess.Popen(
