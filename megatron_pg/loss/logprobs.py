@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import check_indices
 from .head_memory import default_chunk_tokens
-from .kernels import logits_plain
+from .kernels import LogitsKernels, logits_kernels
 
 # Columns of a block are a multiple of it, so that products run in whole tiles.
 _TILE = 128
@@ -105,7 +104,7 @@ def vocab_parallel_logprobs(
         chunk_tokens=chunk_tokens or default_chunk_tokens(num_columns, rows.dtype, rows.device),
         weight_grad=weight_grad,
         group=tp_group if tp_size > 1 else None,
-        kernels=_logits_kernels(rows.device),
+        kernels=logits_kernels(rows.device),
     )
     # The backward makes the logits again, and autocast may be off there: both make the same ones.
     with torch.autocast("cuda" if rows.is_cuda else "cpu", enabled=False):
@@ -129,40 +128,6 @@ def _as_temperature(
     if not bool((torch.isfinite(temperature) & (temperature > 0)).all()):
         raise ValueError("every temperature must be finite and above 0")
     return temperature.detach().to(dtype).to(device, non_blocking=True)
-
-
-class LogitsKernels(Protocol):
-    """What ``logits_plain``, the definition, and ``logits_triton`` both offer."""
-
-    def product(self, rows: Tensor, weight: Tensor, columns: slice) -> Tensor:
-        """A new ``[E, V]`` tensor of logits of V rows of ``weight``, in the dtype of ``rows``."""
-
-    def statistics(
-        self, logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Largest logit, sum of exponentials, their weighted sum or None, logit at the target."""
-
-    def gradient(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        targets: Tensor,
-        maxima: Tensor,
-        log_sums: Tensor,
-        grad_logprobs: Tensor,
-        entropy: Tensor | None,
-        grad_entropy: Tensor | None,
-    ) -> Tensor:
-        """Gradient of the logits, which it may be written over; columns of zeros may follow."""
-
-
-def _logits_kernels(device: torch.device) -> LogitsKernels:
-    """Triton's on CUDA where Triton is installed, PyTorch's operators else."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from .kernels import logits_triton
-
-        return logits_triton
-    return logits_plain
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -34,7 +34,7 @@ def pairs(
 def triton_pairs(*args: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """As ``pairs``, by the Triton kernels in their interpreter."""
     with kernels_on("cpu") as kernels, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "_logits_kernels", lambda device: kernels)
+        patch.setattr(logprobs, "logits_kernels", lambda device: kernels)
         return pairs(*args)
 
 

@@ -200,7 +200,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.fixture
 def with_triton(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_logits_kernels", lambda device: kernels)
+    monkeypatch.setattr(head, "logits_kernels", lambda device: kernels)
 
 
 @pytest.mark.parametrize("has_padding", [True, False])
@@ -259,7 +259,7 @@ def test_head_in_bf16_against_control(with_triton, device, with_entropy) -> None
         inputs = leaves(*((rows, weight) if kind != "truth" else (rows.double(), weight.double())))
         with pytest.MonkeyPatch.context() as patch:
             if kind != "ours":
-                patch.setattr(head, "_logits_kernels", lambda device: logits_plain)
+                patch.setattr(head, "logits_kernels", lambda device: logits_plain)
             out = vocab_parallel_logprobs(
                 *inputs, targets, temperature=0.9, chunk_tokens=16, with_entropy=with_entropy
             )[: 1 + with_entropy]
@@ -356,7 +356,7 @@ def test_passes_and_memory_of_a_large_head(monkeypatch, with_entropy, into) -> N
         return logits
 
     monkeypatch.setattr(kernels, "product", marked)
-    monkeypatch.setattr(head, "_logits_kernels", lambda device: kernels)
+    monkeypatch.setattr(head, "logits_kernels", lambda device: kernels)
     monkeypatch.setattr(
         head, "default_chunk_tokens", lambda *args: chunk_tokens(*args[:2], torch.device("cuda"))
     )
