@@ -32,7 +32,9 @@ def coupled(case: Case, kept: str) -> dict[str, Any]:
         row = harness.make_rows(0, 4, shared_length=21)
         layout, tokens = row.layout, row.layout.pack_tokens(row.sequences)
         ids = layout.predictor_ids
-        is_kept = {"all": ids >= 0, "late": ids >= layout.total_tokens // 2}[kept]
+        # The first one alone: all ranks but one have nothing to predict.
+        first = torch.arange(len(ids)) == 0
+        is_kept = {"all": ids >= 0, "late": ids >= layout.total_tokens // 2, "first": first}[kept]
         assert bool(is_kept.any())
         predictions = Predictions(
             predictor_ids=ids[is_kept],
@@ -68,7 +70,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("kept", ["all", "late"])
+@pytest.mark.parametrize("kept", ["all", "late", "first"])
 @pytest.mark.parametrize("case", [Case(cp=2), Case(cp=4)], ids=["cp2", "cp4"])
 def test_a_loss_that_couples_predictions_of_several_ranks(
     ranks: Pool, case: Case, kept: str
